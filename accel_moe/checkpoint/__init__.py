@@ -1,0 +1,13 @@
+"""Checkpoints: DCP folders with a manifest beside them, and the road from there to Hub-format safetensors.
+
+    manifest.py   what a checkpoint holds, written last; checksums; the checks that need no process group
+    folders.py    temporary names, the rename that commits, which folders are committed, rotation
+    dcp.py        torch.distributed.checkpoint with checksums: the writer, the reader, the bounded one-
+                  process reader
+    ranks.py      agreement between ranks: an error that one rank can see is raised on all of them
+    saving.py     one save of model, optimizer and everything else as one commit, at once or in the background
+    loading.py    verify, then load; which checkpoint to resume from
+    export.py     DCP → Hub format, group by group, in bounded memory
+
+Nothing is imported here: consolidate runs on a login node and must not pay for what only training needs.
+"""

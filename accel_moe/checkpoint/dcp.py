@@ -1,0 +1,298 @@
+"""torch.distributed.checkpoint (DCP) with what it leaves out: checksums, a check of the chunks, bounded
+reading.
+
+Three things live here:
+
+    ChecksumWriter     a FileSystemWriter that knows the size and checksum of every file it wrote
+    FolderReader       a FileSystemReader over one DCP folder that may be spread over several disks
+    TensorReader       reads whole tensors one at a time, in one process, without a process group
+
+The layout is DCP's own (`.metadata` and `__<rank>_<n>.distcp`), so stock accelerate and torch read what is
+written here. `.metadata` and the byte entries of an optimizer are pickles: read checkpoints only from where
+you would run code.
+
+A checkpoint keeps the model under "model.<parameter>" in `pytorch_model_fsdp_<i>`, the optimizer under
+"optimizer.*" in `optimizer_<i>`: accelerate's names.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.filesystem import FileSystem
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import LoadPlan
+
+from accel_moe.checkpoint.manifest import (
+    CheckpointError,
+    Chunk,
+    FileEntry,
+    Manifest,
+    StreamDigest,
+    TensorEntry,
+    check_chunks,
+    writer_of,
+)
+
+METADATA_NAME = ".metadata"
+MODEL_FOLDER = "pytorch_model_fsdp"
+OPTIMIZER_FOLDER = "optimizer"
+MODEL_PREFIX = "model."
+MANIFEST_MARK = (
+    "accel_moe.manifest"  # in the metadata's storage_meta.modules: this folder has a manifest beside it
+)
+_WRAPPER_SEGMENTS = ("_checkpoint_wrapped_module.", "_orig_mod.", "_fsdp_wrapped_module.")
+
+
+def plain_name(name: str) -> str:
+    """A parameter's name without what activation checkpointing, torch.compile and FSDP1 wrap into it."""
+    for segment in _WRAPPER_SEGMENTS:
+        name = name.replace(segment, "")
+    return name
+
+
+# --- writing
+# -----------------------------------------------------------------------------------------------------
+
+
+class _ChecksumStream(io.RawIOBase):
+    """A write-only stream that feeds a file and its checksum."""
+
+    def __init__(self, raw: Any, digest: StreamDigest) -> None:
+        self._raw, self._digest = raw, digest
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        self._digest.update(data)
+        return self._raw.write(data)
+
+    def tell(self) -> int:
+        return self._digest.size_bytes  # the stream is only appended to
+
+    def flush(self) -> None:
+        self._raw.flush()
+
+    def fileno(self) -> int:
+        return self._raw.fileno()
+
+
+class _ChecksumFileSystem(FileSystem):
+    """DCP's file system; every file opened for writing leaves its size and checksum in `written`."""
+
+    def __init__(self, algorithm: str, pool: ThreadPoolExecutor) -> None:
+        self.written: dict[str, FileEntry] = {}
+        self._algorithm, self._pool = algorithm, pool
+
+    @contextmanager
+    def create_stream(self, path: str | os.PathLike, mode: str) -> Iterator[io.IOBase]:
+        with super().create_stream(path, mode) as raw:
+            if mode != "wb":
+                yield raw
+                return
+            digest = StreamDigest(self._algorithm, self._pool)
+            yield _ChecksumStream(raw, digest)
+            self.written[str(path)] = FileEntry(digest.size_bytes, digest.hexdigest())
+
+    def rename(self, path: str | os.PathLike, new_path: str | os.PathLike) -> None:
+        super().rename(path, new_path)
+        if str(path) in self.written:
+            self.written[str(new_path)] = self.written.pop(str(path))
+
+
+class ChecksumWriter(FileSystemWriter):
+    """FileSystemWriter whose `file_entries()` says what this rank wrote: {file name: FileEntry}.
+
+    Files are fsynced before DCP's write step ends. The checksum is computed from the bytes on their way to
+    the disk, by `pool`'s threads, not by reading the file back: what it vouches for is what the program
+    meant to write.
+    """
+
+    def __init__(self, path: str | os.PathLike, algorithm: str, pool: ThreadPoolExecutor) -> None:
+        super().__init__(path, sync_files=True, overwrite=False)
+        self.fs = _ChecksumFileSystem(algorithm, pool)
+
+    def storage_meta(self) -> StorageMeta:
+        return StorageMeta(save_id=self.save_id, modules=[MANIFEST_MARK])
+
+    def file_entries(self) -> dict[str, FileEntry]:
+        return {Path(path).name: entry for path, entry in self.fs.written.items()}
+
+
+# --- reading
+# -----------------------------------------------------------------------------------------------------
+
+
+class _SpreadFileSystem(FileSystem):
+    """Looks for a file in several folders: one DCP folder as several nodes left it on their disks."""
+
+    def __init__(self, folders: Sequence[Path]) -> None:
+        self.folders = folders
+
+    def concat_path(self, path: str | os.PathLike, suffix: str) -> Path:
+        for folder in self.folders:
+            if (folder / suffix).exists():
+                return folder / suffix
+        return self.folders[0] / suffix
+
+
+class FolderReader(FileSystemReader):
+    """Reads a DCP folder, or the parts of one that several folders hold.
+
+    A file that this rank's plan needs and that is in none of the folders is reported before anything is
+    read, with the node that wrote it (`manifest` knows). DCP turns the error into one raised on every rank.
+    """
+
+    def __init__(self, folders: Sequence[str | os.PathLike], manifest: Manifest | None = None) -> None:
+        self.folders = [Path(folder) for folder in folders]
+        super().__init__(self.folders[0])
+        self.fs = _SpreadFileSystem(self.folders)
+        self._manifest = manifest
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        """Raises CheckpointError when `.metadata` is missing or unreadable, on whichever rank sees it."""
+        path = self.fs.concat_path(self.path, METADATA_NAME)
+        try:
+            return super().read_metadata(*args, **kwargs)
+        except FileNotFoundError:
+            raise CheckpointError(
+                f"{path} is missing: the save that wrote this folder never finished, or the copy is "
+                f"incomplete. Use "
+                "another checkpoint."
+            ) from None
+        except Exception as error:  # a pickle can fail in any way
+            raise CheckpointError(
+                f"{path} cannot be read ({type(error).__name__}: {error}). Use another checkpoint, or "
+                f"restore the file."
+            ) from None
+
+    def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
+        plan = super().prepare_local_plan(plan)
+        needed = {self.storage_data[item.storage_index].relative_path for item in plan.items}
+        for name in sorted(needed):
+            if not self.fs.exists(self.fs.concat_path(self.path, name)):
+                raise CheckpointError(self.missing(name))
+        return plan
+
+    def missing(self, name: str) -> str:
+        """The message for a file that is nowhere: its path, who wrote it, what to do."""
+        path = f"{self.folders[0].name}/{name}"
+        where = ", ".join(str(folder.parent) for folder in self.folders)
+        writer = ""
+        if self._manifest is not None and path in self._manifest.files:
+            writer = f" It was written by {writer_of(self._manifest, path)}."
+        return (
+            f"{path} is not in {where}, and its values are needed here.{writer} Copy it from there, resume "
+            f"with the same "
+            "ranks on the same nodes, or save to a shared disk."
+        )
+
+
+def tensors_of(metadata: Metadata) -> dict[str, TensorEntry]:
+    """Every tensor of a DCP folder with the chunks that storage really has, keyed by DCP name.
+
+    A chunk that the metadata lists and storage lacks is left out, so that `check_chunks` sees the hole.
+    """
+    files = {}
+    for index, info in (metadata.storage_data or {}).items():
+        offset = tuple(index.offset) if index.offset is not None else None
+        files[index.fqn, offset] = info.relative_path
+    entries = {}
+    for name, meta in metadata.state_dict_metadata.items():
+        if not isinstance(meta, TensorStorageMetadata):
+            continue
+        chunks = []
+        for chunk in meta.chunks:
+            offsets = tuple(chunk.offsets)
+            file = files.get((name, offsets), files.get((name, None)))
+            if file is not None:
+                chunks.append(Chunk(offsets, tuple(chunk.sizes), file))
+        dtype = str(meta.properties.dtype).removeprefix("torch.")
+        entries[name] = TensorEntry(tuple(meta.size), dtype, tuple(chunks))
+    return entries
+
+
+def was_written_with_manifest(metadata: Metadata) -> bool:
+    """Whether accel_moe wrote this DCP folder, so that a manifest must be beside it."""
+    return MANIFEST_MARK in getattr(metadata.storage_meta, "modules", ())
+
+
+def check_metadata(metadata: Metadata) -> list[str]:
+    """One line for each tensor whose chunks overlap, stick out, or leave values uninitialised. Empty when
+    all is well."""
+    return [
+        line
+        for name, entry in tensors_of(metadata).items()
+        if (line := check_chunks(name, entry)) is not None
+    ]
+
+
+class TensorReader:
+    """Whole tensors of a model's DCP folder, one at a time: no process group, no GPU, memory of one tensor
+    and a chunk.
+
+    `folders` are the same DCP folder as each node left it (one folder with a shared disk). Names are the
+    model's own: "model." is taken off, and so is what wrappers put into names.
+
+    Raises CheckpointError when the folder is not a DCP folder, holds no model, or misses its metadata.
+    """
+
+    def __init__(self, folders: Sequence[str | os.PathLike], manifest: Manifest | None = None) -> None:
+        self.reader = FolderReader(folders, manifest)
+        self.metadata = self.reader.read_metadata()
+        self.reader.set_up_storage_reader(self.metadata, is_coordinator=True)
+        self._dcp_names: dict[str, str] = {}
+        self.tensors: dict[str, TensorEntry] = {}
+        for dcp_name, entry in tensors_of(self.metadata).items():
+            if dcp_name.startswith(MODEL_PREFIX):
+                name = plain_name(dcp_name.removeprefix(MODEL_PREFIX))
+                self._dcp_names[name] = dcp_name
+                self.tensors[name] = entry
+        if not self.tensors:
+            some = ", ".join(list(self.metadata.state_dict_metadata)[:3]) or "nothing"
+            raise CheckpointError(
+                f"{self.reader.folders[0]} holds no model: expected tensors named model.<parameter>, found "
+                f"{some}. Give "
+                "the checkpoint folder that save_state or Trainer wrote."
+            )
+
+    def files_of(self, name: str) -> tuple[str, ...]:
+        return tuple(sorted({chunk.file for chunk in self.tensors[name].chunks}))
+
+    def missing_files(self) -> list[str]:
+        """One line for each data file of the model that is in none of the folders."""
+        names = sorted({chunk.file for entry in self.tensors.values() for chunk in entry.chunks})
+        fs = self.reader.fs
+        return [self.reader.missing(n) for n in names if not fs.exists(fs.concat_path(self.reader.path, n))]
+
+    def check(self) -> list[str]:
+        """One line for each tensor whose chunks do not tile it."""
+        return [line for name, e in self.tensors.items() if (line := check_chunks(name, e)) is not None]
+
+    def read(self, name: str) -> torch.Tensor:
+        """The whole tensor `name`, on the CPU, in the dtype it was saved in. Raises CheckpointError."""
+        entry = self.tensors[name]
+        state = {self._dcp_names[name]: torch.empty(entry.shape, dtype=getattr(torch, entry.dtype))}
+        planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+        planner.set_up_planner(state, self.metadata, is_coordinator=True)
+        try:
+            plan = self.reader.prepare_local_plan(planner.create_local_plan())
+            self.reader.read_data(plan, planner).wait()
+        except CheckpointError:
+            raise
+        except Exception as error:  # a damaged file fails inside torch.load in many ways
+            raise CheckpointError(
+                f"{name} cannot be read from {', '.join(self.files_of(name))} ({type(error).__name__}: "
+                f"{error}). Use "
+                "another checkpoint, or restore the file."
+            ) from None
+        return state[self._dcp_names[name]]

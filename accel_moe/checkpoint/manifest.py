@@ -1,0 +1,405 @@
+"""The manifest: what a checkpoint holds, written last, and the checks that it makes possible.
+
+torch.distributed.checkpoint (DCP) does not notice a flipped byte, a chunk that its metadata forgot (the
+values stay uninitialised), or new data under an old metadata file. The manifest lists every file with its
+size and checksum, and every tensor with its shape, dtype and chunks, so that all three are seen before a
+model is touched.
+
+A manifest is one JSON file, `accel_moe_manifest.json`, at the top of the checkpoint folder:
+
+    {"digest": "<of the body>", "body": {"format_version": 1, "step": …, "files": {…}, "tensors": {…}, …}}
+
+Everything here is plain files and arithmetic: no process group, no torch tensors.
+
+Checksums are a two-level tree, so that one file can be hashed by several threads while it is written or
+verified: leaves are the hashes of 4 MiB blocks, the root is the hash of the leaves and of the file's length.
+The leaf hash is blake2b from hashlib, or xxh3 where `xxhash` is importable; the manifest names which.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+MANIFEST_NAME = "accel_moe_manifest.json"
+FORMAT_VERSION = 1
+BLOCK_BYTES = 4 * 1024 * 1024
+_DIGEST_BYTES = 16
+_IN_FLIGHT_BLOCKS = 8  # bounds the memory of hashing: at most this many blocks wait for a thread
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that must not be used, or a save that did not happen; the text says which file and what
+    to do."""
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """One file of a checkpoint. `node` is the index of the folder it is in (0 with a shared disk)."""
+
+    size_bytes: int
+    digest: str
+    node: int = 0
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A box of a tensor: where it starts, its extent, and the file that has it (within the DCP folder)."""
+
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+    file: str
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """A whole tensor as DCP stored it. `dtype` is torch's name without the prefix: "float32"."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    chunks: tuple[Chunk, ...]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a checkpoint holds. `tensors` is keyed by DCP folder, then by DCP key ("model.<parameter name>").
+
+    `nodes` are host names, one for each folder that took part in the save: one with a shared disk, one per
+    node with node-local disks. `step` is the trainer's global step, or the optimizer's step count, or None.
+    """
+
+    step: int | None
+    base_model: str | None
+    model_type: str | None
+    ep: int
+    efsdp: int
+    dp_replicate: int
+    world_size: int
+    versions: dict[str, str]
+    digest_algorithm: str
+    nodes: tuple[str, ...]
+    files: dict[str, FileEntry]
+    tensors: dict[str, dict[str, TensorEntry]]
+    format_version: int = FORMAT_VERSION
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> str:
+        body = {
+            "format_version": self.format_version,
+            "step": self.step,
+            "base_model": self.base_model,
+            "model_type": self.model_type,
+            "ep": self.ep,
+            "efsdp": self.efsdp,
+            "dp_replicate": self.dp_replicate,
+            "world_size": self.world_size,
+            "versions": self.versions,
+            "digest_algorithm": self.digest_algorithm,
+            "nodes": list(self.nodes),
+            "files": {p: [f.size_bytes, f.digest, f.node] for p, f in sorted(self.files.items())},
+            "tensors": {
+                folder: {
+                    name: [
+                        list(t.shape),
+                        t.dtype,
+                        [[list(c.offsets), list(c.sizes), c.file] for c in t.chunks],
+                    ]
+                    for name, t in sorted(tensors.items())
+                }
+                for folder, tensors in sorted(self.tensors.items())
+            },
+            "extra": self.extra,
+        }
+        return json.dumps({"digest": _body_digest(body), "body": body}, indent=None, separators=(",", ":"))
+
+    @staticmethod
+    def from_json(text: str, where: str | os.PathLike = "manifest") -> Manifest:
+        """Raises CheckpointError for text that is not a manifest, was changed since, or is of a newer
+        format."""
+        try:
+            document = json.loads(text)
+            body, digest = document["body"], document["digest"]
+            version = body["format_version"]
+        except (ValueError, TypeError, KeyError) as error:
+            raise CheckpointError(
+                f"{where} is not a readable manifest ({type(error).__name__}: {error}). The folder is "
+                f"damaged: use "
+                "another checkpoint, or restore the file."
+            ) from None
+        if version > FORMAT_VERSION:
+            raise CheckpointError(
+                f"{where} has format_version {version}, this accel_moe reads up to {FORMAT_VERSION}. "
+                f"Upgrade accel_moe."
+            )
+        if digest != _body_digest(body):
+            raise CheckpointError(
+                f"{where} does not match its own checksum: it was changed after it was written. Use another "
+                f"checkpoint, "
+                "or restore the file."
+            )
+        known = {
+            key: body[key] for key in ("step", "base_model", "model_type", "ep", "efsdp", "dp_replicate")
+        }
+        return Manifest(
+            **known,
+            world_size=body["world_size"],
+            versions=body["versions"],
+            digest_algorithm=body["digest_algorithm"],
+            nodes=tuple(body["nodes"]),
+            files={path: FileEntry(*entry) for path, entry in body["files"].items()},
+            tensors={
+                folder: {
+                    name: TensorEntry(
+                        tuple(shape), dtype, tuple(Chunk(tuple(o), tuple(s), f) for o, s, f in chunks)
+                    )
+                    for name, (shape, dtype, chunks) in tensors.items()
+                }
+                for folder, tensors in body["tensors"].items()
+            },
+            format_version=version,
+            extra=body.get("extra", {}),
+        )
+
+
+def _body_digest(body: dict[str, Any]) -> str:
+    canonical = json.dumps(body, sort_keys=True, separators=(",", ":")).encode()
+    return hashlib.blake2b(canonical, digest_size=_DIGEST_BYTES).hexdigest()
+
+
+def read_manifest(folder: str | os.PathLike) -> Manifest | None:
+    """The folder's manifest, or None when it has none (a stock accelerate checkpoint). Raises
+    CheckpointError."""
+    path = Path(folder) / MANIFEST_NAME
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return None
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(
+            f"{path} cannot be read ({error}). Use another checkpoint, or restore the file."
+        ) from None
+    return Manifest.from_json(text, path)
+
+
+def write_manifest(folder: str | os.PathLike, manifest: Manifest) -> None:
+    """Writes the manifest and makes it durable (the file and its folder entry) before it returns."""
+    path = Path(folder) / MANIFEST_NAME
+    with open(path, "w", encoding="utf-8") as stream:
+        stream.write(manifest.to_json())
+        stream.flush()
+        os.fsync(stream.fileno())
+    fsync_folder(path.parent)
+
+
+def fsync_folder(folder: str | os.PathLike) -> None:
+    """Makes the names in a folder durable: a rename or a new file is only safe after this."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+# --- checksums
+# ---------------------------------------------------------------------------------------------------
+
+
+def default_algorithm() -> str:
+    """The fastest checksum that this installation can compute: "xxh3_128" with xxhash, else "blake2b"."""
+    try:
+        import xxhash  # noqa: F401  # ty: ignore
+    except ImportError:
+        return "blake2b"
+    return "xxh3_128"
+
+
+def _block_hash(algorithm: str) -> Callable[[Any], bytes]:
+    if algorithm == "blake2b":
+        return lambda data: hashlib.blake2b(data, digest_size=_DIGEST_BYTES).digest()
+    if algorithm == "xxh3_128":
+        try:
+            import xxhash  # ty: ignore
+        except ImportError:
+            raise CheckpointError(
+                "the checkpoint's checksums are xxh3_128, and xxhash is not installed here. Install xxhash, "
+                "or set "
+                "moe_verify: sizes to check sizes only."
+            ) from None
+        return lambda data: xxhash.xxh3_128(data).digest()
+    raise CheckpointError(
+        f"the checkpoint's checksums are {algorithm!r}, expected blake2b or xxh3_128. Upgrade accel_moe, or "
+        f"set "
+        "moe_verify: sizes to check sizes only."
+    )
+
+
+def _root(leaves: Iterable[bytes], size_bytes: int) -> str:
+    tree = hashlib.blake2b(digest_size=_DIGEST_BYTES)
+    for leaf in leaves:
+        tree.update(leaf)
+    tree.update(size_bytes.to_bytes(8, "little"))
+    return tree.hexdigest()
+
+
+class StreamDigest:
+    """The checksum of a byte stream, computed beside the writing: full blocks are hashed by `pool`'s threads.
+
+    hashlib lets other threads run while it hashes, so the writer only pays for filling the blocks. At most
+    8 blocks (32 MiB) are in flight; then `update` waits.
+    """
+
+    def __init__(self, algorithm: str, pool: ThreadPoolExecutor | None = None) -> None:
+        self._hash = _block_hash(algorithm)
+        self._pool = pool
+        self._block = bytearray()
+        self._leaves: list[bytes] = []
+        self._in_flight: deque[Future[bytes]] = deque()
+        self.size_bytes = 0
+
+    def update(self, data: Any) -> None:
+        view = memoryview(data).cast("B")
+        self.size_bytes += len(view)
+        while len(view):
+            part = view[: BLOCK_BYTES - len(self._block)]
+            self._block += part
+            view = view[len(part) :]
+            if len(self._block) == BLOCK_BYTES:
+                self._close_block()
+
+    def _close_block(self) -> None:
+        block, self._block = self._block, bytearray()
+        if self._pool is None:
+            self._leaves.append(self._hash(block))
+            return
+        if len(self._in_flight) >= _IN_FLIGHT_BLOCKS:
+            self._leaves.append(self._in_flight.popleft().result())
+        self._in_flight.append(self._pool.submit(self._hash, block))
+
+    def hexdigest(self) -> str:
+        """The root; call it once, at the end of the stream."""
+        if self._block:
+            self._close_block()
+        while self._in_flight:
+            self._leaves.append(self._in_flight.popleft().result())
+        return _root(self._leaves, self.size_bytes)
+
+
+def file_digest(path: str | os.PathLike, algorithm: str, pool: ThreadPoolExecutor | None = None) -> str:
+    """The checksum of a file on disk; equal to what StreamDigest gave for the bytes written to it."""
+    digest = StreamDigest(algorithm, pool)
+    with open(path, "rb", buffering=0) as stream:
+        while block := stream.read(BLOCK_BYTES):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def hashing_pool() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(
+        max_workers=min(8, os.cpu_count() or 1), thread_name_prefix="accel_moe-checksum"
+    )
+
+
+# --- checks
+# ------------------------------------------------------------------------------------------------------
+
+
+def check_files(
+    folder: str | os.PathLike,
+    manifest: Manifest,
+    *,
+    paths: Iterable[str] | None = None,
+    checksums: bool = True,
+    on_bytes: Callable[[int], None] | None = None,
+) -> Iterator[str]:
+    """Yields one line for each file that is missing, of another size, or (with `checksums`) has other bytes.
+
+    `paths` restricts the check to some of the manifest's files. `on_bytes` hears how many bytes were
+    verified.
+    """
+    root = Path(folder)
+    with hashing_pool() as pool:
+        for path in manifest.files if paths is None else paths:
+            entry = manifest.files[path]
+            try:
+                size_bytes = os.stat(root / path).st_size
+                if size_bytes != entry.size_bytes:
+                    told = f"{size_bytes} bytes, the manifest says {entry.size_bytes}"
+                    yield f"{path} has {told}{_holds(manifest, path)}"
+                    continue
+                if checksums and file_digest(root / path, manifest.digest_algorithm, pool) != entry.digest:
+                    yield f"{path} does not match its checksum: its bytes changed{_holds(manifest, path)}"
+            except FileNotFoundError:
+                yield f"{path} is missing (written by {writer_of(manifest, path)}){_holds(manifest, path)}"
+            except OSError as error:
+                yield f"{path} cannot be read ({error})"
+            finally:
+                if on_bytes is not None:
+                    on_bytes(entry.size_bytes)
+
+
+def writer_of(manifest: Manifest, path: str) -> str:
+    """Which node wrote a file, for messages: "node 1, host-b"."""
+    node = manifest.files[path].node
+    return f"node {node}, {manifest.nodes[node]}" if node < len(manifest.nodes) else f"node {node}"
+
+
+def _holds(manifest: Manifest, path: str) -> str:
+    """Names a tensor or two that the file has, so that a report of damage says what was lost."""
+    folder, _, file = path.partition("/")
+    names = [n for n, t in manifest.tensors.get(folder, {}).items() if any(c.file == file for c in t.chunks)]
+    if not names:
+        return ""
+    return f"; it holds {', '.join(names[:2])}" + (
+        f" and {len(names) - 2} more tensors" if len(names) > 2 else ""
+    )
+
+
+def check_chunks(name: str, entry: TensorEntry) -> str | None:
+    """None when the chunks tile the tensor exactly; else one line that says what is wrong.
+
+    DCP leaves what no chunk covers uninitialised, and lets the last of two overlapping chunks win: neither
+    is an error there. Boxes that fit inside, do not overlap and add up to the tensor's volume cover it.
+    """
+    rank = len(entry.shape)
+    for chunk in entry.chunks:
+        inside = len(chunk.offsets) == len(chunk.sizes) == rank and all(
+            0 <= o and o + s <= d for o, s, d in zip(chunk.offsets, chunk.sizes, entry.shape, strict=True)
+        )
+        if not inside:
+            return f"{name}: chunk at {chunk.offsets} of size {chunk.sizes} lies outside shape {entry.shape}"
+    boxes = [c for c in entry.chunks if math.prod(c.sizes) > 0]
+    if pair := _overlap(boxes):
+        return f"{name}: chunks at {pair[0].offsets} and {pair[1].offsets} overlap"
+    covered, whole = sum(math.prod(c.sizes) for c in boxes), math.prod(entry.shape)
+    if covered != whole:
+        return (
+            f"{name}: its chunks cover {covered} of {whole} values, {whole - covered} would be uninitialised"
+        )
+    return None
+
+
+def _overlap(boxes: Sequence[Chunk]) -> tuple[Chunk, Chunk] | None:
+    """Two boxes that share a point, or None. Sweeps dim 0, comparing only boxes that are open at the same
+    time."""
+    open_boxes: list[Chunk] = []
+    for box in sorted(boxes, key=lambda c: c.offsets):
+        start = box.offsets[0] if box.offsets else 0
+        open_boxes = [b for b in open_boxes if b.offsets and b.offsets[0] + b.sizes[0] > start]
+        for other in open_boxes:
+            if all(
+                o < p + t and p < o + s
+                for o, s, p, t in zip(box.offsets, box.sizes, other.offsets, other.sizes, strict=True)
+            ):
+                return other, box
+        if not box.offsets and len(boxes) > 1:
+            return boxes[0], boxes[1]
+        open_boxes.append(box)
+    return None

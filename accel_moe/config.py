@@ -1,0 +1,366 @@
+"""The options of accel_moe: what they are, where each value came from, and the mistakes a user can make.
+
+    in:   arguments to prepare()  >  ACCEL_MOE_<OPTION> in the environment  >  parallelism_config.moe_* of the
+          YAML that the accelerate launcher was given (launcher.py)  >  the default
+    out:  ResolvedConfig: a MoEConfig, and for each option the place that set it
+
+MoEConfig is the one list of options. An option is one line there: its name is the YAML's key, its type and
+default are the schema, its help is a row of README's table (`python -m accel_moe.config` prints it). Text,
+from the environment and the YAML, is typed, merged and interpolated (`${oc.env:NAME,default}`) by omegaconf,
+in our keys only; the rest of the file belongs to accelerate. Arguments are Python values and taken as such.
+
+Every mistake is a ValueError that says what was found, what was expected and how to mend it. This module sees
+one process and no model: whether a degree fits the mesh or the experts, and whether a kernel is registered,
+is decided on the floors above. config_mismatch() compares what the ranks resolved; gathering that from them
+is the caller's collective.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import sys
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, get_args, get_type_hints
+
+from accel_moe.launcher import (
+    PARALLELISM_PREFIX,
+    LauncherYaml,
+    accelerate_parallelism_keys,
+    find_launcher_yaml,
+)
+
+ENVIRONMENT_PREFIX = "ACCEL_MOE_"
+# ACCEL_MOE_* names with another meaning than an option
+VARIABLES_NOT_OPTIONS: frozenset[str] = frozenset()
+# the two sources that need no further address
+ARGUMENT, DEFAULT = "argument to prepare()", "default"
+# README keeps options_table() between these
+TABLE_BEGIN, TABLE_END = "<!-- options:begin -->", "<!-- options:end -->"
+
+
+def option(default: Any, help: str, *, minimum: int | None = None) -> Any:
+    """A field of MoEConfig: its default, its row in README's table, and the least number it may be."""
+    return field(default=default, metadata={"help": help, "minimum": minimum})
+
+
+@dataclass(frozen=True)
+class MoEConfig:
+    """Every option, under its name in the YAML. Raises ValueError on a wrong type or a value out of range."""
+
+    moe_ep_degree: int = option(
+        1, "How many ranks share one set of experts. 1 turns expert parallelism off.", minimum=1
+    )
+    moe_kernel: str = option(
+        "auto",
+        "What computes the experts: `scattermoe`, or any other name in transformers' `ALL_EXPERTS_FUNCTIONS` "
+        "(`grouped_mm`, `batched_mm`, …), or `eager`. `auto` takes `scattermoe` on a GPU, and `grouped_mm` "
+        "where Triton cannot run.",
+    )
+
+    def __post_init__(self) -> None:
+        for name in option_names():
+            _check(name, getattr(self, name), "MoEConfig")
+
+
+@dataclass(frozen=True)
+class ResolvedConfig:
+    """A MoEConfig and, for each option, where its value came from ("default" when nobody set it)."""
+
+    config: MoEConfig
+    sources: dict[str, str]
+
+    def describe(self) -> str:
+        """One line for rank 0's log: every value with its source."""
+        return "accel_moe: " + ", ".join(
+            f"{name}={value!r} ({source})" for name, (value, source) in self.for_comparison().items()
+        )
+
+    def for_comparison(self) -> dict[str, tuple[Any, str]]:
+        """{option: (value, source)}: plain and picklable, what each rank gives to config_mismatch()."""
+        return {name: (getattr(self.config, name), source) for name, source in self.sources.items()}
+
+
+def option_names() -> list[str]:
+    """The options, in the order of the table."""
+    return [entry.name for entry in fields(MoEConfig)]
+
+
+def environment_variable(name: str) -> str:
+    """moe_ep_degree -> ACCEL_MOE_EP_DEGREE."""
+    return ENVIRONMENT_PREFIX + name.removeprefix("moe_").upper()
+
+
+def resolve(
+    options: Mapping[str, object] | None = None,
+    *,
+    environ: Mapping[str, str] = os.environ,
+    yaml: LauncherYaml | None = None,
+) -> ResolvedConfig:
+    """The options in force in this process: `options`, else `environ`, else `yaml`, else the defaults.
+
+    options: arguments to prepare(), only those that were given. yaml: asked of the launcher when None.
+    Raises ValueError for an unknown option, a misplaced key, a wrong type, a value out of range, or an
+    interpolation that cannot be resolved (`${oc.env:…}` reads os.environ, whatever `environ` is). Warns when
+    expert parallelism may be off unasked (missing_launcher_warning). Not a collective.
+    """
+    yaml = find_launcher_yaml() if yaml is None else yaml
+    arguments = _from_arguments(options or {})
+    text = _from_yaml(yaml) | _from_environment(environ)
+    text = {name: given for name, given in text.items() if name not in arguments}
+
+    values = _typed(text) if text else {}
+    for name, (value, source) in arguments.items():
+        _check(name, value, source)
+        values[name] = value
+    sources = {name: DEFAULT for name in option_names()}
+    sources |= {name: source for name, (_, source) in (text | arguments).items()}
+
+    warning = missing_launcher_warning(yaml, sources, environ, sys.modules)
+    if warning:
+        warnings.warn(warning, stacklevel=2)
+    return ResolvedConfig(MoEConfig(**values), sources)
+
+
+# ---- The three places that a value can come from: each gives {option: (value, source)}, and refuses what it
+# ---- does not know. A source is the place in words, for errors and for the log.
+
+
+def _from_arguments(options: Mapping[str, object]) -> dict[str, tuple[Any, str]]:
+    for name in options:
+        if name not in option_names():
+            raise ValueError(f"{name!r} ({ARGUMENT}) is no option of accel_moe. {_nearest(name)}")
+    return {name: (value, ARGUMENT) for name, value in options.items()}
+
+
+def _from_environment(environ: Mapping[str, str]) -> dict[str, tuple[Any, str]]:
+    known = {environment_variable(name): name for name in option_names()}
+    given: dict[str, tuple[Any, str]] = {}
+    for variable, value in environ.items():
+        if not variable.startswith(ENVIRONMENT_PREFIX) or variable in VARIABLES_NOT_OPTIONS:
+            continue
+        if variable not in known:
+            raise ValueError(
+                f"{variable}={value!r} in the environment sets no option of accel_moe. "
+                f"{_nearest(variable, known)}"
+            )
+        given[known[variable]] = (value, f"{variable} in the environment")
+    return given
+
+
+def _from_yaml(yaml: LauncherYaml) -> dict[str, tuple[Any, str]]:
+    _refuse_misplaced_keys(yaml)
+    body = yaml.content.get("parallelism_config") or {}
+    if not isinstance(body, dict):
+        raise ValueError(
+            f"parallelism_config of {yaml.path} is a {type(body).__name__}; expected a mapping, such as\n"
+            f"parallelism_config:\n  {PARALLELISM_PREFIX}dp_shard_size: 8\n  moe_ep_degree: 8"
+        )
+    given: dict[str, tuple[Any, str]] = {}
+    for key, value in body.items():
+        if key in option_names():
+            given[key] = (value, f"{yaml.path} (parallelism_config.{key})")
+        else:
+            _refuse_key_that_nobody_reads(str(key), value, yaml)
+    return given
+
+
+def _refuse_misplaced_keys(yaml: LauncherYaml) -> None:
+    """Raise for a moe_* key at the top level (accelerate refuses it, too) or inside fsdp_config and such."""
+    for section, body in yaml.content.items():
+        inside = body if isinstance(body, dict) and section != "parallelism_config" else {}
+        places = {str(section): "at the top level", **{str(key): f"inside {section}" for key in inside}}
+        for key, place in places.items():
+            if key.startswith("moe_"):
+                unknown = "" if key in option_names() else f" (It is no option, either. {_nearest(key)})"
+                raise ValueError(
+                    f"{key} stands {place} of {yaml.path}, where it has no effect. "
+                    f"Move it into parallelism_config.{unknown}"
+                )
+
+
+def _refuse_key_that_nobody_reads(key: str, value: object, yaml: LauncherYaml) -> None:
+    """Raise for a key of parallelism_config that is meant for us or for accelerate, and reaches neither.
+
+    For us: moe_epdegree, MOE_EP_DEGREE, moe-ep-degree, ep_degree, parallelism_config_moe_ep_degree. For
+    accelerate: `dp_shard_size: 2`, which it ignores in silence, to train on another mesh than was asked for.
+    A key of neither (another library's) passes.
+    """
+    plain = key.lower().replace("-", "_").removeprefix(PARALLELISM_PREFIX).removeprefix("accel_")
+    if plain.startswith("moe") or f"moe_{plain}" in option_names():
+        raise ValueError(
+            f"{key!r} in parallelism_config of {yaml.path} is no option of accel_moe. {_nearest(plain)}"
+        )
+    prefixed = PARALLELISM_PREFIX + key
+    if not key.startswith(PARALLELISM_PREFIX) and prefixed in accelerate_parallelism_keys():
+        raise ValueError(
+            f"`{key}: {value}` in parallelism_config of {yaml.path} has no effect: accelerate reads only "
+            f"keys that begin with {PARALLELISM_PREFIX!r}. Write `{prefixed}: {value}`."
+        )
+
+
+def _nearest(name: str, known: Iterable[str] | None = None) -> str:
+    """The known name most like `name`, and all there is to choose from."""
+    known = list(known or option_names())
+    nearest = difflib.get_close_matches(name, known, n=1, cutoff=0)[0]
+    return f"Did you mean {nearest}? Known: {', '.join(known)}."
+
+
+# ---- From text to typed values
+
+
+def _typed(text: Mapping[str, tuple[Any, str]]) -> dict[str, Any]:
+    """Typed, interpolated values of {option: (value as written, source)}: omegaconf over MoEConfig's schema.
+
+    An option may refer to the environment (`${oc.env:NAME}`) and to another option (`${moe_ep_degree}`).
+    """
+    from omegaconf import OmegaConf  # imported here: MoEConfig() and plain arguments do without it
+    from omegaconf.errors import OmegaConfBaseException
+
+    merged: Any = OmegaConf.structured(MoEConfig)
+    for name, (value, source) in text.items():
+        if not isinstance(value, str):
+            _check(name, value, source)  # stricter than omegaconf, which takes `moe_kernel: true` for "True"
+        try:
+            merged = OmegaConf.merge(merged, {name: value})
+        except OmegaConfBaseException as error:
+            raise _wrong(name, value, source, error) from error
+    values: dict[str, Any] = {}
+    for name, (value, source) in text.items():
+        try:
+            values[name] = merged[name]  # interpolates: an unset variable comes to light here
+        except OmegaConfBaseException as error:
+            raise _wrong(name, value, source, error) from error
+        _check(name, values[name], source)
+    return values
+
+
+def _check(name: str, value: object, source: str) -> None:
+    """Raise ValueError unless `value` has the option's type and range."""
+    minimum = _metadata(name)["minimum"]
+    right = type(value) in _types(name)  # not isinstance: to Python, True is an int
+    if isinstance(value, str):
+        right = right and value.strip() != ""
+    elif isinstance(value, int) and minimum is not None:
+        right = right and value >= minimum
+    if not right:
+        raise _wrong(name, value, source)
+
+
+def _wrong(name: str, value: object, source: str, error: Exception | None = None) -> ValueError:
+    """The ValueError for a value that is not what `name` takes; `error` is omegaconf's, if it has one."""
+    words = {int: "a whole number", str: "a name", bool: "true or false", type(None): "null"}
+    expected = " or ".join(words[kind] for kind in _types(name))
+    if _metadata(name)["minimum"] is not None:
+        expected += f" of at least {_metadata(name)['minimum']}"
+    default = getattr(MoEConfig, name)
+    if error is not None and "${" in str(value):
+        reason = str(error).splitlines()[0]
+        return ValueError(
+            f"{name}={value!r} ({source}) does not resolve to {expected}: {reason}. "
+            f"Set what it refers to, or give a default: ${{oc.env:NAME,{default}}}."
+        )
+    return ValueError(
+        f"{name}={value!r} ({source}) is not {expected}. "
+        f"Change it, or remove it for the default, {default!r}."
+    )
+
+
+def _metadata(name: str) -> Mapping[str, Any]:
+    return MoEConfig.__dataclass_fields__[name].metadata
+
+
+def _types(name: str) -> tuple[type, ...]:
+    """int -> (int,); int | None -> (int, NoneType)."""
+    hint = get_type_hints(MoEConfig)[name]
+    return get_args(hint) or (hint,)
+
+
+# ---- Decisions about ranks, as plain functions
+
+
+def missing_launcher_warning(
+    yaml: LauncherYaml, sources: Mapping[str, str], environ: Mapping[str, str], modules: Mapping[str, Any]
+) -> str | None:
+    """What to warn of, or None: several ranks, no accelerate launcher above them, moe_ep_degree not set.
+
+    That is torchrun, or a launcher that we failed to see: the user's `moe_ep_degree: 8` would be off in
+    silence. None in a notebook, under pytest, in a single process, and on all but a machine's first rank.
+    modules: sys.modules, which gives away a notebook and pytest.
+    """
+    sizes = [
+        "WORLD_SIZE",
+        "PMI_SIZE",
+        "OMPI_COMM_WORLD_SIZE",
+        "MV2_COMM_WORLD_SIZE",
+    ]  # as accelerate asks them
+    ranks = ["LOCAL_RANK", "MPI_LOCALRANKID", "OMPI_COMM_WORLD_LOCAL_RANK", "MV2_COMM_WORLD_LOCAL_RANK"]
+    world_size = next((environ[name] for name in sizes if name in environ), "1")
+    local_rank = next((environ[name] for name in ranks if name in environ), "0")
+    attended = "ipykernel" in modules or "pytest" in modules or "PYTEST_CURRENT_TEST" in environ
+    if yaml.status != "no_launcher" or sources["moe_ep_degree"] != DEFAULT:
+        return None
+    if world_size == "1" or local_rank != "0" or attended:
+        return None
+    variable = environment_variable("moe_ep_degree")
+    return (
+        f"{world_size} ranks, but no `accelerate launch` process above them whose YAML could be read: expert "
+        f"parallelism is off (moe_ep_degree=1). If you want it, set {variable}, or pass moe_ep_degree to "
+        f"prepare(), or start with `accelerate launch --config_file …`. If not, {variable}=1 ends this."
+    )
+
+
+def config_mismatch(per_rank: Sequence[Mapping[str, tuple[Any, str]]]) -> str | None:
+    """An error message if the ranks resolved different values, else None; the same on all who hold the list.
+
+    per_rank: each rank's ResolvedConfig.for_comparison(), in rank order. Sources may differ, values may not.
+    """
+    differences = []
+    for name in dict.fromkeys(name for config in per_rank for name in config):
+        ranks_with: dict[str, list[int]] = {}
+        for rank, config in enumerate(per_rank):
+            ranks_with.setdefault(repr(config[name][0]) if name in config else "unknown", []).append(rank)
+        if len(ranks_with) == 1:
+            continue
+        found = []
+        for value, ranks in ranks_with.items():
+            sources = dict.fromkeys(per_rank[rank][name][1] for rank in ranks if name in per_rank[rank])
+            found.append(f"{value} on {_spell(ranks)} ({' and '.join(sources) or 'an older accel_moe?'})")
+        differences.append(f"{name} differs between ranks: {', '.join(found)}.")
+    if not differences:
+        return None
+    return " ".join(differences) + (
+        " Expected one value everywhere: give every machine the same --config_file, the same "
+        "ACCEL_MOE_* variables and the same arguments to prepare()."
+    )
+
+
+def _spell(ranks: Sequence[int]) -> str:
+    """[0, 1, 2, 5] -> "ranks 0-2, 5"."""
+    runs: list[list[int]] = []
+    for rank in ranks:
+        if runs and rank == runs[-1][-1] + 1:
+            runs[-1].append(rank)
+        else:
+            runs.append([rank])
+    words = ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
+    return f"rank{'s' if len(ranks) > 1 else ''} {words}"
+
+
+# ---- README's table
+
+
+def options_table() -> str:
+    """The options as a markdown table: key, environment variable, default, meaning."""
+    rows = ["| key | environment variable | default | meaning |", "|---|---|---|---|"]
+    for entry in fields(MoEConfig):
+        cells = [f"`{entry.name}`", f"`{environment_variable(entry.name)}`", f"`{entry.default}`"]
+        cells.append(entry.metadata["help"].replace("|", "\\|"))
+        rows.append(f"| {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
+if __name__ == "__main__":
+    print(options_table())

@@ -1,0 +1,186 @@
+"""Finds the accelerate YAML that this worker's launcher was given.
+
+accelerate lets any key pass inside `parallelism_config`, but exports to its workers neither our keys nor the
+file's path. So the worker looks for itself: it walks up its ancestors (psutil, which accelerate needs
+anyway) to the nearest `accelerate launch` process and parses that process's command line with accelerate's
+own parser. A relative `--config_file` is relative to *that* process's directory; without one, the file is
+accelerate's default, wherever *that* process's HF_HOME put it.
+
+    in:   the process table, through psutil
+    out:  LauncherYaml: found (path and content) | launcher found, but it read no file | no launcher found
+
+The three answers are kept apart because they mean different things: a file without our keys turns expert
+parallelism off, as asked; no launcher at all may be a file that we failed to see (config.py then warns). A
+file that the launcher was given and that we cannot read is a ValueError, never a silent "off".
+
+Nothing here knows which keys are ours, and nothing is written: not the environment, not accelerate's state.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import io
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+PARALLELISM_PREFIX = "parallelism_config_"  # accelerate reads only keys of parallelism_config that carry it
+
+
+@dataclass(frozen=True)
+class LauncherYaml:
+    """What the launcher was configured with.
+
+    status: "found" (path and content hold the file), "no_file" (an accelerate launcher started us but read no
+    config file; path is the default one it passed over), or "no_launcher".
+    content: the parsed file, {} unless found. Interpolations such as ${oc.env:NAME} are still text.
+    """
+
+    status: Literal["found", "no_file", "no_launcher"]
+    path: str | None = None
+    content: dict[str, Any] = field(default_factory=dict)
+
+
+@functools.cache
+def find_launcher_yaml() -> LauncherYaml:
+    """The YAML (or JSON) of the nearest `accelerate launch` above this process; read once per process.
+
+    Not a collective: each rank looks for itself, and ranks on different machines may see different files.
+    Raises ValueError when the launcher's file cannot be read, or is not a mapping.
+    """
+    return find_in(_ancestors())
+
+
+def find_in(ancestors: Iterable[Any]) -> LauncherYaml:
+    """find_launcher_yaml() over given psutil.Process-like objects, nearest first.
+
+    An ancestor that is gone, or belongs to somebody else, is passed over: our own launcher is ours to read.
+    """
+    import psutil
+
+    for process in ancestors:
+        try:
+            arguments = launch_arguments(process.cmdline())
+        except (psutil.Error, OSError):
+            continue
+        if arguments is not None:
+            return _yaml_of(process, arguments)
+    return LauncherYaml("no_launcher")
+
+
+def launch_arguments(argv: list[str]) -> list[str] | None:
+    """The arguments of `accelerate launch` in a process's argv, or None if this process is not the launcher.
+
+    Knows `accelerate launch`, `accelerate-launch`, `python -m accelerate.commands.launch`,
+    `python -m accelerate.commands.accelerate_cli launch` and the files of those modules, behind whatever
+    interpreter flags or wrapper (a debugger, timeout, srun) come first. After another Python script, or -c,
+    the words are that script's own arguments, whatever they say.
+    """
+    for i, word in enumerate(argv):
+        path, after = word.replace("\\", "/"), argv[i + 1 :]
+        name = path.rsplit("/", 1)[-1].removesuffix(".exe").removesuffix("-script.py")
+        module = path.removesuffix(".py").replace("/", ".")  # of `-m a.b` and of `/…/a/b.py` alike
+        if name == "accelerate-launch" or module.endswith("accelerate.commands.launch"):
+            return after
+        if name == "accelerate" or module.endswith("accelerate.commands.accelerate_cli"):
+            if after[:1] == ["launch"]:
+                return after[1:]
+        if word == "-c" or name.endswith(".py"):
+            return None
+    return None
+
+
+def default_config_file(environ: Mapping[str, str]) -> str:
+    """accelerate's default config file as seen with `environ` (a test holds it to accelerate's constant).
+
+    Not accelerate's constant itself: that one freezes *this* process's HF_HOME, which a training script often
+    sets on its first line, after the launcher has read its file.
+    """
+    cache = environ.get("HF_HOME", os.path.join(environ.get("XDG_CACHE_HOME", "~/.cache"), "huggingface"))
+    return os.path.join(os.path.expanduser(cache), "accelerate", "default_config.yaml")
+
+
+def accelerate_parallelism_keys() -> frozenset[str]:
+    """The keys of parallelism_config that accelerate itself reads, with their prefix; asked of its parser."""
+    names = (action.dest for action in _launch_parser()._actions)
+    return frozenset(name for name in names if name.startswith(PARALLELISM_PREFIX))
+
+
+def _launch_parser() -> Any:
+    # imported here: it pulls in torch and much of accelerate, for a process that has a launcher anyway
+    from accelerate.commands.launch import launch_command_parser
+
+    return launch_command_parser()
+
+
+def _ancestors() -> Iterator[Any]:
+    """This process's parent, its parent, and so on; ends where one has vanished or may not be looked at."""
+    import psutil
+
+    with contextlib.suppress(psutil.Error, OSError):
+        process = psutil.Process().parent()
+        while process is not None:
+            yield process
+            process = process.parent()
+
+
+def _yaml_of(process: Any, arguments: list[str]) -> LauncherYaml:
+    """The file that the launcher `process`, called with `arguments`, reads its defaults from."""
+    import psutil
+
+    given, cpu = _parse(arguments)
+    try:
+        environ = process.environ()
+    except (psutil.Error, OSError):
+        environ = os.environ
+    path = default_config_file(environ) if given is None else given
+    if not os.path.isabs(path):
+        try:
+            path = os.path.normpath(os.path.join(process.cwd(), path))
+        except (psutil.Error, OSError) as error:
+            raise ValueError(
+                f"`accelerate launch` (process {process.pid}) reads {path}, relative to a directory that its "
+                f"worker cannot look up ({error}). Give --config_file an absolute path."
+            ) from error
+    if given is None and (cpu or not os.path.isfile(path)):
+        # under --cpu accelerate passes over its default file (commands/launch.py, _validate_launch_command)
+        return LauncherYaml("no_file", path=path)
+    return LauncherYaml("found", path=path, content=_load(path))
+
+
+def _parse(arguments: list[str]) -> tuple[str | None, bool]:
+    """(--config_file, --cpu) as accelerate's own parser reads them: it knows which words are the script's."""
+    complaint = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaint):
+            parsed, _ = _launch_parser().parse_known_args(arguments)
+    except SystemExit as error:  # argparse's way to refuse
+        raise ValueError(
+            f"This worker's accelerate does not understand the command line of its launcher, "
+            f"`accelerate launch {' '.join(arguments)}`: {complaint.getvalue().strip()}\n"
+            f"Start the launcher and the workers with one version of accelerate."
+        ) from error
+    return parsed.config_file, bool(parsed.cpu)
+
+
+def _load(path: str) -> dict[str, Any]:
+    """The file's content, read as accelerate reads it: JSON by its name, else YAML."""
+    import yaml
+
+    try:
+        with open(path, encoding="utf-8") as file:
+            content = json.load(file) if path.endswith(".json") else yaml.safe_load(file)
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise ValueError(
+            f"{path}, which `accelerate launch` was started with, cannot be read by its worker: {error}. "
+            f"Keep the file in place and readable for as long as workers start."
+        ) from error
+    if not isinstance(content, dict):
+        raise ValueError(
+            f"{path}, which `accelerate launch` was started with, holds a {type(content).__name__}; "
+            f"expected a mapping of accelerate's keys, such as `distributed_type: FSDP`."
+        )
+    return content

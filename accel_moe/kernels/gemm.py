@@ -1,0 +1,752 @@
+"""The maths: every @triton.jit kernel of the experts layer, and nothing else.
+
+Shape letters: T tokens, K top-k, H hidden, I intermediate, E experts, P (token, expert) pairs in use (P <=
+T*K). A *slot* is one entry of `top_k_index[T, K]`, numbered t*K + k. A *row* is a slot's place once slots are
+sorted by expert: rows `expert_offsets[e] .. expert_offsets[e+1]` belong to expert e. With s the routing
+weight, the layer is
+
+    forward     h = x[token] @ W1[e].T          saved for backward: h, and nothing else of this size
+                a = act(h)                      (gate, up = h.chunk(2); silu(gate) * up)
+                y = a @ W2[e].T
+                out[t] = sum_k s[t, k] * y[row(t, k)]
+
+    backward    da = dout[token] @ W2[e]        never stored: consumed in this GEMM's epilogue, which
+                ds = sum_i da * act(h)          reduces the gradient of the routing weight,
+                dh = s * da * act'(h)           writes dh [P, 2I],
+                sa = s * act(h)                 and writes sa [P, I]
+                dW2[e] = dout[token].T @ sa     dW1[e] = dh.T @ x[token]
+                dx[t] = sum_k (dh @ W1[e])[row(t, k)]
+
+`x[token]` and `dout[token]` are gathered by the GEMMs' own loads. Every sum has one owner and a fixed order:
+no atomics, so two runs give the same bits. One tile belongs to one expert; tiles are listed on the GPU
+(`list_tiles`).
+
+Operands named `*_src` are a TMA tensor descriptor where USE_TMA says so and a plain pointer elsewhere; one
+source serves both. Row numbers are widened to 64 bits before they are multiplied by a stride: T*K*H passes
+2^31 in real models.
+
+The idea of gathering inside the GEMM is ScatterMoE's (Tan et al., arXiv 2403.08245); recomputing act(h) and
+reducing ds in the epilogue of da, so that only h is saved, is SonicMoE's (Guo et al., arXiv 2512.14080). No
+code of theirs is used.
+"""
+
+import triton
+import triton.language as tl
+
+# ------------------------------------------------------------------------------------------------------------
+# Routing: a stable counting sort of slots by expert, in two launches and without atomics.
+# ------------------------------------------------------------------------------------------------------------
+
+SORT_CHUNK = tl.constexpr(128)
+
+
+@triton.jit
+def count_slots(index_ptr, count_ptr, num_slots, num_experts, slots_per_block, BINS: tl.constexpr):
+    """count[block, e] = slots of this block that chose expert e. Sentinels (index >= num_experts) count as
+    bin E.
+    """
+    block = tl.program_id(0)
+    counts = tl.zeros((BINS,), tl.int32)
+    for chunk in range(0, slots_per_block, SORT_CHUNK):
+        slot = block * slots_per_block + chunk + tl.arange(0, SORT_CHUNK)
+        expert = tl.load(index_ptr + slot, mask=slot < num_slots, other=num_experts)
+        counts += tl.histogram(tl.minimum(expert, num_experts).to(tl.int32), BINS)
+    tl.store(count_ptr + block * BINS + tl.arange(0, BINS), counts)
+
+
+@triton.jit
+def place_slots(
+    index_ptr,
+    count_ptr,
+    row_slot_ptr,
+    slot_row_ptr,
+    expert_offset_ptr,
+    num_slots,
+    num_rows,
+    num_experts,
+    slots_per_block,
+    num_blocks,
+    BINS: tl.constexpr,
+):
+    """row_slot[row] = slot, its inverse slot_row[slot] = row (-1 for a sentinel), and expert_offsets[E + 1]."""
+    block = tl.program_id(0)
+    bins = tl.arange(0, BINS)
+    before = tl.zeros((BINS,), tl.int32)  # slots of each expert in earlier blocks
+    total = tl.zeros((BINS,), tl.int32)
+    for other in range(0, num_blocks):
+        counts = tl.load(count_ptr + other * BINS + bins)
+        total += counts
+        before += tl.where(other < block, counts, 0)
+    total = tl.where(bins < num_experts, total, 0)
+    offset = tl.cumsum(total, 0) - total
+    if block == 0:
+        tl.store(expert_offset_ptr + bins, offset, mask=bins <= num_experts)
+    place = offset + before
+    for chunk in range(0, slots_per_block, SORT_CHUNK):
+        lane = tl.arange(0, SORT_CHUNK)
+        slot = block * slots_per_block + chunk + lane
+        expert = tl.load(index_ptr + slot, mask=slot < num_slots, other=num_experts)
+        expert = tl.minimum(expert, num_experts).to(tl.int32)
+        # Stable: a slot comes after the earlier slots of the same expert.
+        rank = tl.sum(
+            ((expert[:, None] == expert[None, :]) & (lane[None, :] < lane[:, None])).to(tl.int32), axis=1
+        )
+        row = tl.gather(place, expert, 0) + rank
+        used = expert < num_experts
+        tl.store(slot_row_ptr + slot, tl.where(used, row, -1), mask=slot < num_slots)
+        # num_rows bounds the buffer: a host that understates num_pairs must not make us write past it.
+        tl.store(row_slot_ptr + row, slot, mask=used & (row < num_rows))
+        place += tl.histogram(expert, BINS)
+
+
+@triton.jit
+def list_tiles(
+    expert_offset_ptr,
+    tile_expert_ptr,
+    tile_offset_ptr,
+    num_experts,
+    max_tiles,
+    BLOCK_P: tl.constexpr,
+    BINS: tl.constexpr,
+    TILES: tl.constexpr,
+):
+    """tile_expert[i] = expert of row tile i (-1 past the last); tile_offsets[e] = first row tile of expert e."""
+    bins = tl.arange(0, BINS)
+    is_expert = bins < num_experts
+    start = tl.load(expert_offset_ptr + bins, mask=is_expert, other=0)
+    end = tl.load(expert_offset_ptr + bins + 1, mask=is_expert, other=0)
+    tiles = (end - start + BLOCK_P - 1) // BLOCK_P
+    last = tl.cumsum(tiles, 0)
+    if tl.program_id(0) == 0:
+        tl.store(tile_offset_ptr + 1 + bins, last, mask=is_expert)
+        tl.store(tile_offset_ptr + bins, last - tiles, mask=bins == 0)
+    tile = tl.program_id(0) * TILES + tl.arange(0, TILES)
+    expert = tl.sum((is_expert[None, :] & (last[None, :] <= tile[:, None])).to(tl.int32), axis=1)
+    tl.store(tile_expert_ptr + tile, tl.where(expert < num_experts, expert, -1), mask=tile < max_tiles)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Parts that the GEMMs share.
+# ------------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def locate_tile(
+    pid,
+    expert,
+    tile_offset_ptr,
+    expert_offset_ptr,
+    num_col_tiles,
+    BLOCK_P: tl.constexpr,
+    GROUP_P: tl.constexpr,
+):
+    """-> first row, end of the expert's rows, column tile.
+
+    An expert's tiles are walked GROUP_P row tiles at a time, all of those before the next column tile, so
+    that the weight columns and the rows that programs in flight need stay in L2.
+    """
+    first_tile = tl.load(tile_offset_ptr + expert)
+    num_row_tiles = tl.load(tile_offset_ptr + expert + 1) - first_tile
+    local = pid - first_tile * num_col_tiles
+    group = local // (GROUP_P * num_col_tiles)
+    group_rows = tl.minimum(num_row_tiles - group * GROUP_P, GROUP_P)
+    local -= group * GROUP_P * num_col_tiles
+    row_tile = group * GROUP_P + local % group_rows
+    start = tl.load(expert_offset_ptr + expert)
+    return start + row_tile * BLOCK_P, tl.load(expert_offset_ptr + expert + 1), local // group_rows
+
+
+@triton.jit
+def load_rows(src, row, pointers, k, depth, USE_TMA: tl.constexpr, EVEN: tl.constexpr, BLOCK_K: tl.constexpr):
+    """[BLOCK_P, BLOCK_K] of a row-major operand: by descriptor from `row`, or through gathered row
+    `pointers`.
+    """
+    if USE_TMA:
+        tile = src.load([row, k])
+    elif EVEN:
+        tile = tl.load(pointers + k)
+    else:
+        tile = tl.load(pointers + k, mask=(k + tl.arange(0, BLOCK_K))[None, :] < depth, other=0.0)
+    return tile
+
+
+@triton.jit
+def load_weight(
+    src,
+    expert,
+    n,
+    k,
+    width,
+    depth,
+    stride_e,
+    stride_n,
+    stride_k,
+    USE_TMA: tl.constexpr,
+    K_CONTIGUOUS: tl.constexpr,
+    EVEN: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """[BLOCK_K, BLOCK_N] of weight[expert] read as [depth, width], whichever of the two is contiguous in
+    memory.
+    """
+    if USE_TMA and K_CONTIGUOUS:
+        tile = src.load([expert, n, k]).reshape(BLOCK_N, BLOCK_K).T
+    elif USE_TMA:
+        tile = src.load([expert, k, n]).reshape(BLOCK_K, BLOCK_N)
+    else:
+        offs_n = n + tl.arange(0, BLOCK_N)
+        offs_k = k + tl.arange(0, BLOCK_K)
+        pointers = (
+            src + expert.to(tl.int64) * stride_e + offs_n[None, :] * stride_n + offs_k[:, None] * stride_k
+        )
+        if EVEN:
+            tile = tl.load(pointers)
+        else:
+            tile = tl.load(pointers, mask=(offs_k < depth)[:, None] & (offs_n < width)[None, :], other=0.0)
+    return tile
+
+
+@triton.jit
+def load_gate_up(
+    src,
+    expert,
+    i,
+    k,
+    intermediate,
+    depth,
+    stride_e,
+    stride_n,
+    stride_k,
+    USE_TMA: tl.constexpr,
+    K_CONTIGUOUS: tl.constexpr,
+    EVEN: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """[BLOCK_K, 2 * BLOCK_I]: the gate columns i.. and the up columns intermediate + i.. side by side, for
+    one dot.
+
+    The descriptor sees the weight as [E, 2, I, H] (or [E, H, 2, I]), so both come in one copy.
+    """
+    if USE_TMA and K_CONTIGUOUS:
+        tile = src.load([expert, 0, i, k]).reshape(2 * BLOCK_I, BLOCK_K).T
+    elif USE_TMA:
+        tile = src.load([expert, k, 0, i]).reshape(BLOCK_K, 2 * BLOCK_I)
+    else:
+        lane = tl.arange(0, 2 * BLOCK_I)
+        offs_i = i + lane % BLOCK_I
+        offs_n = offs_i + (lane // BLOCK_I) * intermediate
+        offs_k = k + tl.arange(0, BLOCK_K)
+        pointers = (
+            src + expert.to(tl.int64) * stride_e + offs_n[None, :] * stride_n + offs_k[:, None] * stride_k
+        )
+        if EVEN:
+            tile = tl.load(pointers)
+        else:
+            tile = tl.load(
+                pointers, mask=(offs_k < depth)[:, None] & (offs_i < intermediate)[None, :], other=0.0
+            )
+    return tile
+
+
+@triton.jit
+def split_columns(tile, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """[ROWS, COLS] -> its left and its right half; moves no data, an accumulator's row lies in one warp's
+    registers.
+    """
+    return tile.reshape(ROWS, 2, COLS // 2).permute(0, 2, 1).split()
+
+
+@triton.jit
+def tanh(x):
+    # 2*sigmoid(2x) - 1: tl.math has no tanh that the interpreter and every backend share.
+    return 2.0 * tl.sigmoid(2.0 * x) - 1.0
+
+
+@triton.jit
+def activation(x, ACT: tl.constexpr):
+    """-> act(x), act'(x), in fp32. To add one: a branch here and its name in launch.ACTIVATIONS."""
+    if ACT == "silu":
+        sig = tl.sigmoid(x)
+        return x * sig, sig * (1.0 + x * (1.0 - sig))
+    elif ACT == "gelu":
+        cdf = 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))
+        return x * cdf, cdf + x * 0.3989422804014327 * tl.exp(-0.5 * x * x)
+    elif ACT == "gelu_tanh":
+        t = tanh(0.7978845608028654 * (x + 0.044715 * x * x * x))
+        slope = 0.7978845608028654 * (1.0 + 0.134145 * x * x)
+        return 0.5 * x * (1.0 + t), 0.5 * (1.0 + t) + 0.5 * x * (1.0 - t * t) * slope
+    elif ACT == "relu":
+        return tl.maximum(x, 0.0), tl.where(x > 0.0, 1.0, 0.0)
+    else:
+        tl.static_assert(ACT == "relu2", "unknown activation")
+        positive = tl.maximum(x, 0.0)
+        return positive * positive, 2.0 * positive
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Forward.
+# ------------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def up_projection(
+    x_src,
+    w_src,
+    h_ptr,
+    a_ptr,
+    row_slot_ptr,
+    tile_expert_ptr,
+    tile_offset_ptr,
+    expert_offset_ptr,
+    hidden,
+    intermediate,
+    top_k,
+    stride_xt,
+    stride_we,
+    stride_wn,
+    stride_wk,
+    ACT: tl.constexpr,
+    STORE_H: tl.constexpr,
+    USE_TMA: tl.constexpr,
+    K_CONTIGUOUS: tl.constexpr,
+    EVEN: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_P: tl.constexpr,
+):
+    """h[row] = x[token(row)] @ W1[e].T, [P, 2I];  a = act(gate) * up, [P, I]. x is gathered by the loads."""
+    pid = tl.program_id(0)
+    num_col_tiles = tl.cdiv(intermediate, BLOCK_I)
+    expert = tl.load(tile_expert_ptr + pid // num_col_tiles)
+    if expert < 0:
+        return
+    row0, row_end, col_tile = locate_tile(
+        pid, expert, tile_offset_ptr, expert_offset_ptr, num_col_tiles, BLOCK_P, GROUP_P
+    )
+    rows = row0 + tl.arange(0, BLOCK_P)
+    in_expert = rows < row_end
+    # A row past the expert's end reads token 0: real memory, and masked at the store.
+    token = tl.load(row_slot_ptr + rows, mask=in_expert, other=0) // top_k
+    x_rows = x_src + token.to(tl.int64)[:, None] * stride_xt + tl.arange(0, BLOCK_K)[None, :]
+    col0 = col_tile * BLOCK_I
+
+    acc = tl.zeros((BLOCK_P, 2 * BLOCK_I), tl.float32)
+    for k in range(0, hidden, BLOCK_K):
+        x = load_rows(x_src, row0, x_rows, k, hidden, False, EVEN, BLOCK_K)
+        w = load_gate_up(
+            w_src,
+            expert,
+            col0,
+            k,
+            intermediate,
+            hidden,
+            stride_we,
+            stride_wn,
+            stride_wk,
+            USE_TMA,
+            K_CONTIGUOUS,
+            EVEN,
+            BLOCK_I,
+            BLOCK_K,
+        )
+        acc = tl.dot(x, w, acc, input_precision=PRECISION)
+
+    gate, up = split_columns(acc, BLOCK_P, 2 * BLOCK_I)
+    cols = col0 + tl.arange(0, BLOCK_I)
+    mask = in_expert[:, None] & (cols < intermediate)[None, :]
+    wide_rows = rows.to(tl.int64)[:, None]
+    dtype = a_ptr.dtype.element_ty
+    if STORE_H:
+        h_tile = h_ptr + wide_rows * (2 * intermediate) + cols[None, :]
+        tl.store(h_tile, gate.to(dtype), mask=mask)
+        tl.store(h_tile + intermediate, up.to(dtype), mask=mask)
+    activated, _ = activation(gate, ACT)
+    tl.store(a_ptr + wide_rows * intermediate + cols[None, :], (activated * up).to(dtype), mask=mask)
+
+
+@triton.jit
+def grouped_rows(
+    a_src,
+    w_src,
+    y_ptr,
+    tile_expert_ptr,
+    tile_offset_ptr,
+    expert_offset_ptr,
+    num_rows,
+    depth,
+    width,
+    stride_we,
+    stride_wn,
+    stride_wk,
+    USE_TMA: tl.constexpr,
+    K_CONTIGUOUS: tl.constexpr,
+    EVEN: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_P: tl.constexpr,
+):
+    """y[row] = a[row] @ weight[e], rows already grouped: the down-projection, and dh @ W1 of the backward."""
+    pid = tl.program_id(0)
+    num_col_tiles = tl.cdiv(width, BLOCK_N)
+    expert = tl.load(tile_expert_ptr + pid // num_col_tiles)
+    if expert < 0:
+        return
+    row0, row_end, col_tile = locate_tile(
+        pid, expert, tile_offset_ptr, expert_offset_ptr, num_col_tiles, BLOCK_P, GROUP_P
+    )
+    rows = row0 + tl.arange(0, BLOCK_P)
+    in_expert = rows < row_end
+    if USE_TMA:
+        a_rows = rows  # unused: the descriptor needs only row0
+    else:
+        # clamped, not masked: an out-of-range row reads a valid one and is masked at the store
+        a_rows = (
+            a_src
+            + tl.minimum(rows, row_end - 1).to(tl.int64)[:, None] * depth
+            + tl.arange(0, BLOCK_K)[None, :]
+        )
+    col0 = col_tile * BLOCK_N
+
+    acc = tl.zeros((BLOCK_P, BLOCK_N), tl.float32)
+    for k in range(0, depth, BLOCK_K):
+        a = load_rows(a_src, row0, a_rows, k, depth, USE_TMA, EVEN, BLOCK_K)
+        w = load_weight(
+            w_src,
+            expert,
+            col0,
+            k,
+            width,
+            depth,
+            stride_we,
+            stride_wn,
+            stride_wk,
+            USE_TMA,
+            K_CONTIGUOUS,
+            EVEN,
+            BLOCK_N,
+            BLOCK_K,
+        )
+        acc = tl.dot(a, w, acc, input_precision=PRECISION)
+
+    cols = col0 + tl.arange(0, BLOCK_N)
+    mask = in_expert[:, None] & (cols < width)[None, :]
+    tl.store(
+        y_ptr + rows.to(tl.int64)[:, None] * width + cols[None, :], acc.to(y_ptr.dtype.element_ty), mask=mask
+    )
+
+
+@triton.jit
+def sum_slots(
+    y_ptr,
+    slot_row_ptr,
+    weight_ptr,
+    out_ptr,
+    hidden,
+    TOP_K: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):
+    """out[t] = sum_k weight[t, k] * y[slot_row[t, k]], k ascending, in fp32; a sentinel (row -1) adds
+    nothing.
+
+    Without WEIGHTED it is the plain sum that turns the gradient of x[token] into the gradient of x.
+    """
+    t = tl.program_id(0).to(tl.int64)
+    cols = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+    acc = tl.zeros((BLOCK_H,), tl.float32)
+    for k in tl.static_range(TOP_K):
+        row = tl.load(slot_row_ptr + t * TOP_K + k)
+        width = tl.where(row >= 0, hidden, 0)
+        value = tl.load(y_ptr + row.to(tl.int64) * hidden + cols, mask=cols < width, other=0.0).to(tl.float32)
+        if WEIGHTED:
+            # where, not a product alone: a sentinel's weight may be anything, NaN included
+            value *= tl.where(row >= 0, tl.load(weight_ptr + t * TOP_K + k).to(tl.float32), 0.0)
+        acc += value
+    tl.store(out_ptr + t * hidden + cols, acc.to(out_ptr.dtype.element_ty), mask=cols < hidden)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Backward.
+# ------------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def activation_backward_tile(
+    da,
+    h_ptr,
+    dh_ptr,
+    sa_ptr,
+    scale,
+    rows,
+    cols,
+    intermediate,
+    mask,
+    ACT: tl.constexpr,
+):
+    """One tile of the epilogue: reads h, writes dh and sa, -> this tile's share of ds, [BLOCK_P]."""
+    h_tile = rows[:, None] * (2 * intermediate) + cols[None, :]
+    gate = tl.load(h_ptr + h_tile, mask=mask, other=0.0).to(tl.float32)
+    up = tl.load(h_ptr + h_tile + intermediate, mask=mask, other=0.0).to(tl.float32)
+    act, slope = activation(gate, ACT)
+    dtype = sa_ptr.dtype.element_ty
+    tl.store(
+        sa_ptr + rows[:, None] * intermediate + cols[None, :],
+        (act * up * scale[:, None]).to(dtype),
+        mask=mask,
+    )
+    ds = tl.sum(da * act * up, axis=1)
+    da = da * scale[:, None]
+    tl.store(dh_ptr + h_tile, (da * slope * up).to(dtype), mask=mask)
+    tl.store(dh_ptr + h_tile + intermediate, (da * act).to(dtype), mask=mask)
+    return ds
+
+
+@triton.jit
+def down_backward(
+    dout_src,
+    w_src,
+    h_ptr,
+    weight_ptr,
+    dh_ptr,
+    sa_ptr,
+    ds_ptr,
+    row_slot_ptr,
+    tile_expert_ptr,
+    tile_offset_ptr,
+    expert_offset_ptr,
+    num_rows,
+    hidden,
+    intermediate,
+    top_k,
+    stride_dt,
+    stride_we,
+    stride_wn,
+    stride_wk,
+    ACT: tl.constexpr,
+    USE_TMA: tl.constexpr,
+    K_CONTIGUOUS: tl.constexpr,
+    EVEN: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_P: tl.constexpr,
+    SPLIT: tl.constexpr,
+):
+    """da = dout[token] @ W2[e], kept in registers; writes dh [P, 2I], sa [P, I] and ds partials [column
+    tiles, P].
+    """
+    pid = tl.program_id(0)
+    num_col_tiles = tl.cdiv(intermediate, BLOCK_I)
+    expert = tl.load(tile_expert_ptr + pid // num_col_tiles)
+    if expert < 0:
+        return
+    row0, row_end, col_tile = locate_tile(
+        pid, expert, tile_offset_ptr, expert_offset_ptr, num_col_tiles, BLOCK_P, GROUP_P
+    )
+    rows = row0 + tl.arange(0, BLOCK_P)
+    in_expert = rows < row_end
+    slot = tl.load(row_slot_ptr + rows, mask=in_expert, other=0)
+    d_rows = dout_src + (slot // top_k).to(tl.int64)[:, None] * stride_dt + tl.arange(0, BLOCK_K)[None, :]
+    col0 = col_tile * BLOCK_I
+
+    da = tl.zeros((BLOCK_P, BLOCK_I), tl.float32)
+    for k in range(0, hidden, BLOCK_K):
+        d = load_rows(dout_src, row0, d_rows, k, hidden, False, EVEN, BLOCK_K)
+        w = load_weight(
+            w_src,
+            expert,
+            col0,
+            k,
+            intermediate,
+            hidden,
+            stride_we,
+            stride_wn,
+            stride_wk,
+            USE_TMA,
+            K_CONTIGUOUS,
+            EVEN,
+            BLOCK_I,
+            BLOCK_K,
+        )
+        da = tl.dot(d, w, da, input_precision=PRECISION)
+
+    scale = tl.load(weight_ptr + slot, mask=in_expert, other=0.0).to(tl.float32)
+    wide_rows = rows.to(tl.int64)
+    # The epilogue holds da, gate, up and their products at once: in halves it fits in the registers.
+    if SPLIT:
+        left, right = split_columns(da, BLOCK_P, BLOCK_I)
+        cols = col0 + tl.arange(0, BLOCK_I // 2)
+        mask = in_expert[:, None] & (cols < intermediate)[None, :]
+        ds = activation_backward_tile(
+            left, h_ptr, dh_ptr, sa_ptr, scale, wide_rows, cols, intermediate, mask, ACT
+        )
+        cols += BLOCK_I // 2
+        mask = in_expert[:, None] & (cols < intermediate)[None, :]
+        ds += activation_backward_tile(
+            right, h_ptr, dh_ptr, sa_ptr, scale, wide_rows, cols, intermediate, mask, ACT
+        )
+    else:
+        cols = col0 + tl.arange(0, BLOCK_I)
+        mask = in_expert[:, None] & (cols < intermediate)[None, :]
+        ds = activation_backward_tile(
+            da, h_ptr, dh_ptr, sa_ptr, scale, wide_rows, cols, intermediate, mask, ACT
+        )
+    tl.store(ds_ptr + col_tile.to(tl.int64) * num_rows + rows, ds, mask=in_expert)
+
+
+@triton.jit
+def sum_routing_grad(ds_ptr, slot_row_ptr, out_ptr, num_slots, num_rows, num_parts, BLOCK: tl.constexpr):
+    """d top_k_weights[slot] = sum of the slot's ds partials, in order; exactly 0 for a sentinel."""
+    slot = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    row = tl.load(slot_row_ptr + slot, mask=slot < num_slots, other=-1)
+    acc = tl.zeros((BLOCK,), tl.float32)
+    for part in range(0, num_parts):
+        acc += tl.load(ds_ptr + tl.cast(part, tl.int64) * num_rows + row, mask=row >= 0, other=0.0)
+    tl.store(out_ptr + slot, acc.to(out_ptr.dtype.element_ty), mask=slot < num_slots)
+
+
+@triton.jit
+def zero_tail(
+    first_ptr,
+    second_ptr,
+    expert_offset_ptr,
+    num_experts,
+    num_rows,
+    first_width,
+    second_width,
+    BLOCK: tl.constexpr,
+):
+    """Zeroes the rows after the last used one, as many as programs, of two [num_rows, width] buffers; first
+    is the wider.
+
+    weight_grad reads whole blocks of rows and masks one operand to zero; the other must then be finite, for 0
+    * NaN is NaN.
+    """
+    row = (tl.load(expert_offset_ptr + num_experts) + tl.program_id(0)).to(tl.int64)
+    if row >= num_rows:
+        return
+    for col in range(0, first_width, BLOCK):
+        cols = col + tl.arange(0, BLOCK)
+        zero = tl.zeros((BLOCK,), first_ptr.dtype.element_ty)
+        tl.store(first_ptr + row * first_width + cols, zero, mask=cols < first_width)
+        tl.store(second_ptr + row * second_width + cols, zero, mask=cols < second_width)
+
+
+@triton.jit
+def load_row_block(
+    src,
+    row_slot_ptr,
+    row0,
+    row_end,
+    col0,
+    width,
+    stride,
+    top_k,
+    GATHER: tl.constexpr,
+    USE_TMA: tl.constexpr,
+    EVEN: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """[BLOCK_P, BLOCK_N] of consecutive rows. Gathered rows past row_end are zero; others may hold the next
+    expert's.
+    """
+    if USE_TMA and not GATHER:
+        tile = src.load([row0, col0])
+    else:
+        rows = row0 + tl.arange(0, BLOCK_P)
+        cols = col0 + tl.arange(0, BLOCK_N)
+        mask = (rows < row_end)[:, None]
+        if not EVEN:
+            mask = mask & (cols < width)[None, :]
+        if GATHER:
+            rows = tl.load(row_slot_ptr + rows, mask=rows < row_end, other=0) // top_k
+        tile = tl.load(src + rows.to(tl.int64)[:, None] * stride + cols[None, :], mask=mask, other=0.0)
+    return tile
+
+
+@triton.jit
+def weight_grad(
+    left_src,
+    right_src,
+    dw_ptr,
+    row_slot_ptr,
+    expert_offset_ptr,
+    left_width,
+    right_width,
+    left_stride,
+    right_stride,
+    top_k,
+    scale,
+    GATHER_LEFT: tl.constexpr,
+    GATHER_RIGHT: tl.constexpr,
+    USE_TMA: tl.constexpr,
+    EVEN: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    GROUP_M: tl.constexpr,
+):
+    """dw[e] = scale * left[rows of e].T @ right[rows of e], [left_width, right_width]; zeros for an expert
+    with no row.
+    """
+    pid = tl.program_id(0)
+    tiles_m = tl.cdiv(left_width, BLOCK_M)
+    tiles_n = tl.cdiv(right_width, BLOCK_N)
+    expert = pid // (tiles_m * tiles_n)
+    local = pid % (tiles_m * tiles_n)
+    group = local // (GROUP_M * tiles_n)
+    group_rows = tl.minimum(tiles_m - group * GROUP_M, GROUP_M)
+    local -= group * GROUP_M * tiles_n
+    m0 = (group * GROUP_M + local % group_rows) * BLOCK_M
+    n0 = (local // group_rows) * BLOCK_N
+    start = tl.load(expert_offset_ptr + expert)
+    end = tl.load(expert_offset_ptr + expert + 1)
+
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for row in range(start, end, BLOCK_P):
+        left = load_row_block(
+            left_src,
+            row_slot_ptr,
+            row,
+            end,
+            m0,
+            left_width,
+            left_stride,
+            top_k,
+            GATHER_LEFT,
+            USE_TMA,
+            EVEN,
+            BLOCK_P,
+            BLOCK_M,
+        )
+        right = load_row_block(
+            right_src,
+            row_slot_ptr,
+            row,
+            end,
+            n0,
+            right_width,
+            right_stride,
+            top_k,
+            GATHER_RIGHT,
+            USE_TMA,
+            EVEN,
+            BLOCK_P,
+            BLOCK_N,
+        )
+        acc = tl.dot(left.T, right, acc, input_precision=PRECISION)
+
+    offs_m = m0 + tl.arange(0, BLOCK_M)
+    offs_n = n0 + tl.arange(0, BLOCK_N)
+    dw = dw_ptr + (expert.to(tl.int64) * left_width + offs_m[:, None]) * right_width + offs_n[None, :]
+    mask = (offs_m < left_width)[:, None] & (offs_n < right_width)[None, :]
+    tl.store(dw, (acc * scale).to(dw_ptr.dtype.element_ty), mask=mask)

@@ -1,0 +1,246 @@
+"""The experts layer's kernels against a loop in plain torch: output and every gradient, fp32, in Triton's
+interpreter.
+
+Tolerance: both sides sum the same fp32 products in another order; 1e-5 of the largest value is some 80
+roundings. Tiles are 16 wide here (tuning.pick), so tensors of a few dozen reach every edge. bf16 and real
+shapes are in tests/gpu.
+"""
+
+import pytest
+import torch
+
+from accel_moe.kernels import launch
+from accel_moe.kernels.autograd import experts
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="interpreted: see tests/gpu")
+
+ACTIVATIONS = {
+    "silu": torch.nn.functional.silu,
+    "gelu": torch.nn.functional.gelu,
+    "gelu_tanh": lambda x: torch.nn.functional.gelu(x, approximate="tanh"),
+    "relu": torch.relu,
+    "relu2": lambda x: torch.relu(x) ** 2,
+}
+
+
+def eager(x, w1, w2, index, weights, act="silu"):
+    """The meaning of the layer."""
+    out = torch.zeros_like(x)
+    for e in range(w1.shape[0]):
+        token, k = torch.where(index == e)
+        gate, up = (x[token] @ w1[e].T).chunk(2, -1)
+        y = (ACTIVATIONS[act](gate) * up) @ w2[e].T
+        out = out.index_add(0, token, y * weights[token, k, None])
+    return out
+
+
+def make(T=19, K=2, H=24, I=20, E=4, seed=0):
+    gen = torch.Generator().manual_seed(seed)
+    x = torch.randn(T, H, generator=gen)
+    w1 = torch.randn(E, 2 * I, H, generator=gen) / H**0.5
+    w2 = torch.randn(E, H, I, generator=gen) / I**0.5
+    index = torch.rand(T, E, generator=gen).topk(K, dim=-1).indices
+    weights = torch.rand(T, K, generator=gen)
+    return [x, w1, w2, index, weights]
+
+
+def run(fn, args, dout, **kwargs):
+    """-> [out, dx, dw1, dw2, dweights]."""
+    x, w1, w2, index, weights = args
+    leaves = [t.detach().clone().requires_grad_() for t in (x, w1, w2, weights)]
+    out = fn(*leaves[:3], index, leaves[3], **kwargs)
+    return [out.detach(), *torch.autograd.grad(out, leaves, dout)]
+
+
+def assert_close(actual, expected):
+    for name, a, e in zip(("out", "dx", "dw1", "dw2", "dweights"), actual, expected, strict=True):
+        assert a.dtype == e.dtype and a.shape == e.shape, name
+        if e.numel():
+            assert (a - e).abs().max() <= 1e-5 * max(1.0, e.abs().max().item()), name
+
+
+def check(args, act="silu", **kwargs):
+    dout = torch.randn(args[0].shape, generator=torch.Generator().manual_seed(1))
+    actual = run(experts, args, dout, act=act, **kwargs)
+    assert_close(actual, run(eager, args, dout, act=act))
+    return actual
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {},
+        {"T": 1},
+        {"T": 1, "K": 1, "E": 1},
+        {"T": 33, "K": 1},
+        {"T": 32, "H": 32, "I": 32},
+        {"T": 40, "K": 4, "E": 4},
+        {"H": 7, "I": 5},
+        {"T": 5, "E": 33, "K": 3},
+        {"T": 300, "K": 2, "H": 16, "I": 16, "E": 3},
+    ],
+    ids=str,
+)
+def test_output_and_gradients_equal_the_loop(shape):
+    check(make(**shape))
+
+
+@pytest.mark.parametrize("act", launch.ACTIVATIONS)
+def test_every_activation_and_its_derivative(act):
+    check(make(), act=act)
+
+
+def test_expert_with_no_token_gets_exactly_zero_weight_gradient():
+    args = make()
+    args[3] = torch.where(args[3] == 1, 3, args[3])
+    _, _, dw1, dw2, _ = check(args)
+    assert not dw1[1].any() and not dw2[1].any()
+
+
+def test_all_tokens_on_one_expert():
+    args = make(T=50, K=1)
+    args[3] = torch.full_like(args[3], 2)
+    check(args)
+
+
+@pytest.mark.parametrize("counted", [False, True])
+def test_sentinels_add_nothing_and_get_zero_routing_gradient(counted):
+    args = make(T=40, K=3)
+    sentinel = torch.rand(40, 3, generator=torch.Generator().manual_seed(2)) < 0.6
+    args[3] = args[3].masked_fill(sentinel, 4)
+    *_, dweights = check(args, num_pairs=int((~sentinel).sum()) if counted else None)
+    assert not dweights[sentinel].any()
+
+
+def test_a_sentinel_ignores_its_index_above_num_experts_and_its_weight():
+    args = make(T=9)
+    args[3][::2, 0] = 4
+    expected = run(eager, args, torch.ones(9, 24))
+    args[3][::2, 0] = 1000
+    args[4][::2, 0] = float("nan")
+    assert_close(run(experts, args, torch.ones(9, 24), act="silu"), expected)
+
+
+@pytest.mark.parametrize("num_pairs", [None, 0])
+def test_nothing_but_sentinels(num_pairs):
+    args = make()
+    args[3] = torch.full_like(args[3], 4)
+    out, *grads = check(args, num_pairs=num_pairs)
+    assert not out.any() and not any(g.any() for g in grads)
+
+
+def test_no_tokens_at_all():
+    args = make()
+    args = [args[0][:0], args[1], args[2], args[3][:0], args[4][:0]]
+    _, _, dw1, dw2, _ = check(args)
+    assert not dw1.any() and not dw2.any()
+
+
+def test_non_contiguous_input_weights_and_gradient():
+    args = make()
+    expected = run(eager, args, torch.ones(19, 24))
+    args[0] = args[0].repeat(1, 2)[:, :24]  # rows twice as far apart
+    args[4] = args[4].T.contiguous().T
+    args[3] = args[3].T.contiguous().T
+    assert_close(run(experts, args, torch.ones(1, 1).expand(19, 24), act="silu"), expected)
+    args[0] = args[0].T.contiguous().T
+    args[1], args[2] = (w.transpose(1, 2).contiguous().transpose(1, 2) for w in args[1:3])
+    assert_close(run(experts, args, torch.ones(1, 1).expand(19, 24), act="silu"), expected)
+
+
+def test_two_runs_give_the_same_bits():
+    args, dout = make(T=60, K=3), torch.randn(60, 24)
+    for a, b in zip(run(experts, args, dout, act="silu"), run(experts, args, dout, act="silu"), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_weight_grad_scale_multiplies_weight_gradients_and_nothing_else():
+    args, dout = make(), torch.ones(19, 24)
+    out, dx, dw1, dw2, dweights = run(eager, args, dout)
+    scaled = run(experts, args, dout, act="silu", weight_grad_scale=0.25)
+    assert_close(scaled, [out, dx, dw1 * 0.25, dw2 * 0.25, dweights])
+
+
+@pytest.mark.parametrize("frozen", range(4))
+def test_a_frozen_tensor_gets_no_gradient_and_the_others_theirs(frozen):
+    x, w1, w2, index, weights = args = make()
+    expected = run(eager, args, torch.ones(19, 24))[1:]
+    leaves = [t.clone().requires_grad_(i != frozen) for i, t in enumerate((x, w1, w2, weights))]
+    experts(*leaves[:3], index, leaves[3], "silu").backward(torch.ones(19, 24))
+    for i, (leaf, e) in enumerate(zip(leaves, expected, strict=True)):
+        if i == frozen:
+            assert leaf.grad is None
+        else:
+            torch.testing.assert_close(leaf.grad, e, rtol=1e-5, atol=1e-5)
+
+
+def test_backward_launches_no_gemm_for_frozen_weights(monkeypatch):
+    def refuse(*_):
+        raise AssertionError("weight gradient computed")
+
+    monkeypatch.setattr(launch, "_weight_grad", refuse)
+    x, w1, w2, index, weights = make()
+    experts(x.requires_grad_(), w1, w2, index, weights, "silu").sum().backward()
+    with pytest.raises(AssertionError, match="weight gradient computed"):
+        experts(x, w1.requires_grad_(), w2, index, weights, "silu").sum().backward()
+
+
+def test_saved_for_backward_is_h_and_integers_besides_the_inputs():
+    x, w1, w2, index, weights = make()
+    saved = []
+    inputs = {t.data_ptr() for t in (x, w1, w2, weights)}
+    leaves = [t.requires_grad_() for t in (x, w1, w2, weights)]
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        experts(*leaves[:3], index, leaves[3], "silu")
+    new = [t for t in saved if t.data_ptr() not in inputs]
+    assert [tuple(t.shape) for t in new if t.is_floating_point()] == [(38, 40)]
+    assert {t.dtype for t in new if not t.is_floating_point()} == {torch.int32}
+
+
+def test_inference_mode_saves_nothing_and_gives_the_same_output():
+    args = make()
+    with torch.inference_mode():
+        out = experts(*args, "silu")
+    torch.testing.assert_close(out, eager(*args), rtol=1e-5, atol=1e-5)
+    assert launch.experts_forward(*args, "silu", -1, False)[1].numel() == 0
+
+
+def test_bf16_routing_weights_keep_their_dtype_in_the_gradient():
+    args = make()
+    args[4] = args[4].bfloat16()
+    actual = run(experts, args, torch.ones(19, 24), act="silu")
+    args[4] = args[4].float()
+    expected = run(eager, args, torch.ones(19, 24))
+    assert actual[4].dtype == torch.bfloat16
+    actual[4], expected[4] = actual[4].float(), expected[4].bfloat16().float()
+    torch.testing.assert_close(actual[4], expected[4], rtol=1e-2, atol=1e-2)  # one bf16 rounding
+    assert_close(actual[:4] + expected[4:], expected)
+
+
+def test_compiles_without_a_graph_break_and_the_fake_kernels_agree():
+    args = make()
+    leaves = [t.clone().requires_grad_() for t in (*args[:3], args[4])]
+    layer = torch.compile(
+        lambda x, w1, w2, w: experts(x, w1, w2, args[3], w, "silu") * 2, fullgraph=True, backend="aot_eager"
+    )
+    out = layer(*leaves)
+    grads = torch.autograd.grad(out, leaves, torch.full((19, 24), 0.5))
+    assert_close([out / 2, *grads], run(eager, args, torch.ones(19, 24)))
+    no_grad = [t.detach() for t in args]
+    torch.library.opcheck(launch.experts_forward, (*no_grad, "silu", -1, True), test_utils="test_faketensor")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda a: a.__setitem__(1, a[1].half()), "one dtype"),
+        (lambda a: a.__setitem__(0, a[0][:, :5]), "hidden_states"),
+        (lambda a: a.__setitem__(4, a[4][:, :1]), "top_k_weights"),
+        (lambda a: a.__setitem__(3, a[3].float()), "int32 or int64"),
+    ],
+)
+def test_what_does_not_fit_is_refused_with_what_was_found(change, message):
+    args = make()
+    change(args)
+    with pytest.raises(ValueError, match=message):
+        experts(*args, "silu")

@@ -1,0 +1,55 @@
+"""Sorting slots by expert and cutting rows into tiles, against torch.sort, in Triton's interpreter."""
+
+import pytest
+import torch
+
+from accel_moe.kernels.routing import list_tiles, sort_slots
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="interpreted: see tests/gpu")
+
+
+def routed(T, K, E, sentinels=0.0, seed=0):
+    gen = torch.Generator().manual_seed(seed)
+    index = torch.randint(0, E, (T, K), generator=gen)
+    return index.masked_fill(torch.rand(T, K, generator=gen) < sentinels, E)
+
+
+@pytest.mark.parametrize(
+    ("T", "K", "E", "sentinels"),
+    [(1, 1, 1, 0), (50, 3, 7, 0), (50, 3, 7, 0.5), (700, 4, 300, 0.2), (9000, 2, 5, 0.1)],
+)
+def test_rows_are_slots_in_stable_expert_order(T, K, E, sentinels):
+    index = routed(T, K, E, sentinels)
+    routing = sort_slots(index, E, T * K)
+    flat = index.flatten()
+    used = int((flat < E).sum())
+    order = torch.sort(flat, stable=True).indices[:used].int()
+    counts = torch.bincount(flat, minlength=E + 1)[:E]
+    assert torch.equal(routing.row_slot[:used], order)
+    assert torch.equal(routing.expert_offsets, torch.cat([torch.zeros(1), counts.cumsum(0)]).int())
+    inverse = torch.full((T * K,), -1, dtype=torch.int32)
+    inverse[order.long()] = torch.arange(used, dtype=torch.int32)
+    assert torch.equal(routing.slot_row, inverse)
+
+
+@pytest.mark.parametrize("block_p", [16, 128])
+def test_every_row_lies_in_one_tile_of_its_expert(block_p):
+    routing = sort_slots(routed(90, 3, 7, 0.3), 7, 270)
+    tiles = list_tiles(routing, block_p)
+    counts = routing.expert_offsets.diff()
+    expected = torch.repeat_interleave(torch.arange(7), (counts + block_p - 1) // block_p).int()
+    assert torch.equal(tiles.tile_expert[: len(expected)], expected)
+    assert (tiles.tile_expert[len(expected) :] == -1).all()
+    assert torch.equal(tiles.tile_offsets.diff(), (counts + block_p - 1) // block_p)
+
+
+def test_understated_num_rows_never_writes_past_the_buffer(monkeypatch):
+    index = routed(20, 2, 4)
+    full = sort_slots(index, 4, 40).row_slot
+    storage = torch.full((64,), -7, dtype=torch.int32)
+    empty = torch.empty
+    monkeypatch.setattr(
+        torch, "empty", lambda *shape, **kw: storage[:10] if shape == (10,) else empty(*shape, **kw)
+    )
+    assert torch.equal(sort_slots(index, 4, 10).row_slot, full[:10])
+    assert (storage[10:] == -7).all()

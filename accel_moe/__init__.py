@@ -1,0 +1,19 @@
+"""accel_moe: expert parallelism for any transformers Mixture-of-Experts model, in any accelerate script.
+
+    import accel_moe
+    model = accel_moe.prepare(model)     # with moe_ep_degree: 8 in the accelerate YAML
+    model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+
+Importing the package does one thing: it registers the experts function `scattermoe` with transformers, so that
+`from_pretrained(..., experts_implementation="scattermoe")` works. Triton is imported at its first call. No patch is
+installed, no CUDA context made, before `prepare`.
+"""
+
+from accel_moe.api import prepare
+from accel_moe.config import MoEConfig
+from accel_moe.experts import expert_load, register_scattermoe
+from accel_moe.version import __version__
+
+register_scattermoe()
+
+__all__ = ["MoEConfig", "__version__", "expert_load", "prepare"]

@@ -1,0 +1,30 @@
+"""FSDP2 on a machine without an accelerator, over gloo: for laptops, tutorials and tests.
+
+accelerate refuses FSDP on the CPU, PyTorch does not. `enable()` makes the difference, and only when asked:
+
+    import accel_moe.cpu
+    accel_moe.cpu.enable()      # before Accelerator() or Trainer; does nothing on a machine with a GPU
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from accel_moe import hooks
+
+
+def enable() -> bool:
+    """Let accelerate run FSDP2 with gloo ranks on the CPU. Not a collective; call it on every rank, before the
+    Accelerator is made.
+
+    Returns:
+        True if it is on; False on a machine with an accelerator or outside a distributed launch, where there is
+        nothing to do.
+    """
+    if torch.accelerator.is_available() or int(os.environ.get("LOCAL_RANK", -1)) == -1:
+        return False
+    os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
+    hooks.install_cpu()
+    return True

@@ -1,0 +1,87 @@
+"""The dispatcher protocol: what stands between the router and the experts when experts live on other ranks.
+
+    dispatched = dispatcher.dispatch(hidden_states, top_k_index, top_k_weights)
+    rows_out   = any_experts_function(view, dispatched.rows, dispatched.local_index, dispatched.local_weights)
+    out        = dispatcher.combine(rows_out, dispatched)
+
+A dispatcher knows ranks and nothing of kernels; an experts function knows kernels and nothing of ranks. To add
+a backend, write one file with a class of this shape and one line in `DISPATCHERS`.
+
+Shape letters, here and everywhere: T tokens on this rank, K top-k, H hidden, E experts in all, e experts on this
+rank, R rows received, P (row, expert) pairs to compute.
+
+The dispatch returns rows, counts and metadata that combine takes back, after torchtitan's
+models/common/token_dispatcher.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+
+@dataclass(frozen=True)
+class Dispatched:
+    """What one rank's experts have to compute.
+
+    Attributes:
+        rows: [R, H], the hidden states that arrived, in arrival order. R is at least 1: a rank that received
+            nothing gets one zero row whose slots are all sentinels, so that every experts function still touches
+            its weights and every rank runs the same autograd graph.
+        local_index: [R, K] int64, this rank's experts 0..e-1; e is the sentinel: a slot that is not ours.
+        local_weights: [R, K], in the dtype the router gave; 0 in sentinel slots.
+        num_pairs: how many slots are not sentinels, known on the host.
+        handle: whatever `combine` needs; opaque to everyone else.
+    """
+
+    rows: torch.Tensor
+    local_index: torch.Tensor
+    local_weights: torch.Tensor
+    num_pairs: int
+    handle: Any
+
+
+class Dispatcher(Protocol):
+    """One experts layer's road to its ep group and back. Every method is a collective over the ep group: each
+    rank calls it once per forward, whatever its own number of tokens (0 included), and their backwards likewise.
+    """
+
+    def dispatch(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> Dispatched:
+        """Send each token to the ranks that own its experts.
+
+        Args:
+            hidden_states: [T, H] in the compute dtype. T may differ from rank to rank.
+            top_k_index: [T, K] integers in 0..E-1; E or more marks a slot without an expert.
+            top_k_weights: [T, K] floating point.
+
+        Differentiable in hidden_states and top_k_weights. The gradients of sentinel slots are never read: an
+        experts function may leave garbage there.
+        """
+        ...
+
+    def combine(self, rows: torch.Tensor, dispatched: Dispatched) -> torch.Tensor:
+        """Bring the experts' weighted sums home: [R, H] rows in arrival order to [T, H], summed per token."""
+        ...
+
+
+def make_dispatcher(name: str, group: torch.distributed.ProcessGroup, num_experts: int) -> Dispatcher:
+    """Build the dispatcher called `name` for one ep group (not a collective)."""
+    if name not in DISPATCHERS:
+        raise ValueError(f"no dispatcher is called {name!r}. Known: {', '.join(sorted(DISPATCHERS))}.")
+    return DISPATCHERS[name](group, num_experts)
+
+
+def _all_to_all(group: torch.distributed.ProcessGroup, num_experts: int) -> Dispatcher:
+    from accel_moe.dispatch.all_to_all import AllToAllDispatcher
+
+    return AllToAllDispatcher(group, num_experts)
+
+
+DISPATCHERS: dict[str, Callable[[torch.distributed.ProcessGroup, int], Dispatcher]] = {
+    "all_to_all": _all_to_all,
+}

@@ -1,0 +1,250 @@
+"""The only file that assigns into accelerate or transformers: a table of patches, each on a leash.
+
+A row names its target, the parameters that the target had in the versions it was tested with, and why there is no
+hook or public API to use instead. Installing checks the parameters and refuses loudly if they moved; `uninstall`
+puts everything back. Nothing is patched at import: `prepare()` installs `TABLE`, `accel_moe.cpu.enable()` installs
+`CPU_TABLE`.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import inspect
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from accel_moe import config, mesh, shard
+from accel_moe.experts import PreparedState, prepared_state, swapped_layers
+
+
+@dataclass(frozen=True)
+class Patch:
+    """One row.
+
+    Attributes:
+        target: dotted path; the last part is the attribute that is replaced.
+        parameters: the target's own, in order, in the tested versions.
+        wrapper: (original) -> replacement.
+        reason: why it is patched, for the reader and for the error.
+        tested: the versions it was run with.
+    """
+
+    target: str
+    parameters: tuple[str, ...]
+    wrapper: Callable[[Callable[..., Any]], Callable[..., Any]]
+    reason: str
+    tested: str = "accelerate 1.15.0"
+
+
+def shard_then_prepare(original):
+    @functools.wraps(original)
+    def fsdp2_prepare_model(accelerator, model):
+        state = prepared_state(model)
+        if state is not None and state.config.moe_ep_degree > 1 and state.mesh_plan is None:
+            _shard(accelerator, model, state)
+        return original(accelerator, model)
+
+    return fsdp2_prepare_model
+
+
+def leave_experts_out(original):
+    @functools.wraps(original)
+    def fsdp2_load_full_state_dict(accelerator, model, full_sd, cpu_offload=False):
+        if not any(shard.is_sharded(layer) for _, layer in swapped_layers(model)):
+            return original(accelerator, model, full_sd, cpu_offload)
+        original(accelerator, shard.WithoutShardedExperts(model, full_sd), full_sd, cpu_offload)
+        return model
+
+    return fsdp2_load_full_state_dict
+
+
+def check_then_prepare(original):
+    @functools.wraps(original)
+    def prepare(self, *args, device_placement=None):
+        for model in args:
+            if isinstance(model, nn.Module) and (state := prepared_state(model)) is not None:
+                _compare_ranks(state)
+                if state.config.moe_ep_degree > 1:
+                    _check_accelerator(self, model, state)
+        return original(self, *args, device_placement=device_placement)
+
+    return prepare
+
+
+def gloo_when_no_accelerator(original):
+    @functools.wraps(original)
+    def _prepare_backend(self, cpu=False, sagemaker_dp=False, backend=None):
+        from accelerate.utils import DistributedType
+
+        launched = int(os.environ.get("LOCAL_RANK", -1)) != -1
+        if launched and not cpu and not sagemaker_dp and not torch.accelerator.is_available():
+            return "gloo", DistributedType.MULTI_GPU
+        return original(self, cpu, sagemaker_dp, backend)
+
+    return _prepare_backend
+
+
+TABLE = (
+    Patch(
+        "accelerate.Accelerator.prepare",
+        ("self", "args", "device_placement"),
+        check_then_prepare,
+        "A model marked for ep > 1 that does not take the FSDP2 road (DDP, FSDP1, DeepSpeed) would train whole "
+        "experts on every rank without a word; and the ranks' settings are compared before any collective.",
+    ),
+    Patch(
+        "accelerate.accelerator.fsdp2_prepare_model",
+        ("accelerator", "model"),
+        shard_then_prepare,
+        "The one moment between activation checkpointing and wrapping, after the optimizer's parameters were noted "
+        "by name. accelerate offers no hook there. The name is patched where it is called: accelerate.accelerator "
+        "imports it.",
+    ),
+    Patch(
+        "accelerate.utils.fsdp_utils.fsdp2_load_full_state_dict",
+        ("accelerator", "model", "full_sd", "cpu_offload"),
+        leave_experts_out,
+        "fsdp_cpu_ram_efficient_loading distributes whole tensors over each parameter's mesh, and would shard a "
+        "shard again.",
+    ),
+)
+
+CPU_TABLE = (
+    Patch(
+        "accelerate.state.PartialState._prepare_backend",
+        ("self", "cpu", "sagemaker_dp", "backend"),
+        gloo_when_no_accelerator,
+        "accelerate ties FSDP to a GPU backend; FSDP2 itself runs on gloo.",
+    ),
+)
+
+_originals: dict[str, Any] = {}
+
+
+def install() -> None:
+    """Put every row of TABLE in place; a second call changes nothing.
+
+    Raises:
+        RuntimeError: a target is gone or takes other parameters than it did in the tested versions.
+    """
+    for patch in TABLE:
+        _install(patch)
+
+
+def install_cpu() -> None:
+    for patch in CPU_TABLE:
+        _install(patch)
+
+
+def uninstall() -> None:
+    """Undo every patch, newest first."""
+    for target in reversed(list(_originals)):
+        owner, name = _locate(target)
+        setattr(owner, name, _originals.pop(target))
+
+
+def installed() -> list[str]:
+    return list(_originals)
+
+
+def _install(patch: Patch) -> None:
+    if patch.target in _originals:
+        return
+    owner, name = _locate(patch.target)
+    original = getattr(owner, name)
+    found = tuple(inspect.signature(original).parameters)
+    if found != patch.parameters:
+        raise RuntimeError(
+            f"accel_moe patches {patch.target}, and found it with parameters {found} where it expected "
+            f"{patch.parameters} (tested with {patch.tested}). Install a tested version, or update accel_moe. "
+            f"What the patch is for: {patch.reason}"
+        )
+    _originals[patch.target] = original
+    setattr(owner, name, patch.wrapper(original))
+
+
+def _locate(target: str) -> tuple[Any, str]:
+    """The object that holds the attribute, and its name: modules first, then attributes of the module."""
+    *path, name = target.split(".")
+    for cut in range(len(path), 0, -1):
+        try:
+            owner: Any = importlib.import_module(".".join(path[:cut]))
+        except ModuleNotFoundError:
+            continue
+        for part in path[cut:]:
+            owner = getattr(owner, part)
+        if hasattr(owner, name):
+            return owner, name
+        break
+    raise RuntimeError(f"accel_moe patches {target}, which this version does not have. Install a tested version.")
+
+
+def _compare_ranks(state: PreparedState) -> None:
+    """The first collective of all: one rank with another degree would hang every later one."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return
+    ours = state.resolved.for_comparison()
+    everyone: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(everyone, ours)
+    if (message := config.config_mismatch(everyone)) is not None:
+        raise ValueError(message)
+
+
+def _check_accelerator(accelerator, model: nn.Module, state: PreparedState) -> None:
+    degree = state.config.moe_ep_degree
+    source = state.resolved.sources["moe_ep_degree"]
+    found = f"moe_ep_degree={degree} ({source})"
+    if not accelerator.is_fsdp2:
+        kind = accelerator.distributed_type.value
+        if kind == "FSDP":
+            kind = "FSDP version 1"
+        raise ValueError(
+            f"{found} needs FSDP2, but this Accelerator runs {kind}. Set distributed_type: FSDP and "
+            "fsdp_config.fsdp_version: 2 in the accelerate config, or remove moe_ep_degree."
+        )
+    parallelism = accelerator.parallelism_config
+    for axis in ("tp", "cp", "sp"):
+        size = getattr(parallelism, f"{axis}_size", 1) or 1 if parallelism is not None else 1
+        if size > 1:
+            raise ValueError(
+                f"{found} together with {axis}_size={size} is not supported. Set parallelism_config_{axis}_size: 1, or "
+                "remove moe_ep_degree."
+            )
+    if accelerator.mixed_precision == "fp16":
+        raise ValueError(
+            f"{found} with mixed_precision: fp16 is not supported: the gradient scaler looks for overflow on each "
+            "parameter's own mesh only. Use mixed_precision: bf16."
+        )
+    _plan(accelerator, state)
+
+
+def _plan(accelerator, state: PreparedState) -> mesh.MeshPlan:
+    parallelism = accelerator.parallelism_config
+    has_mesh = parallelism is not None and getattr(accelerator, "torch_device_mesh", None) is not None
+    return mesh.plan_mesh(
+        accelerator.num_processes,
+        state.config.moe_ep_degree,
+        dp_replicate=(parallelism.dp_replicate_size or 1) if has_mesh else 1,
+        dp_shard=(parallelism.dp_shard_size or 1) if has_mesh else None,
+    )
+
+
+def _shard(accelerator, model: nn.Module, state: PreparedState) -> None:
+    plugin = accelerator.state.fsdp_plugin
+    plan = _plan(accelerator, state)
+    shard.shard_experts(
+        model,
+        plan,
+        mesh.build_mesh(plan, accelerator.device.type),
+        mp_policy=plugin.mixed_precision_policy,
+        offload_policy=plugin.cpu_offload,
+        reshard_after_forward=plugin.reshard_after_forward,
+        upcast=accelerator.mixed_precision != "no",
+        from_rank0=plugin.cpu_ram_efficient_loading,
+    )

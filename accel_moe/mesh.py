@@ -1,0 +1,102 @@
+"""Which rank holds which experts: arithmetic first, a DeviceMesh second.
+
+A job of `world` ranks is cut three ways, outermost first:
+
+    (dp_replicate, efsdp, ep)        dp_shard = efsdp x ep
+
+* `dp_replicate`: whole copies of the model (HSDP); 1 without HSDP.
+* `ep`: the ranks that share one set of experts; each holds `num_experts / ep` whole experts, and tokens
+  travel between them. The innermost axis, so that an ep group is made of neighbouring ranks, which a
+  launcher places on one node first.
+* `efsdp`: the ranks that hold the same experts and shard them further, FSDP's way.
+
+Dense weights know nothing of this: accelerate shards them over all of `dp_shard`. Both meshes number the
+ranks alike (accelerate puts dp_replicate outside dp_shard, PyTorch numbers row-major), which is what lets
+one gradient norm be taken over both.
+
+`plan_mesh` is pure and runs on a laptop; `build_mesh` is a collective.
+
+Source of the axes' names and order: torchtitan, distributed/parallel_dims.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+MESH_DIM_NAMES = ("dp_replicate", "efsdp", "ep")
+
+
+@dataclass(frozen=True)
+class MeshPlan:
+    """The sizes of the three axes. Immutable; built by `plan_mesh` only, which has checked it."""
+
+    dp_replicate: int
+    efsdp: int
+    ep: int
+
+    @property
+    def dp_shard(self) -> int:
+        return self.efsdp * self.ep
+
+    @property
+    def world_size(self) -> int:
+        return self.dp_replicate * self.efsdp * self.ep
+
+    def ep_group_of(self, rank: int) -> tuple[int, ...]:
+        """The ranks that `rank` exchanges tokens with, itself among them, in ep order."""
+        first = rank - rank % self.ep
+        return tuple(range(first, first + self.ep))
+
+    def nodes_per_ep_group(self, local_world_size: int) -> int:
+        """How many nodes the widest ep group touches when ranks are laid out `local_world_size` to a node."""
+        return max(
+            len({member // local_world_size for member in self.ep_group_of(rank)})
+            for rank in range(0, self.world_size, self.ep)
+        )
+
+    def describe(self) -> str:
+        return f"dp_replicate {self.dp_replicate} x efsdp {self.efsdp} x ep {self.ep} = {self.world_size} ranks"
+
+
+def divisors(number: int) -> list[int]:
+    return [d for d in range(1, number + 1) if number % d == 0]
+
+
+def plan_mesh(world_size: int, ep_degree: int, *, dp_replicate: int = 1, dp_shard: int | None = None) -> MeshPlan:
+    """Cut `world_size` ranks into (dp_replicate, efsdp, ep).
+
+    Args:
+        dp_shard: accelerate's `parallelism_config_dp_shard_size`; None when accelerate built no mesh, in which
+            case FSDP shards over every rank (`world_size / dp_replicate`).
+
+    Raises:
+        ValueError: the degrees do not multiply up to the world, or ep does not divide dp_shard.
+    """
+    source = "dp_shard_size"
+    if dp_shard is None:
+        dp_shard, source = world_size // dp_replicate, "the number of ranks that FSDP shards over"
+    if dp_replicate * dp_shard != world_size:
+        raise ValueError(
+            f"dp_replicate_size={dp_replicate} x dp_shard_size={dp_shard} is {dp_replicate * dp_shard}, but the job "
+            f"has {world_size} ranks. Make the product equal to num_processes in the accelerate config."
+        )
+    if dp_shard % ep_degree:
+        raise ValueError(
+            f"moe_ep_degree={ep_degree} does not divide {source}={dp_shard} ({world_size} ranks). "
+            f"Use one of {', '.join(map(str, divisors(dp_shard)))}, or change the number of processes."
+        )
+    return MeshPlan(dp_replicate=dp_replicate, efsdp=dp_shard // ep_degree, ep=ep_degree)
+
+
+def build_mesh(plan: MeshPlan, device_type: str) -> DeviceMesh:
+    """Make the (dp_replicate, efsdp, ep) DeviceMesh. A collective: every rank of the world calls it.
+
+    All three axes exist even at size 1, so that no later code asks which ones there are.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+
+    return init_device_mesh(device_type, (plan.dp_replicate, plan.efsdp, plan.ep), mesh_dim_names=MESH_DIM_NAMES)

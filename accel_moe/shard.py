@@ -1,0 +1,123 @@
+"""Experts into shards: whole experts to the ranks of ep, FSDP2 over efsdp, and nothing else touched.
+
+Called inside `accelerator.prepare`, just before accelerate wraps the rest of the model. Each experts module
+becomes its own FSDP unit on the efsdp axis of our mesh, with parameters that are DTensors sharded on dim 0 over
+(efsdp, ep); accelerate skips modules that are FSDP units already and shards the dense weights over all of
+dp_shard. Names are unchanged, so an optimizer made before finds its parameters again by name.
+
+Why not earlier: accelerate maps an optimizer's old parameters by data_ptr, and empty shards (2 experts over
+efsdp 4) and meta tensors all have data_ptr 0; and accelerate returns at once from a model that is FSDP already.
+
+The order is torchtitan's (models/moe, apply_moe_ep_tp then apply_fsdp): ep first, FSDP over what is left.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Shard
+
+from accel_moe.dispatch.base import make_dispatcher
+from accel_moe.experts import ScatterMoE, swapped_layers
+from accel_moe.mesh import MeshPlan
+
+BROADCAST_BYTES = 256 * 2**20
+"""How much of a weight travels from rank 0 at once under fsdp_cpu_ram_efficient_loading."""
+
+
+def shard_experts(
+    model: nn.Module,
+    plan: MeshPlan,
+    mesh: DeviceMesh,
+    *,
+    mp_policy: MixedPrecisionPolicy | None,
+    offload_policy: OffloadPolicy | None,
+    reshard_after_forward: bool | int,
+    upcast: bool,
+    from_rank0: bool,
+) -> None:
+    """Shard every swapped layer of `model` in place. A collective over the world.
+
+    Args:
+        mesh: `build_mesh(plan)`.
+        mp_policy: accelerate's, for the compute and reduce dtypes. Inputs are not cast and outputs keep their
+            dtype: the layer casts hidden_states itself, and fp32 routing weights must stay fp32.
+        upcast: make trainable weights fp32 first, as accelerate does under mixed precision.
+        from_rank0: only rank 0's values are real (RAM-efficient loading); they are sent to the others.
+    """
+    fsdp_mesh = mesh["dp_replicate", "efsdp"] if plan.dp_replicate > 1 else mesh["efsdp"]
+    mp_policy = mp_policy or MixedPrecisionPolicy()
+    policy = MixedPrecisionPolicy(
+        param_dtype=mp_policy.param_dtype,
+        reduce_dtype=mp_policy.reduce_dtype,
+        output_dtype=None,
+        cast_forward_inputs=False,
+    )
+    fsdp_options = {} if offload_policy is None else {"offload_policy": offload_policy}
+    group = mesh.get_group("ep")
+    for _, layer in swapped_layers(model):
+        for name, parameter in list(layer._parameters.items()):
+            if parameter is not None:
+                dtype = torch.float32 if upcast and parameter.requires_grad else parameter.dtype
+                local = _own_experts(parameter, mesh["ep"], dtype, from_rank0)
+                shard = DTensor.from_local(local, mesh["ep"], [Shard(0)], run_check=False)
+                layer.register_parameter(name, nn.Parameter(shard, requires_grad=parameter.requires_grad))
+        fully_shard(
+            layer, mesh=fsdp_mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward, **fsdp_options
+        )
+        state = layer._accel_moe_layer
+        state.dispatcher = make_dispatcher("all_to_all", group, state.num_experts)
+        state.prepared.mesh_plan = plan
+
+
+@torch.no_grad()
+def _own_experts(parameter: nn.Parameter, ep_mesh: DeviceMesh, dtype: torch.dtype, from_rank0: bool) -> torch.Tensor:
+    """This rank's experts of one weight [E, ...]: [e, ...] in `dtype` on the mesh's device, in memory of its own."""
+    device = torch.device(ep_mesh.device_type, torch.cuda.current_device()) if ep_mesh.device_type == "cuda" else "cpu"
+    experts = parameter.shape[0] // ep_mesh.size()
+    first = ep_mesh.get_local_rank() * experts
+    if not from_rank0:
+        return parameter.detach().narrow(0, first, experts).to(device=device, dtype=dtype, copy=True)
+    own = torch.empty((experts, *parameter.shape[1:]), dtype=dtype, device=device)
+    at_once = max(1, BROADCAST_BYTES // max(1, parameter[0].numel() * parameter.element_size()))
+    for start in range(0, parameter.shape[0], at_once):
+        count = min(at_once, parameter.shape[0] - start)
+        if dist.get_rank() == 0:
+            some = parameter.detach().narrow(0, start, count).to(device).contiguous()
+        else:
+            some = torch.empty((count, *parameter.shape[1:]), dtype=parameter.dtype, device=device)
+        dist.broadcast(some, src=0)
+        low, high = max(start, first), min(start + count, first + experts)
+        if low < high:
+            own[low - first : high - first].copy_(some[low - start : high - start])
+    return own
+
+
+class WithoutShardedExperts:
+    """A model as `fsdp2_load_full_state_dict` should see it: without the experts.
+
+    That function hands rank 0's whole tensors round, and would shard our shards again. Experts got their values in
+    `shard_experts`; they are left out of the state dict it walks through, and put back, as they were before the
+    model was moved to meta, into the one it loads.
+    """
+
+    def __init__(self, model: nn.Module, full_state_dict: dict[str, torch.Tensor]):
+        self._model = model
+        owned = {f"{prefix}.{name}" for prefix, layer in swapped_layers(model) for name in layer._parameters}
+        self._experts = {key: value for key, value in full_state_dict.items() if key in owned}
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        return {key: value for key, value in self._model.state_dict().items() if key not in self._experts}
+
+    def load_state_dict(self, state_dict: dict[str, torch.Tensor], **options):
+        return self._model.load_state_dict({**state_dict, **self._experts}, **options)
+
+    def __getattr__(self, name: str):
+        return getattr(self._model, name)
+
+
+def is_sharded(layer: ScatterMoE) -> bool:
+    return layer._accel_moe_layer.dispatcher is not None

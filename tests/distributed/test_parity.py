@@ -1,0 +1,108 @@
+"""The parity table: every layout against one process, eager, the whole batch.
+
+Tolerances, fp32: gradients 1e-6 absolute and 1e-4 of the parameter's largest (sums over ranks and experts are taken
+in another order: a few ulp of the largest term; measured 4e-8), loss 1e-5, norm 1e-5 relative. Weights after three
+AdamW steps: AdamW divides by the root of the second moment, which turns rounding in tiny gradients into steps of
+the learning rate's size, so the yardstick is the distance that accelerate FSDP2 without us has in the same test.
+"""
+
+import functools
+from dataclasses import replace
+
+import pytest
+
+from tests.distributed.parity import (
+    Case,
+    differences,
+    train_on_one_process,
+    train_on_rank,
+    weight_distance,
+)
+from tests.distributed.trainer_parity import train_with_trainer
+from tests.ranks import run_ranks
+
+SCATTERMOE = dict(kernel="scattermoe", interpret=True)
+
+TABLE = [
+    Case(1, 1),
+    Case(2, 1),
+    Case(2, 2),
+    Case(4, 1),
+    Case(4, 2),
+    Case(4, 4),
+    Case(4, 2, dp_replicate=2),
+    Case(2, 2, mesh=False),
+    Case(2, 2, accumulation=2),
+    Case(4, 2, num_experts=6),
+    Case(2, 2, tie=True),
+    Case(2, 2, checkpointing=True, nothing_received=True),
+    Case(4, 4, checkpointing=True, nothing_received=True),
+    Case(2, 2, ram_efficient=True),
+    Case(4, 2, ram_efficient=True, tie=True),
+    Case(4, 2, two_groups=True),
+    Case(4, 1, ram_efficient=True, two_groups=True, dp_replicate=2),
+    Case(2, 2, family="mixtral"),
+    Case(2, 2, family="olmoe"),
+    Case(2, 2, family="granitemoe"),
+    Case(2, 2, family="deepseek_v3"),
+    Case(2, 2, family="glm4_moe"),
+    Case(2, 2, kernel="batched_mm"),
+    Case(2, 1, **SCATTERMOE),
+    Case(2, 2, **SCATTERMOE),
+]
+
+
+def run_case(case: Case, function=train_on_rank):
+    return run_ranks(function, case.world, case, interpret=case.interpret)[0]
+
+
+@functools.cache
+def cached_oracle(case: Case):
+    return train_on_one_process(case)
+
+
+def oracle(case: Case):
+    return cached_oracle(
+        Case(
+            1, 1, family=case.family, num_experts=case.num_experts, tie=case.tie,
+            nothing_received=case.nothing_received, two_groups=case.two_groups,
+        )
+    )  # fmt: skip
+
+
+@functools.cache
+def cached_yardstick(case: Case) -> float:
+    return weight_distance(run_case(case), oracle(case))
+
+
+def yardstick(case: Case) -> float:
+    """The weights' distance of accelerate FSDP2 without us, on the same ranks with the same experts function."""
+    plain = replace(case, ep=1, ours=False, mesh=True, ram_efficient=False)
+    return cached_yardstick(plain)
+
+
+def check(run, case: Case) -> None:
+    expected = oracle(case)
+    assert not (wrong := differences(run, expected)), "\n".join(wrong)
+    distance, allowed = weight_distance(run, expected), 2 * yardstick(case)
+    assert distance <= allowed, f"weights are {distance:.2e} from the oracle's; FSDP2 alone is {allowed / 2:.2e}"
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("case", TABLE, ids=lambda case: case.name)
+def test_training_equals_one_process_on_the_whole_batch(case):
+    check(run_case(case), case)
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("case", [Case(2, 1), Case(2, 2), Case(4, 2)], ids=lambda case: case.name)
+def test_training_with_trainer_equals_one_process_on_the_whole_batch(case):
+    check(run_case(case, train_with_trainer), case)
+
+
+@pytest.mark.parametrize("sabotage", ["no_ep_scale", "router_gradient"])
+def test_the_table_catches_a_broken_gradient(sabotage):
+    case = Case(2, 2, sabotage=sabotage)
+    wrong = differences(run_case(case), oracle(case))
+    part = "experts" if sabotage == "no_ep_scale" else "mlp.gate.weight"
+    assert any(part in line for line in wrong), wrong

@@ -1,0 +1,103 @@
+"""A parity case through transformers.Trainer: the same three steps, gradients read before the optimizer's."""
+
+from __future__ import annotations
+
+import tempfile
+
+import torch
+
+from tests.distributed.parity import (
+    LEARNING_RATE,
+    MAX_NORM,
+    STEPS,
+    Case,
+    Run,
+    build,
+    clean,
+    optimizer_of,
+    whole,
+)
+from tests.tiny import batches, decoder_layer_names
+
+
+class InOrder(torch.utils.data.Dataset):
+    """The rows of all batches, one after the other."""
+
+    def __init__(self):
+        self.rows = torch.cat(batches(STEPS))
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, i):
+        return {"input_ids": self.rows[i], "labels": self.rows[i]}
+
+
+def trainer_arguments(case: Case, folder: str, model, **more):
+    from accelerate.parallelism_config import ParallelismConfig
+    from transformers import TrainingArguments
+
+    batch = len(batches(1)[0]) // case.world
+    return TrainingArguments(
+        output_dir=folder,
+        per_device_train_batch_size=batch,
+        max_grad_norm=MAX_NORM,
+        logging_steps=1,
+        lr_scheduler_type="constant",
+        learning_rate=LEARNING_RATE,
+        report_to=[],
+        disable_tqdm=True,
+        fsdp=True,
+        fsdp_config={
+            "fsdp_version": 2,
+            "transformer_layer_cls_to_wrap": decoder_layer_names(model),
+            "cpu_ram_efficient_loading": case.ram_efficient,
+            "state_dict_type": "SHARDED_STATE_DICT",
+        },
+        parallelism_config=ParallelismConfig(dp_shard_size=case.world),
+        **{"max_steps": STEPS, "save_strategy": "no", **more},
+    )
+
+
+def train_with_trainer(case: Case) -> Run | None:
+    from transformers import Trainer, TrainerCallback
+
+    import accel_moe
+    import accel_moe.cpu
+
+    accel_moe.cpu.enable()
+    model = build(case)
+    accel_moe.prepare(model, moe_ep_degree=case.ep, moe_kernel=case.kernel)
+    gradients, losses, norms = {}, [], []
+
+    class Watch(TrainerCallback):
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            if "loss" in logs:
+                losses.append(logs["loss"])
+                norms.append(logs["grad_norm"])
+
+    class InOrderTrainer(Trainer):
+        def _get_train_sampler(self, *args, **kwargs):
+            return torch.utils.data.SequentialSampler(self.train_dataset)
+
+        def create_optimizer(self, *args, **kwargs):
+            if self.optimizer is None:
+                self.optimizer = optimizer_of(self.model, case)
+            return self.optimizer
+
+        def training_step(self, model, *args, **kwargs):
+            loss = super().training_step(model, *args, **kwargs)
+            if not gradients:
+                gradients.update({clean(n): whole(p.grad) for n, p in model.named_parameters()})
+            return loss
+
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = InOrderTrainer(
+            model=model,
+            args=trainer_arguments(case, folder, model),
+            train_dataset=InOrder(),
+            callbacks=[Watch()],
+        )
+        trainer.train()
+    weights = {clean(n): whole(p) for n, p in trainer.model.named_parameters()}
+    return Run(losses, norms, gradients, weights, {}) if trainer.accelerator.process_index == 0 else None

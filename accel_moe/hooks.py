@@ -11,6 +11,8 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
+import logging
+import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,6 +23,9 @@ from torch import nn
 
 from accel_moe import config, mesh, shard
 from accel_moe.experts import PreparedState, prepared_state, swapped_layers
+
+
+logger = logging.getLogger("accel_moe")
 
 
 @dataclass(frozen=True)
@@ -235,9 +240,29 @@ def _plan(accelerator, state: PreparedState) -> mesh.MeshPlan:
     )
 
 
+def _log_plan(plan: mesh.MeshPlan) -> None:
+    if torch.distributed.get_rank():
+        return
+    local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", plan.world_size))
+    nodes = plan.nodes_per_ep_group(local_world_size)
+    logger.info("experts sharded over %s", plan.describe())
+    if nodes > 1:
+        logger.warning(
+            "an ep group spans %d nodes (moe_ep_degree=%d, %d ranks a node): about %d of %d rows leave their node in "
+            "every dispatch and combine. moe_ep_degree=%d would keep them on one.",
+            nodes,
+            plan.ep,
+            local_world_size,
+            nodes - 1,
+            nodes,
+            math.gcd(plan.ep, local_world_size),
+        )
+
+
 def _shard(accelerator, model: nn.Module, state: PreparedState) -> None:
     plugin = accelerator.state.fsdp_plugin
     plan = _plan(accelerator, state)
+    _log_plan(plan)
     shard.shard_experts(
         model,
         plan,

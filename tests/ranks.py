@@ -18,6 +18,7 @@ import tempfile
 import time
 import traceback
 
+import pytest
 import torch
 
 TIMEOUT_S = 240
@@ -58,6 +59,8 @@ def run_ranks(
     Raises:
         AssertionError: a rank raised (its traceback is the message), died, or the time ran out.
     """
+    if torch.cuda.is_available() and world_size > torch.cuda.device_count():
+        pytest.skip(f"needs {world_size} GPUs, {torch.cuda.device_count()} here")
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     context = _context()
     with tempfile.TemporaryDirectory() as folder:

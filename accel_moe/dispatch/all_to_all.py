@@ -164,8 +164,8 @@ class _SendSlots(torch.autograd.Function):
         weights = torch.where(ours, top_k_weights[route.send_token], 0.0).to(top_k_weights.dtype)
         packed = torch.cat([_as_bytes(index.int()), _as_bytes(weights)], dim=1)
         packed = exchange_rows(packed, route.send_counts, route.receive_counts, route.group)
-        index = packed[:, : 4 * k].contiguous().view(torch.int32).long()
-        weights = packed[:, 4 * k :].contiguous().view(top_k_weights.dtype)
+        index = _from_bytes(packed[:, : 4 * k], torch.int32).long()
+        weights = _from_bytes(packed[:, 4 * k :], top_k_weights.dtype)
         if not route.num_received:
             index = index.new_full((1, k), num_local_experts)
             weights = weights.new_zeros((1, k))
@@ -186,3 +186,8 @@ class _SendSlots(torch.autograd.Function):
 
 def _as_bytes(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.contiguous().view(torch.uint8)
+
+
+def _from_bytes(packed: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    # clone, not contiguous(): a single row counts as contiguous with any stride, which view(dtype) then refuses.
+    return packed.clone(memory_format=torch.contiguous_format).view(dtype)

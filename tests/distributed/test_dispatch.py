@@ -1,0 +1,115 @@
+"""Dispatch and combine against the same sum computed without leaving the rank, for the nastiest routings.
+
+fp32; sums over ranks are taken in another order, hence 1e-5 on values of order 1 to 10.
+"""
+
+import pytest
+import torch
+
+from tests.ranks import run_ranks
+
+H, E, K = 16, 8, 3
+
+
+def tokens_of(kind: str, rank: int, world: int, step: int):
+    """This rank's (hidden_states, top_k_index, top_k_weights) for one routing."""
+    generator = torch.Generator().manual_seed(1000 * step + rank)
+    count = {"ragged": 5 * rank + 3, "rank without tokens": 0 if rank == 0 else 7, "one token in all": int(rank == 1)}
+    tokens = count.get(kind, 6)
+    hidden = torch.randn(tokens, H, generator=generator)
+    index = torch.rand(tokens, E, generator=generator).argsort(1)[:, :K]
+    if kind == "all on one rank":
+        index = index % (E // world)
+    if kind == "all on one expert":
+        index = torch.full_like(index, 5)  # a router may not do this; the exchange must not care
+    if kind == "slots without an expert":
+        index[:, 1] = E
+        index[::2] = E + 3
+    weights = torch.rand(tokens, K, generator=generator)
+    return hidden, index, weights
+
+
+KINDS = [
+    "even",
+    "ragged",
+    "rank without tokens",
+    "one token in all",
+    "all on one rank",
+    "all on one expert",
+    "slots without an expert",
+]
+
+
+def slow_experts(hidden, index, weights, matrices):
+    """sum_k w[t, k] * hidden[t] @ matrices[index[t, k]]; slots past the last matrix count nothing."""
+    padded = torch.cat([matrices, matrices.new_zeros(1, H, H)])
+    chosen = padded[index.clamp(max=len(matrices))]
+    return torch.einsum("th,tkhj,tk->tj", hidden, chosen, weights)
+
+
+def check_routings(dtype) -> None:
+    import torch.distributed as dist
+
+    from accel_moe.dispatch.base import make_dispatcher
+
+    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    rank, world = dist.get_rank(), dist.get_world_size()
+    device = torch.device("cuda", rank) if torch.cuda.is_available() else torch.device("cpu")
+    dispatcher = make_dispatcher("all_to_all", dist.group.WORLD, E)
+    matrices = torch.randn(E, H, H, generator=torch.Generator().manual_seed(0)).to(device)
+    e = E // world
+    for step, kind in enumerate(KINDS):
+        hidden, index, weights = (t.to(device) for t in tokens_of(kind, rank, world, step))
+        weights = weights.to(dtype)
+        hidden.requires_grad_()
+        weights.requires_grad_()
+        expected = slow_experts(hidden, index, weights.float(), matrices)
+        upstream = torch.randn_like(expected)
+        expected_gradients = torch.autograd.grad(expected, (hidden, weights), upstream)
+
+        sent = dispatcher.dispatch(hidden, index, weights)
+        assert sent.local_weights.dtype == dtype and sent.rows.shape[0] >= 1
+        ours = sent.local_index < e
+        assert int(ours.sum()) == sent.num_pairs, kind
+        assert not sent.local_weights[~ours].any(), kind
+        rows = slow_experts(
+            sent.rows, sent.local_index, sent.local_weights.float(), matrices[rank * e : (rank + 1) * e]
+        )
+        # What an experts function leaves in its sentinel slots' gradients must not come home.
+        sent.local_weights.register_hook(lambda g, ours=ours: torch.where(ours, g, float("nan")))
+        out = dispatcher.combine(rows, sent)
+        gradients = torch.autograd.grad(out, (hidden, weights), upstream)
+        torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5, msg=lambda m, kind=kind: f"{kind}: {m}")
+        tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+        for gradient, wanted in zip(gradients, expected_gradients):
+            torch.testing.assert_close(
+                gradient, wanted, rtol=tolerance, atol=tolerance, msg=lambda m, kind=kind: f"{kind}: {m}"
+            )
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_dispatch_and_combine_equal_the_sum_on_one_rank_for_every_routing(world, dtype):
+    run_ranks(check_routings, world, dtype)
+
+
+def check_rows_sent_once() -> None:
+    import torch.distributed as dist
+
+    from accel_moe.dispatch.all_to_all import AllToAllDispatcher
+
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
+    dispatcher = AllToAllDispatcher(dist.group.WORLD, E)
+    index = torch.tensor([[0, 1, 2], [0, 4, 5], [6, 7, 5]])  # ranks {0}, {0, 1}, {1}
+    hidden = torch.arange(3.0)[:, None].expand(3, H) + 10 * rank
+    sent = dispatcher.dispatch(hidden, index, torch.ones(3, 3))
+    expected = [0.0, 1.0, 10.0, 11.0] if rank == 0 else [1.0, 2.0, 11.0, 12.0]
+    assert sent.rows[:, 0].tolist() == expected
+    assert sent.num_pairs == (8 if rank == 0 else 10)
+    assert sent.local_index[0].tolist() == ([0, 1, 2] if rank == 0 else [4, 0, 1])
+
+
+def test_a_row_travels_once_to_each_rank_that_needs_it_with_its_local_experts():
+    run_ranks(check_rows_sent_once, 2)

@@ -1,0 +1,221 @@
+"""The swap: what it changes, what it leaves alone, what it refuses. One process, no group."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import accel_moe
+from accel_moe import experts
+from tests.tiny import batches, tiny_model
+
+FAMILIES = ["mixtral", "qwen3_moe", "olmoe", "deepseek_v3", "granitemoe", "glm4_moe"]
+
+
+@pytest.fixture(autouse=True)
+def no_interpreter(monkeypatch):
+    """`auto` takes grouped_mm here; tests of scattermoe say so."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+
+
+def loss_and_gradients(model):
+    batch = batches(1)[0]
+    loss = model(input_ids=batch, labels=batch).loss
+    loss.backward()
+    return loss.detach(), {n: p.grad for n, p in model.named_parameters()}
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_prepared_model_computes_what_the_eager_one_does(family):
+    model = tiny_model(family)
+    eager = copy.deepcopy(model)
+    eager.set_experts_implementation("eager")
+    loss, gradients = loss_and_gradients(accel_moe.prepare(model))
+    expected_loss, expected = loss_and_gradients(eager)
+    torch.testing.assert_close(loss, expected_loss, rtol=0, atol=1e-5)
+    for name, gradient in expected.items():  # another order of summation: a few ulp of the largest term
+        torch.testing.assert_close(gradients[name], gradient, rtol=0, atol=1e-4 * gradient.abs().max().item() + 1e-9)
+
+
+def test_prepare_copies_no_weight_and_keeps_names_and_shapes():
+    model = tiny_model()
+    before = {n: (p, p.data_ptr(), p.shape) for n, p in model.named_parameters()}
+    buffers = {n: b for n, b in model.named_buffers()}
+    accel_moe.prepare(model)
+    after = {n: (p, p.data_ptr(), p.shape) for n, p in model.named_parameters()}
+    assert before.keys() == after.keys()
+    assert all(before[n][0] is after[n][0] and before[n][1:] == after[n][1:] for n in before)
+    assert buffers.keys() == dict(model.named_buffers()).keys()
+
+
+def test_prepare_returns_the_same_object_and_is_idempotent():
+    model = tiny_model()
+    assert accel_moe.prepare(model) is model
+    classes = [type(m) for m in model.modules()]
+    assert accel_moe.prepare(model) is model
+    assert classes == [type(m) for m in model.modules()]
+
+
+def test_prepare_again_with_other_settings_is_refused():
+    model = accel_moe.prepare(tiny_model())
+    with pytest.raises(ValueError, match=r"already prepared with .*moe_ep_degree=1.* again with .*moe_ep_degree=2"):
+        accel_moe.prepare(model, moe_ep_degree=2)
+
+
+def test_print_shows_the_layers_their_experts_and_the_kernel():
+    text = repr(accel_moe.prepare(tiny_model(), moe_ep_degree=2))
+    assert "ScatterMoEQwen3MoeExperts(" in text
+    assert "experts=8, local=4, ep=2, kernel=grouped_mm" in text
+
+
+def test_a_swapped_module_is_still_an_instance_of_its_own_class():
+    from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
+
+    model = accel_moe.prepare(tiny_model())
+    assert sum(isinstance(m, Qwen3MoeExperts) for m in model.modules()) == 2
+
+
+def test_a_prepared_model_can_be_copied_and_saved(tmp_path):
+    model = accel_moe.prepare(tiny_model())
+    batch = batches(1)[0]
+    expected = model(input_ids=batch).logits
+    assert torch.equal(copy.deepcopy(model)(input_ids=batch).logits, expected)
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path, attn_implementation="eager")
+    torch.testing.assert_close(again(input_ids=batch).logits, expected, rtol=0, atol=1e-6)
+
+
+def test_scattermoe_is_registered_with_transformers_at_import():
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+    assert "scattermoe" in ALL_EXPERTS_FUNCTIONS.valid_keys()
+    model = tiny_model()
+    model.set_experts_implementation("scattermoe")
+
+
+def test_auto_takes_scattermoe_where_triton_can_run_and_grouped_mm_elsewhere(monkeypatch):
+    layers = experts.find_experts(tiny_model())
+    monkeypatch.setattr(experts, "triton_can_run", lambda: True)
+    assert experts.choose_kernel("auto", layers) == "scattermoe"
+    monkeypatch.setattr(experts, "triton_can_run", lambda: False)
+    assert experts.choose_kernel("auto", layers) == "grouped_mm"
+    with pytest.raises(ValueError, match="moe_kernel=scattermoe needs a CUDA GPU"):
+        experts.choose_kernel("scattermoe", layers)
+
+
+def test_an_unregistered_kernel_is_refused_with_the_registered_ones():
+    with pytest.raises(ValueError, match=r"moe_kernel='nope' is not registered.*grouped_mm"):
+        accel_moe.prepare(tiny_model(), moe_kernel="nope")
+
+
+def test_another_registered_kernel_can_be_named():
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+    def twice(self, hidden_states, top_k_index, top_k_weights):
+        return 2 * ALL_EXPERTS_FUNCTIONS["grouped_mm"](self, hidden_states, top_k_index, top_k_weights)
+
+    ALL_EXPERTS_FUNCTIONS.register("twice", twice)
+    layer = experts.find_experts(accel_moe.prepare(tiny_model(), moe_kernel="twice"))["model.layers.0.mlp.experts"]
+    plain = experts.find_experts(accel_moe.prepare(tiny_model()))["model.layers.0.mlp.experts"]
+    inputs = torch.randn(3, 32), torch.tensor([[0, 1], [2, 3], [4, 5]]), torch.rand(3, 2)
+    torch.testing.assert_close(layer(*inputs), 2 * plain(*inputs))
+
+
+def test_a_model_without_experts_is_refused():
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    model = LlamaForCausalLM(
+        LlamaConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=8)
+    )
+    with pytest.raises(ValueError, match=r"no experts layer in LlamaForCausalLM \(model_type llama\).*dense model"):
+        accel_moe.prepare(model)
+
+
+def test_a_degree_that_does_not_divide_the_experts_is_refused_with_those_that_do():
+    with pytest.raises(ValueError, match=r"qwen3_moe: .*moe_ep_degree=3 does not divide num_experts=8.*1, 2, 4, 8"):
+        accel_moe.prepare(tiny_model(), moe_ep_degree=3)
+
+
+def test_eager_is_refused_under_expert_parallelism():
+    with pytest.raises(ValueError, match="moe_kernel=eager cannot skip the slots that belong to other ranks"):
+        accel_moe.prepare(tiny_model(), moe_ep_degree=2, moe_kernel="eager")
+
+
+@pytest.mark.parametrize(
+    "change, reason",
+    [
+        (lambda m: setattr(m, "has_second_gate", True), "flag.*has_second_gate"),
+        (lambda m: setattr(m, "has_post_expert_norm", True), "has_post_expert_norm"),
+        (lambda m: setattr(m, "_is_expert_parallel", True), "transformers' own expert parallelism"),
+        (lambda m: m.register_parameter("extra", nn.Parameter(torch.zeros(8, 1))), "parameter.*extra"),
+        (lambda m: m.register_buffer("scale", torch.zeros(8)), "buffer.*scale.*quantised"),
+    ],
+)
+def test_experts_that_are_not_understood_are_refused_by_name(change, reason):
+    model = tiny_model()
+    change(model.model.layers[1].mlp.experts)
+    with pytest.raises(ValueError, match=rf"qwen3_moe: cannot prepare model.layers.1.mlp.experts .*{reason}"):
+        accel_moe.prepare(model)
+
+
+def test_a_refused_model_is_left_as_it_was():
+    model = tiny_model()
+    with pytest.raises(ValueError):
+        accel_moe.prepare(model, moe_ep_degree=3)
+    assert experts.prepared_state(model) is None
+    accel_moe.prepare(model)
+
+
+def test_a_marked_layer_that_was_never_sharded_raises_in_its_forward():
+    model = accel_moe.prepare(tiny_model(), moe_ep_degree=2)
+    with pytest.raises(RuntimeError, match="moe_ep_degree=2 but its experts were never sharded"):
+        model(input_ids=batches(1)[0])
+
+
+def test_expert_load_counts_slots_since_the_last_call():
+    model = accel_moe.prepare(tiny_model())
+    batch = batches(1)[0]
+    model(input_ids=batch)
+    model(input_ids=batch)
+    load = accel_moe.expert_load(model)
+    assert list(load) == ["model.layers.0.mlp.experts", "model.layers.1.mlp.experts"]
+    assert all(counts.shape == (8,) and counts.sum() == 2 * batch.numel() * 2 for counts in load.values())
+    assert all(counts.sum() == 0 for counts in accel_moe.expert_load(model).values())
+
+
+def test_expert_load_counts_a_checkpointed_forward_once():
+    model = accel_moe.prepare(tiny_model())
+    model.gradient_checkpointing_enable()
+    model.train()
+    batch = batches(1)[0]
+    model(input_ids=batch, labels=batch).loss.backward()
+    assert all(counts.sum() == batch.numel() * 2 for counts in accel_moe.expert_load(model).values())
+
+
+def test_expert_load_of_an_unprepared_model_is_refused():
+    with pytest.raises(ValueError, match="has not seen"):
+        accel_moe.expert_load(tiny_model())
+
+
+def test_autocast_decides_the_compute_dtype():
+    model = accel_moe.prepare(tiny_model())
+    seen = []
+    layer = model.model.layers[0].mlp.experts
+    original = experts.experts_function
+
+    def spy(kernel, module):
+        def function(view, hidden, index, weights):
+            seen.append((hidden.dtype, view.gate_up_proj.dtype))
+            return original(kernel, module)(view, hidden, index, weights)
+
+        return function
+
+    experts.experts_function = spy
+    try:
+        with torch.autocast("cpu", torch.bfloat16):
+            out = layer(torch.randn(3, 32), torch.tensor([[0, 1], [2, 3], [4, 5]]), torch.rand(3, 2))
+    finally:
+        experts.experts_function = original
+    assert seen == [(torch.bfloat16, torch.bfloat16)] and out.dtype == torch.float32

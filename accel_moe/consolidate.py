@@ -30,8 +30,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m accel_moe.consolidate",
         description="Turn a sharded training checkpoint into Hub-format safetensors.",
-        usage="%(prog)s [options] CHECKPOINT [CHECKPOINT ...] OUT BASE_MODEL\n"
-        "       %(prog)s --inspect CHECKPOINT ...",
+        usage="%(prog)s [options] CHECKPOINT [CHECKPOINT ...] OUT BASE_MODEL\n       %(prog)s --inspect CHECKPOINT ...",
     )
     parser.add_argument(
         "paths",
@@ -52,9 +51,7 @@ def build_parser() -> argparse.ArgumentParser:
         choices=("float32", "bfloat16", "float16"),
         help="the dtype of the weights (default: each tensor's dtype in the base)",
     )
-    parser.add_argument(
-        "--max-shard-size", metavar="SIZE", help="such as 5GB (default: the same files as the base)"
-    )
+    parser.add_argument("--max-shard-size", metavar="SIZE", help="such as 5GB (default: the same files as the base)")
     parser.add_argument(
         "--keep-extra",
         action="store_true",
@@ -68,9 +65,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--sizes-only", action="store_true", help="check the checkpoint's files by size, not by checksum"
     )
-    parser.add_argument(
-        "--inspect", action="store_true", help="print what a checkpoint holds, and read no tensor"
-    )
+    parser.add_argument("--inspect", action="store_true", help="print what a checkpoint holds, and read no tensor")
     return parser
 
 
@@ -79,9 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = build_parser()
     args = parser.parse_args(argv)
     if not args.inspect and len(args.paths) < 3:
-        parser.error(
-            f"expected CHECKPOINT... OUT BASE_MODEL, found {len(args.paths)} path(s): {' '.join(args.paths)}"
-        )
+        parser.error(f"expected CHECKPOINT... OUT BASE_MODEL, found {len(args.paths)} path(s): {' '.join(args.paths)}")
     if args.workers < 1:
         parser.error(f"--workers {args.workers}: expected 1 or more")
     from accel_moe.checkpoint.manifest import CheckpointError
@@ -92,9 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (CheckpointError, HubFormatError) as error:
         print(f"error: {error}", file=sys.stderr)
     except OSError as error:
-        print(
-            f"error: {error}. Make room or mend the folder, then run the same command again.", file=sys.stderr
-        )
+        print(f"error: {error}. Make room or mend the folder, then run the same command again.", file=sys.stderr)
     except KeyboardInterrupt:
         print("interrupted. Run the same command again: it goes on where it stopped.", file=sys.stderr)
         return EXIT_INTERRUPTED
@@ -139,9 +130,7 @@ def consolidate(args: argparse.Namespace) -> int:
             on_resume=bar.update,
             before_commit=verify if args.verify else None,
         )
-    print(
-        f"{out}: {len(plan.outputs)} tensors, {plan.size_bytes / 1e9:.2f} GB in {len(plan.files())} file(s)"
-    )
+    print(f"{out}: {len(plan.outputs)} tensors, {plan.size_bytes / 1e9:.2f} GB in {len(plan.files())} file(s)")
     return 0
 
 
@@ -153,13 +142,12 @@ def _check(checkpoint: Any, checksums: bool) -> None:
     manifest = checkpoint.manifest
     if manifest is None:
         print(
-            f"warning: {checkpoint.name} has no manifest (stock accelerate wrote it): nothing vouches for "
-            f"its bytes.",
+            f"warning: {checkpoint.name} has no manifest (stock accelerate wrote it): nothing vouches for its bytes.",
             file=sys.stderr,
         )
         problems = export.check_checkpoint(checkpoint)
     else:
-        total = sum(manifest.files[path].size_bytes for path in export.model_files(checkpoint))
+        total = sum(export.model_files(checkpoint).values())
         with _progress("checking", total) as bar:
             problems = export.check_checkpoint(checkpoint, checksums=checksums, on_bytes=bar.update)
     if problems:
@@ -191,9 +179,7 @@ def inspect(args: argparse.Namespace) -> int:
 def _state(checkpoint: Any) -> str:
     if checkpoint.manifest is None:
         return "files present, chunks whole; no manifest, so nothing vouches for the bytes"
-    return (
-        "committed; files present with the right sizes, chunks whole (checksums are verified when it is used)"
-    )
+    return "committed; files present with the right sizes, chunks whole (checksums are verified when it is used)"
 
 
 def _list(lines: Sequence[str], separator: str = "; ", shown: int = 3) -> str:

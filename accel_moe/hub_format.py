@@ -108,9 +108,7 @@ def read_header(path: Path) -> dict[str, Any]:
         try:
             header = json.loads(stream.read(length))
         except ValueError as error:
-            raise HubFormatError(
-                f"{path} has an unreadable safetensors header ({error}). Download it again."
-            ) from None
+            raise HubFormatError(f"{path} has an unreadable safetensors header ({error}). Download it again.") from None
     header["__data_start__"] = 8 + length
     return header
 
@@ -122,9 +120,7 @@ def safetensors_files(folder: Path) -> list[str]:
         try:
             weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         except (ValueError, KeyError) as error:
-            raise HubFormatError(
-                f"{index} is not a readable index ({type(error).__name__}: {error})."
-            ) from None
+            raise HubFormatError(f"{index} is not a readable index ({type(error).__name__}: {error}).") from None
         return sorted(set(weight_map.values()))
     if (folder / SINGLE_NAME).is_file():
         return [SINGLE_NAME]
@@ -149,9 +145,7 @@ def read_hub_tensors(folder: Path) -> dict[str, HubTensor]:
     tensors: dict[str, HubTensor] = {}
     for file in safetensors_files(folder):
         if not (folder / file).is_file():
-            raise HubFormatError(
-                f"{folder / file} is missing, and {INDEX_NAME} names it. Download the base again."
-            )
+            raise HubFormatError(f"{folder / file} is missing, and {INDEX_NAME} names it. Download the base again.")
         for tensor in tensors_of_header(read_header(folder / file), file):
             tensors[tensor.key] = tensor
     unknown = sorted({t.dtype for t in tensors.values()} - set(DTYPES))
@@ -172,9 +166,7 @@ def meta_model(folder: Path) -> Any:
     import transformers
 
     if not (folder / "config.json").is_file():
-        raise HubFormatError(
-            f"{folder} has no config.json. Give the folder of the model that training started from."
-        )
+        raise HubFormatError(f"{folder} has no config.json. Give the folder of the model that training started from.")
     try:
         config = transformers.AutoConfig.from_pretrained(folder)
     except (ValueError, OSError, KeyError) as error:
@@ -239,9 +231,7 @@ class HubConverter:
                 if key in self.base and shape != self.base[key].shape:
                     problems.append(f"{key}: the model has shape {shape}, the base {self.base[key].shape}")
                 if key in produced:
-                    problems.append(
-                        f"{key} comes from both {', '.join(produced[key])} and {', '.join(sources)}"
-                    )
+                    problems.append(f"{key} comes from both {', '.join(produced[key])} and {', '.join(sources)}")
                 produced[key] = sources
             self.groups.append(ConversionGroup(tuple(sources), targets))
         if problems:
@@ -347,8 +337,7 @@ def load_headers(
     tied = tied_names(model)
     missing = [n for n in info.missing_keys if tied.get(n) is None]
     mismatched = [
-        f"{name}: {tuple(got)} in the file, {tuple(want)} in the model"
-        for name, got, want in info.mismatched_keys
+        f"{name}: {tuple(got)} in the file, {tuple(want)} in the model" for name, got, want in info.mismatched_keys
     ]
     return DryLoad(tuple(sorted(missing)), tuple(sorted(info.unexpected_keys)), tuple(sorted(mismatched)))
 
@@ -408,9 +397,7 @@ def shard_names(tensors: Sequence[tuple[str, int]], max_shard_bytes: int) -> dic
     if len(shards) <= 1:
         return {key: SINGLE_NAME for shard in shards for key in shard}
     total = len(shards)
-    return {
-        key: f"model-{i:05d}-of-{total:05d}.safetensors" for i, shard in enumerate(shards, 1) for key in shard
-    }
+    return {key: f"model-{i:05d}-of-{total:05d}.safetensors" for i, shard in enumerate(shards, 1) for key in shard}
 
 
 def header_bytes(tensors: Sequence[HubTensor]) -> tuple[bytes, dict[str, int]]:

@@ -104,9 +104,7 @@ def _open_hub(repo: str) -> BaseModel:
             "a network, give the path of a local copy of the base model."
         ) from None
     tensors = {
-        key: HubTensor(
-            key, info.dtype if isinstance(info.dtype, str) else str(info.dtype), tuple(info.shape), file
-        )
+        key: HubTensor(key, info.dtype if isinstance(info.dtype, str) else str(info.dtype), tuple(info.shape), file)
         for file, header in metadata.files_metadata.items()
         for key, info in header.tensors.items()
     }

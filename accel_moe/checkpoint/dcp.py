@@ -39,6 +39,7 @@ from accel_moe.checkpoint.manifest import (
     StreamDigest,
     TensorEntry,
     check_chunks,
+    known_paths,
     writer_of,
 )
 
@@ -46,9 +47,7 @@ METADATA_NAME = ".metadata"
 MODEL_FOLDER = "pytorch_model_fsdp"
 OPTIMIZER_FOLDER = "optimizer"
 MODEL_PREFIX = "model."
-MANIFEST_MARK = (
-    "accel_moe.manifest"  # in the metadata's storage_meta.modules: this folder has a manifest beside it
-)
+MANIFEST_MARK = "accel_moe.manifest"  # in the metadata's storage_meta.modules: this folder has a manifest beside it
 _WRAPPER_SEGMENTS = ("_checkpoint_wrapped_module.", "_orig_mod.", "_fsdp_wrapped_module.")
 
 
@@ -171,8 +170,7 @@ class FolderReader(FileSystemReader):
             ) from None
         except Exception as error:  # a pickle can fail in any way
             raise CheckpointError(
-                f"{path} cannot be read ({type(error).__name__}: {error}). Use another checkpoint, or "
-                f"restore the file."
+                f"{path} cannot be read ({type(error).__name__}: {error}). Use another checkpoint, or restore the file."
             ) from None
 
     def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
@@ -188,7 +186,7 @@ class FolderReader(FileSystemReader):
         path = f"{self.folders[0].name}/{name}"
         where = ", ".join(str(folder.parent) for folder in self.folders)
         writer = ""
-        if self._manifest is not None and path in self._manifest.files:
+        if self._manifest is not None and path in known_paths(self._manifest):
             writer = f" It was written by {writer_of(self._manifest, path)}."
         return (
             f"{path} is not in {where}, and its values are needed here.{writer} Copy it from there, resume "
@@ -229,11 +227,7 @@ def was_written_with_manifest(metadata: Metadata) -> bool:
 def check_metadata(metadata: Metadata) -> list[str]:
     """One line for each tensor whose chunks overlap, stick out, or leave values uninitialised. Empty when
     all is well."""
-    return [
-        line
-        for name, entry in tensors_of(metadata).items()
-        if (line := check_chunks(name, entry)) is not None
-    ]
+    return [line for name, entry in tensors_of(metadata).items() if (line := check_chunks(name, entry)) is not None]
 
 
 class TensorReader:

@@ -39,7 +39,14 @@ from accel_moe.checkpoint.dcp import (
     was_written_with_manifest,
 )
 from accel_moe.checkpoint.folders import refuse_unfinished
-from accel_moe.checkpoint.manifest import CheckpointError, Manifest, check_files, fsync_folder, read_manifest
+from accel_moe.checkpoint.manifest import (
+    CheckpointError,
+    Manifest,
+    check_files,
+    fsync_folder,
+    known_paths,
+    read_manifest,
+)
 from accel_moe.hub_format import (
     DTYPE_NAMES,
     DTYPES,
@@ -86,9 +93,7 @@ def open_checkpoint(folders: Sequence[str | os.PathLike]) -> Checkpoint:
     dcp_folder = f"{MODEL_FOLDER}_0"
     for folder in map(Path, folders):
         if not folder.is_dir():
-            raise CheckpointError(
-                f"{folder} is not a folder. Give the folder that save_state or Trainer wrote."
-            )
+            raise CheckpointError(f"{folder} is not a folder. Give the folder that save_state or Trainer wrote.")
         folder = folder.resolve()
         if folder.name.startswith(MODEL_FOLDER):
             dcp_folder, folder = folder.name, folder.parent
@@ -138,8 +143,7 @@ def check_checkpoint(
     for name in sorted(set(recorded) | set(stored)):
         if recorded.get(name) != stored.get(name):
             problems.append(
-                f"{name} is not what the manifest says: {METADATA_NAME} was changed or belongs to another "
-                f"save"
+                f"{name} is not what the manifest says: {METADATA_NAME} was changed or belongs to another save"
             )
             break
     for path in model_files(checkpoint):
@@ -153,10 +157,15 @@ def check_checkpoint(
     return problems
 
 
-def model_files(checkpoint: Checkpoint) -> list[str]:
-    """The manifest's files that belong to the model (not to the optimizer, which an export does not read)."""
+def model_files(checkpoint: Checkpoint) -> dict[str, int]:
+    """Path → size of the model's files (not the optimizer's, which an export does not read)."""
     assert checkpoint.manifest is not None
-    return [path for path in checkpoint.manifest.files if path.startswith(f"{checkpoint.dcp_folder}/")]
+    return {
+        path: entry.size_bytes
+        for files in checkpoint.manifest.files
+        for path, entry in files.items()
+        if path.startswith(f"{checkpoint.dcp_folder}/")
+    }
 
 
 # --- the plan
@@ -200,9 +209,7 @@ class ExportPlan:
         manifest = self.checkpoint.manifest
         source = manifest.to_json() if manifest is not None else _stat_of(self.checkpoint)
         target = sorted((t.key, t.dtype, t.shape, t.file) for t in self.outputs.values())
-        return hashlib.blake2b(
-            json.dumps([source, target, self.base.name]).encode(), digest_size=16
-        ).hexdigest()
+        return hashlib.blake2b(json.dumps([source, target, self.base.name]).encode(), digest_size=16).hexdigest()
 
 
 def _stat_of(checkpoint: Checkpoint) -> list[Any]:
@@ -240,10 +247,7 @@ def plan_export(
         main = _main_dtype(base.tensors.values())
         name = DTYPE_NAMES[dtype]
         extras = set(converter.base_only)
-        outputs = {
-            k: replace(t, dtype=name) if t.dtype == main and k not in extras else t
-            for k, t in outputs.items()
-        }
+        outputs = {k: replace(t, dtype=name) if t.dtype == main and k not in extras else t for k, t in outputs.items()}
     in_base_order = [key for key in base.tensors if key in outputs]
     if max_shard_bytes is not None:
         files = shard_names([(key, outputs[key].size_bytes) for key in in_base_order], max_shard_bytes)
@@ -269,9 +273,7 @@ def _main_dtype(tensors: Iterable[HubTensor]) -> str:
     return max(sizes, key=lambda dtype: sizes[dtype]) if sizes else "F32"
 
 
-def _match_checkpoint(
-    checkpoint: Checkpoint, converter: HubConverter, base: BaseModel
-) -> list[ConversionGroup]:
+def _match_checkpoint(checkpoint: Checkpoint, converter: HubConverter, base: BaseModel) -> list[ConversionGroup]:
     """The converter's groups with sources that the checkpoint has, tied weights resolved. Raises
     CheckpointError."""
     stored = checkpoint.reader.tensors
@@ -319,9 +321,7 @@ class _GroupWriter:
         """Reads, converts and writes group `index`; returns the bytes written. Raises CheckpointError,
         OSError."""
         group = self.plan.groups[index]
-        tensors = {
-            name: read_source(self.plan.checkpoint.reader, name, self._aliases) for name in group.sources
-        }
+        tensors = {name: read_source(self.plan.checkpoint.reader, name, self._aliases) for name in group.sources}
         converted = self.plan.converter.convert(group, tensors)
         del tensors
         written = 0
@@ -397,9 +397,7 @@ def write_export(
             on_resume(sum(plan.group_bytes(plan.groups[i]) for i in done))
         writer = _GroupWriter(plan, staging)
         try:
-            _write_groups(
-                plan, writer, [i for i in range(len(plan.groups)) if i not in done], workers, note, on_bytes
-            )
+            _write_groups(plan, writer, [i for i in range(len(plan.groups)) if i not in done], workers, note, on_bytes)
             if plan.keep_extra:
                 for key, data in plan.base.read_raw(plan.extras):
                     count = writer.write_raw(key, data)
@@ -568,9 +566,7 @@ def _set_config_dtype(path: Path, dtype: str) -> None:
 # ---------------------------------------------------------------------------------------------------
 
 
-def verify_export(
-    plan: ExportPlan, folder: Path, *, on_bytes: Callable[[int], None] | None = None
-) -> list[str]:
+def verify_export(plan: ExportPlan, folder: Path, *, on_bytes: Callable[[int], None] | None = None) -> list[str]:
     """Loads the result with transformers' own loading code and compares every parameter with the checkpoint.
 
     The road is not the one that wrote: headers are loaded into a fresh meta model (no key may be missing,
@@ -594,9 +590,7 @@ def verify_export(
         for name, tensor in loaded.items():
             expected = read_source(plan.checkpoint.reader, name, aliases).to(stored_as).to(tensor.dtype)
             if _hash(tensor) != _hash(expected):
-                problems.append(
-                    f"{name} loads with other values than the checkpoint has ({', '.join(group.targets)})"
-                )
+                problems.append(f"{name} loads with other values than the checkpoint has ({', '.join(group.targets)})")
         if on_bytes is not None:
             on_bytes(sum(written[key].size_bytes for key in group.targets))
     return problems
@@ -630,7 +624,6 @@ def describe(checkpoint: Checkpoint) -> list[str]:
         lines.append("manifest     none (stock accelerate wrote it)")
     else:
         versions = ", ".join(f"{name} {version}" for name, version in manifest.versions.items())
-        total = sum(entry.size_bytes for entry in manifest.files.values())
         lines += [
             f"step         {manifest.step if manifest.step is not None else 'unknown'}",
             f"model        {manifest.model_type or 'unknown'}, base {manifest.base_model or 'unknown'}",
@@ -638,7 +631,7 @@ def describe(checkpoint: Checkpoint) -> list[str]:
             f"{manifest.efsdp}, "
             f"ep {manifest.ep}; written by {', '.join(manifest.nodes)}",
             f"versions     {versions}",
-            f"files        {len(manifest.files)}, {total / 1e9:.3f} GB, checksums "
+            f"files        {len(known_paths(manifest))}, {manifest.size_bytes / 1e9:.3f} GB, checksums "
             f"{manifest.digest_algorithm}",
         ]
     lines.append(
@@ -647,9 +640,7 @@ def describe(checkpoint: Checkpoint) -> list[str]:
     )
     for name in sorted(sizes, key=lambda n: -sizes[n])[:5]:
         entry = tensors[name]
-        lines.append(
-            f"  {sizes[name] / 1e6:10.2f} MB  {name} {list(entry.shape)} in {len(entry.chunks)} chunk(s)"
-        )
+        lines.append(f"  {sizes[name] / 1e6:10.2f} MB  {name} {list(entry.shape)} in {len(entry.chunks)} chunk(s)")
     return lines
 
 

@@ -1,11 +1,14 @@
 """Checkpoint folders: temporary names, the rename that commits, which folders are committed, rotation.
 
-A save never writes under the name that it will have. It fills `<name>.tmp-<id>`, and renames that to
+A save never writes under the name that it will have. It fills `tmp-0-<id>.<name>`, and renames that to
 `<name>` when everything, the manifest included, is on the disk. So a folder under its own name is complete,
 and what a crash leaves behind is recognised by its name alone:
 
-    checkpoint-200.tmp-1f3a…    never committed: not resumed from, removed when the next save commits
-    checkpoint-200.old-1f3a…    the previous checkpoint-200, while a new one took its place
+    tmp-0-ckhgbnoapdmi.checkpoint-200    never committed: not resumed from, removed when a later save commits
+    old-0-ckhgbnoapdmi.checkpoint-200    the previous checkpoint-200, while a new one took its place
+
+The prefix keeps these out of Trainer's `checkpoint-*`, and its 0 last in accelerate's order, for runs
+without us.
 
 Pure file system work on one folder: no process group. With node-local disks every node does it for its own
 folder.
@@ -23,15 +26,20 @@ from pathlib import Path
 
 from accel_moe.checkpoint.manifest import MANIFEST_NAME, CheckpointError, fsync_folder
 
-_UNFINISHED = re.compile(r"^(?P<name>.+)\.(?P<kind>tmp|old)-(?P<id>[0-9a-f]{12})$")
+_UNFINISHED = re.compile(r"^(?P<kind>tmp|old)-0-(?P<id>[a-p]{12})\.(?P<name>.+)$")
 _OWNER_NAME = ".accel_moe_owner.json"
 _STALE_S = 24 * 3600  # a foreign host's unfinished folder is called abandoned after this long without a write
+
+
+def new_save_id() -> str:
+    """A fresh id of twelve letters; no digits, which accelerate would take for a checkpoint's number."""
+    return "".join(chr(ord("a") + nibble) for byte in os.urandom(6) for nibble in (byte >> 4, byte & 15))
 
 
 def staging_name(final: Path, save_id: str) -> Path:
     """Where a save named `final` is prepared: beside it, so that the commit is a rename within one file
     system."""
-    return final.with_name(f"{final.name}.tmp-{save_id}")
+    return final.with_name(f"tmp-0-{save_id}.{final.name}")
 
 
 def unfinished_name(path: Path) -> str | None:
@@ -49,7 +57,12 @@ def create_staging(staging: Path) -> None:
     )
 
 
-def commit(staging: Path, final: Path) -> None:
+def is_internal(path: Path) -> bool:
+    """Whether a file is bookkeeping of the save, and no part of the checkpoint."""
+    return path.name == _OWNER_NAME
+
+
+def commit(staging: Path, final: Path, save_id: str) -> None:
     """Renames the finished folder to its name. An older folder of that name stays until the new one has
     replaced it.
 
@@ -58,9 +71,7 @@ def commit(staging: Path, final: Path) -> None:
     """
     (staging / _OWNER_NAME).unlink(missing_ok=True)
     fsync_folder(staging)
-    match = _UNFINISHED.match(staging.name)
-    assert match is not None, staging
-    old = final.with_name(f"{final.name}.old-{match['id']}")
+    old = final.with_name(f"old-0-{save_id}.{final.name}")
     replaced = final.exists()
     if replaced:
         final.rename(old)
@@ -82,7 +93,7 @@ def recover(parent: Path) -> list[str]:
         match = _UNFINISHED.match(path.name)
         if match and match["kind"] == "old":
             final = path.with_name(match["name"])
-            if not final.exists() and _abandoned(parent / f"{match['name']}.tmp-{match['id']}"):
+            if not final.exists() and _abandoned(parent / f"tmp-0-{match['id']}.{match['name']}"):
                 try:
                     path.rename(final)
                     restored.append(final.name)
@@ -201,7 +212,7 @@ def rotate(parent: Path, prefix: str, keep: int | None, protected: Iterable[Path
             break
         if Path(os.path.abspath(path)) in spared:
             continue
-        doomed = path.with_name(f"{path.name}.tmp-{os.urandom(6).hex()}")
+        doomed = staging_name(path, new_save_id())
         path.rename(doomed)
         shutil.rmtree(doomed, ignore_errors=True)
         removed.append(path.name)
@@ -213,8 +224,9 @@ def refuse_unfinished(folder: Path) -> None:
     """Raises CheckpointError for a folder that no save committed, by its name."""
     name = unfinished_name(folder)
     if name is not None:
+        other = f", such as {name}" if folder.with_name(name).exists() else ""
         raise CheckpointError(
-            f"{folder} was never committed: the save that wrote it did not finish. Use a folder without "
-            f".tmp- or .old- in "
-            f"its name{', such as ' + name if folder.with_name(name).exists() else ''}."
+            f"{folder} was never committed: the save that wrote it did not finish. Use a folder that has no "
+            f"tmp-0- or "
+            f"old-0- before its name{other}."
         )

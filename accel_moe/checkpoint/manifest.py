@@ -7,7 +7,12 @@ model is touched.
 
 A manifest is one JSON file, `accel_moe_manifest.json`, at the top of the checkpoint folder:
 
-    {"digest": "<of the body>", "body": {"format_version": 1, "step": …, "files": {…}, "tensors": {…}, …}}
+    {"digest": "<of the body>", "node": 0, "body": {"format_version": 1, "step": …, "files": […], "tensors":
+    {…}, …}}
+
+With a shared disk there is one folder, and node is 0. With node-local disks every node has a folder with the
+files that its ranks wrote; the body, the same in all of them, lists the files of each, and `node` says whose
+folder it is.
 
 Everything here is plain files and arithmetic: no process group, no torch tensors.
 
@@ -43,11 +48,10 @@ class CheckpointError(ValueError):
 
 @dataclass(frozen=True)
 class FileEntry:
-    """One file of a checkpoint. `node` is the index of the folder it is in (0 with a shared disk)."""
+    """One file of a checkpoint."""
 
     size_bytes: int
     digest: str
-    node: int = 0
 
 
 @dataclass(frozen=True)
@@ -86,10 +90,18 @@ class Manifest:
     versions: dict[str, str]
     digest_algorithm: str
     nodes: tuple[str, ...]
-    files: dict[str, FileEntry]
+    files: tuple[dict[str, FileEntry], ...]
     tensors: dict[str, dict[str, TensorEntry]]
     format_version: int = FORMAT_VERSION
-    extra: dict[str, Any] = field(default_factory=dict)
+    node: int = field(default=0, compare=False)
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(entry.size_bytes for files in self.files for entry in files.values())
+
+    def own_files(self) -> dict[str, FileEntry]:
+        """What must be in the folder that this manifest was read from."""
+        return self.files[self.node]
 
     def to_json(self) -> str:
         body = {
@@ -104,7 +116,7 @@ class Manifest:
             "versions": self.versions,
             "digest_algorithm": self.digest_algorithm,
             "nodes": list(self.nodes),
-            "files": {p: [f.size_bytes, f.digest, f.node] for p, f in sorted(self.files.items())},
+            "files": [{p: [f.size_bytes, f.digest] for p, f in sorted(files.items())} for files in self.files],
             "tensors": {
                 folder: {
                     name: [
@@ -116,9 +128,9 @@ class Manifest:
                 }
                 for folder, tensors in sorted(self.tensors.items())
             },
-            "extra": self.extra,
         }
-        return json.dumps({"digest": _body_digest(body), "body": body}, indent=None, separators=(",", ":"))
+        document = {"digest": _body_digest(body), "node": self.node, "body": body}
+        return json.dumps(document, separators=(",", ":"))
 
     @staticmethod
     def from_json(text: str, where: str | os.PathLike = "manifest") -> Manifest:
@@ -126,7 +138,7 @@ class Manifest:
         format."""
         try:
             document = json.loads(text)
-            body, digest = document["body"], document["digest"]
+            body, digest, node = document["body"], document["digest"], document["node"]
             version = body["format_version"]
         except (ValueError, TypeError, KeyError) as error:
             raise CheckpointError(
@@ -136,8 +148,7 @@ class Manifest:
             ) from None
         if version > FORMAT_VERSION:
             raise CheckpointError(
-                f"{where} has format_version {version}, this accel_moe reads up to {FORMAT_VERSION}. "
-                f"Upgrade accel_moe."
+                f"{where} has format_version {version}, this accel_moe reads up to {FORMAT_VERSION}. Upgrade accel_moe."
             )
         if digest != _body_digest(body):
             raise CheckpointError(
@@ -145,27 +156,23 @@ class Manifest:
                 f"checkpoint, "
                 "or restore the file."
             )
-        known = {
-            key: body[key] for key in ("step", "base_model", "model_type", "ep", "efsdp", "dp_replicate")
-        }
+        known = {key: body[key] for key in ("step", "base_model", "model_type", "ep", "efsdp", "dp_replicate")}
         return Manifest(
             **known,
             world_size=body["world_size"],
             versions=body["versions"],
             digest_algorithm=body["digest_algorithm"],
             nodes=tuple(body["nodes"]),
-            files={path: FileEntry(*entry) for path, entry in body["files"].items()},
+            files=tuple({path: FileEntry(*entry) for path, entry in files.items()} for files in body["files"]),
             tensors={
                 folder: {
-                    name: TensorEntry(
-                        tuple(shape), dtype, tuple(Chunk(tuple(o), tuple(s), f) for o, s, f in chunks)
-                    )
+                    name: TensorEntry(tuple(shape), dtype, tuple(Chunk(tuple(o), tuple(s), f) for o, s, f in chunks))
                     for name, (shape, dtype, chunks) in tensors.items()
                 }
                 for folder, tensors in body["tensors"].items()
             },
             format_version=version,
-            extra=body.get("extra", {}),
+            node=node,
         )
 
 
@@ -302,9 +309,7 @@ def file_digest(path: str | os.PathLike, algorithm: str, pool: ThreadPoolExecuto
 
 
 def hashing_pool() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(
-        max_workers=min(8, os.cpu_count() or 1), thread_name_prefix="accel_moe-checksum"
-    )
+    return ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1), thread_name_prefix="accel_moe-checksum")
 
 
 # --- checks
@@ -321,34 +326,41 @@ def check_files(
 ) -> Iterator[str]:
     """Yields one line for each file that is missing, of another size, or (with `checksums`) has other bytes.
 
-    `paths` restricts the check to some of the manifest's files. `on_bytes` hears how many bytes were
-    verified.
+    The folder's own files must be there. Files of other nodes need not be; where they are, they are checked
+    too. `paths` restricts the check. `on_bytes` hears how many bytes were verified.
     """
     root = Path(folder)
     with hashing_pool() as pool:
-        for path in manifest.files if paths is None else paths:
-            entry = manifest.files[path]
+        for path in known_paths(manifest) if paths is None else paths:
+            own = manifest.own_files().get(path)
+            accepted = [own] if own is not None else [files[path] for files in manifest.files if path in files]
+            size_bytes = accepted[0].size_bytes
             try:
-                size_bytes = os.stat(root / path).st_size
-                if size_bytes != entry.size_bytes:
-                    told = f"{size_bytes} bytes, the manifest says {entry.size_bytes}"
-                    yield f"{path} has {told}{_holds(manifest, path)}"
-                    continue
-                if checksums and file_digest(root / path, manifest.digest_algorithm, pool) != entry.digest:
+                found = os.stat(root / path).st_size
+                digests = {entry.digest for entry in accepted if entry.size_bytes == found}
+                if not digests:
+                    yield f"{path} has {found} bytes, the manifest says {size_bytes}{_holds(manifest, path)}"
+                elif checksums and file_digest(root / path, manifest.digest_algorithm, pool) not in digests:
                     yield f"{path} does not match its checksum: its bytes changed{_holds(manifest, path)}"
             except FileNotFoundError:
-                yield f"{path} is missing (written by {writer_of(manifest, path)}){_holds(manifest, path)}"
+                if own is not None:
+                    yield f"{path} is missing (written by {writer_of(manifest, path)}){_holds(manifest, path)}"
             except OSError as error:
                 yield f"{path} cannot be read ({error})"
             finally:
                 if on_bytes is not None:
-                    on_bytes(entry.size_bytes)
+                    on_bytes(size_bytes)
+
+
+def known_paths(manifest: Manifest) -> list[str]:
+    """Every file of the checkpoint, on whichever node, once."""
+    return sorted({path for files in manifest.files for path in files})
 
 
 def writer_of(manifest: Manifest, path: str) -> str:
     """Which node wrote a file, for messages: "node 1, host-b"."""
-    node = manifest.files[path].node
-    return f"node {node}, {manifest.nodes[node]}" if node < len(manifest.nodes) else f"node {node}"
+    nodes = [i for i, files in enumerate(manifest.files) if path in files]
+    return " or ".join(f"node {i}, {manifest.nodes[i]}" for i in nodes) or "no node"
 
 
 def _holds(manifest: Manifest, path: str) -> str:
@@ -357,9 +369,7 @@ def _holds(manifest: Manifest, path: str) -> str:
     names = [n for n, t in manifest.tensors.get(folder, {}).items() if any(c.file == file for c in t.chunks)]
     if not names:
         return ""
-    return f"; it holds {', '.join(names[:2])}" + (
-        f" and {len(names) - 2} more tensors" if len(names) > 2 else ""
-    )
+    return f"; it holds {', '.join(names[:2])}" + (f" and {len(names) - 2} more tensors" if len(names) > 2 else "")
 
 
 def check_chunks(name: str, entry: TensorEntry) -> str | None:
@@ -380,9 +390,7 @@ def check_chunks(name: str, entry: TensorEntry) -> str | None:
         return f"{name}: chunks at {pair[0].offsets} and {pair[1].offsets} overlap"
     covered, whole = sum(math.prod(c.sizes) for c in boxes), math.prod(entry.shape)
     if covered != whole:
-        return (
-            f"{name}: its chunks cover {covered} of {whole} values, {whole - covered} would be uninitialised"
-        )
+        return f"{name}: its chunks cover {covered} of {whole} values, {whole - covered} would be uninitialised"
     return None
 
 

@@ -41,7 +41,8 @@ def run(*args) -> int:
 
 @pytest.fixture
 def trained(tmp_path):
-    """(checkpoint, base, weights) of a tiny Qwen3-MoE: the base differs from the trained model in every value."""
+    """(checkpoint, base, weights) of a tiny Qwen3-MoE: the base differs from the trained model in every
+    value."""
     return make_trained(tmp_path, "qwen3_moe")
 
 
@@ -108,9 +109,7 @@ def test_tied_weights_are_left_out_when_the_base_leaves_them_out(tmp_path):
 def test_every_tensor_takes_the_dtype_that_it_has_in_the_base(tmp_path, trained):
     checkpoint, base, expected = trained
     for file in safetensors_files(base):
-        mixed = {
-            k: t if k.endswith("gate.weight") else t.bfloat16() for k, t in load_file(base / file).items()
-        }
+        mixed = {k: t if k.endswith("gate.weight") else t.bfloat16() for k, t in load_file(base / file).items()}
         save_file(mixed, base / file, metadata={"format": "pt"})
     assert run("--verify", checkpoint, tmp_path / "out", base) == 0
     wanted = {k: t if k.endswith("gate.weight") else t.bfloat16() for k, t in expected.items()}
@@ -158,9 +157,7 @@ def test_base_keys_without_a_counterpart_are_named_and_copied_only_when_asked(tm
 def test_a_base_saved_from_the_bare_model_keeps_its_keys_without_prefix(tmp_path):
     model = tiny_model("qwen3_moe", seed=0)
     model.model.save_pretrained(tmp_path / "base")
-    config = json.loads((tmp_path / "base" / "config.json").read_text()) | {
-        "architectures": ["Qwen3MoeModel"]
-    }
+    config = json.loads((tmp_path / "base" / "config.json").read_text()) | {"architectures": ["Qwen3MoeModel"]}
     (tmp_path / "base" / "config.json").write_text(json.dumps(config))
     trained = tiny_model("qwen3_moe", seed=5).model
     trained.save_pretrained(tmp_path / "expected")
@@ -229,9 +226,7 @@ def test_verify_notices_a_result_that_differs_from_the_checkpoint(tmp_path, trai
     assert not (tmp_path / "out").exists()
 
 
-def test_a_stock_checkpoint_is_consolidated_with_a_warning_that_nothing_vouches_for_it(
-    tmp_path, trained, capsys
-):
+def test_a_stock_checkpoint_is_consolidated_with_a_warning_that_nothing_vouches_for_it(tmp_path, trained, capsys):
     checkpoint, base, _ = trained
     assert run(checkpoint / "pytorch_model_fsdp_0", tmp_path / "out", base) == 0
     assert "no manifest" in capsys.readouterr().err
@@ -281,11 +276,11 @@ def test_a_damaged_stock_checkpoint_is_refused(tmp_path, trained, capsys, damage
         (["checkpoint", "out", "./nowhere"], "is not a folder"),
         (["checkpoint", "out", "checkpoint"], "is not a base model"),
         (["checkpoint", "expected", "base"], "exists and is not empty"),
-        (["checkpoint-3.tmp-0123456789ab", "out", "base"], "never committed"),
+        (["tmp-0-abcdefghijkl.checkpoint-3", "out", "base"], "never committed"),
     ],
 )
 def test_wrong_paths_are_told_apart_in_one_line(tmp_path, trained, capsys, monkeypatch, paths, found):
-    (tmp_path / "checkpoint-3.tmp-0123456789ab").mkdir()
+    (tmp_path / "tmp-0-abcdefghijkl.checkpoint-3").mkdir()
     monkeypatch.chdir(tmp_path)
     assert found in one_line_error(capsys, *paths)
 
@@ -324,8 +319,7 @@ def test_from_a_hub_id_only_small_files_and_headers_are_fetched(tmp_path, traine
         for file, path in local.items():
             header = {k: v for k, v in read_header(path).items() if not k.startswith("__")}
             tensors = {
-                key: utils.TensorInfo(v["dtype"], v["shape"], tuple(v["data_offsets"]))
-                for key, v in header.items()
+                key: utils.TensorInfo(v["dtype"], v["shape"], tuple(v["data_offsets"])) for key, v in header.items()
             }
             files[file] = utils.SafetensorsFileMetadata(metadata={}, tensors=tensors)
         return utils.SafetensorsRepoMetadata(metadata=None, sharded=True, weight_map={}, files_metadata=files)
@@ -345,9 +339,7 @@ def test_a_quantised_base_is_refused(tmp_path, trained):
         export.plan_export(export.open_checkpoint([checkpoint]), open_base(str(base)))
 
 
-def test_inspect_tells_what_a_checkpoint_holds_without_reading_tensors(
-    tmp_path, trained, capsys, monkeypatch
-):
+def test_inspect_tells_what_a_checkpoint_holds_without_reading_tensors(tmp_path, trained, capsys, monkeypatch):
     checkpoint, _, _ = trained
     monkeypatch.setattr(export.TensorReader, "read", None)
     assert run("--inspect", checkpoint) == 0

@@ -1,0 +1,133 @@
+"""Agreement between ranks about checkpoints: what one rank sees, all of them act on.
+
+A save or load that fails on one rank and goes on to a collective on another is a hang. So every step that
+can fail on one rank runs inside `together`: its outcome is gathered, and the same error is raised
+everywhere.
+
+All of it goes over a gloo group of its own, beside NCCL: small Python objects, no GPU memory, and usable
+from the thread that saves in the background. Only one thread may use the group at a time; saving.py sees to
+that.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+import socket
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+from torch.distributed.checkpoint.api import CheckpointException
+
+from accel_moe.checkpoint.manifest import CheckpointError
+
+T = TypeVar("T")
+_group: tuple[Any, Any] | None = None  # (the default group it was made for, ours)
+
+
+def distributed() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def rank() -> int:
+    return dist.get_rank() if distributed() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if distributed() else 1
+
+
+def group() -> Any:
+    """The gloo group of all ranks, made at the first call. That call is a collective; None in one process."""
+    global _group
+    if not distributed():
+        return None
+    if _group is None or _group[0] is not dist.group.WORLD:
+        _group = (dist.group.WORLD, dist.new_group(backend="gloo", timeout=_timeout()))
+    return _group[1]
+
+
+def _timeout() -> datetime.timedelta | None:
+    """The default group's own, so that a lost rank ends a save when it would end a step. None: torch's
+    default."""
+    try:
+        from torch.distributed.distributed_c10d import _get_pg_default_timeout, _world
+
+        return getattr(_world.default_pg, "_timeout", None) or _get_pg_default_timeout(dist.Backend("gloo"))
+    except (ImportError, AttributeError):
+        return None
+
+
+def gather(value: T) -> list[T]:
+    """Every rank's value, on every rank. A collective of all ranks; values are pickled."""
+    if not distributed():
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value, group=group())
+    return values
+
+
+def from_rank0(value: T) -> T:
+    """Rank 0's value. A collective of all ranks."""
+    if not distributed():
+        return value
+    values = [value]
+    dist.broadcast_object_list(values, src=0, group=group())
+    return values[0]
+
+
+def barrier() -> None:
+    gather(None)
+
+
+def together(what: str, step: Callable[[], T]) -> T:
+    """Runs `step` on this rank; raises CheckpointError on every rank when it failed on any. A collective.
+
+    `what` completes "<what> failed". A KeyboardInterrupt is not held back: the process is on its way out.
+    """
+    result: Any = None
+    error: BaseException | None = None
+    try:
+        result = step()
+    except (Exception, CheckpointException) as raised:  # DCP's is no Exception
+        error = raised
+    agree(what, error)
+    return result
+
+
+def agree(what: str, error: BaseException | None) -> None:
+    """Raises on every rank when any rank brings an error. A collective.
+
+    When all of them bring one, each raises its own; else, and for DCP's and OSErrors, all raise a CheckpointError.
+    """
+    told = [text for text in gather(None if error is None else describe(error))]
+    failed = [(r, text) for r, text in enumerate(told) if text is not None]
+    if not failed:
+        return
+    if len(failed) == len(told) and not isinstance(error, CheckpointException | OSError):
+        assert error is not None
+        raise error
+    where = ", ".join(str(r) for r, _ in failed[:8])
+    raise CheckpointError(f"{what} failed on rank {where} of {len(told)}: {failed[0][1]}") from error
+
+
+def describe(error: BaseException) -> str:
+    """One line for a message: DCP's wrapper is opened, a traceback is not quoted."""
+    if isinstance(error, CheckpointException) and error.failures:
+        first: Any = error.failures[min(error.failures)]
+        error = first[0] if isinstance(first, tuple) else first
+    if isinstance(error, CheckpointError):
+        return str(error)
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror}{f': {error.filename}' if error.filename else ''} ({type(error).__name__})"
+    text = str(error).strip()
+    return f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__
+
+
+def host() -> str:
+    return socket.gethostname()
+
+
+def local_rank() -> int:
+    return int(os.environ.get("LOCAL_RANK", "0"))

@@ -1,0 +1,679 @@
+"""One save is one commit: model, optimizer, scheduler, RNG, dataloader and custom states appear together or
+not at all.
+
+accelerate and Trainer decide what belongs to a checkpoint; they keep doing so. Around them:
+
+    1. begin     a fresh folder `tmp-0-<id>.<name>`, on each disk that the ranks write to
+    2. fill      the original save runs, into that folder. Its FSDP model and optimizer go through DCP with
+    checksums 3. seal      every other file is hashed and made durable; the manifest is written last 4.
+    commit    the folder is renamed to its name; only now is the oldest checkpoint deleted
+
+With `moe_async_save` step 2 only copies the tensors to (pinned) host memory, and the DCP writing and steps 3
+and 4 run in a thread, over a gloo group of their own. A second save, a load, and the end of training wait
+for it first; its failure is raised by the next forward, the next save, or the end of training, whichever
+comes first, and makes the process exit with a non-zero status if none of them does.
+
+A failure that one rank sees is raised on every rank (ranks.py), and the folder keeps its temporary name.
+
+The wrapper makers below change nothing for a model that accel_moe did not prepare. hooks.py installs them.
+
+Ideas: torchtitan's checkpoint.py (staging, then save in the background, one purge after the save), the
+two-phase layout of "write beside, rename over".
+"""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import os
+import shutil
+import sys
+import threading
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from importlib import metadata as installed
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dist_cp
+
+from accel_moe.checkpoint import folders, ranks
+from accel_moe.checkpoint.dcp import (
+    METADATA_NAME,
+    MODEL_FOLDER,
+    OPTIMIZER_FOLDER,
+    ChecksumWriter,
+    check_metadata,
+    tensors_of,
+)
+from accel_moe.checkpoint.manifest import (
+    CheckpointError,
+    FileEntry,
+    Manifest,
+    default_algorithm,
+    file_digest,
+    hashing_pool,
+    write_manifest,
+)
+
+_VERSIONED = ("accel_moe", "torch", "accelerate", "transformers")
+
+
+# --- what is being saved
+# -----------------------------------------------------------------------------------------
+
+
+@dataclass
+class Save:
+    """A save under way. `work` is what the original save is told to fill; it becomes `final`.
+
+    Paths are this rank's own: with node-local disks they may differ between ranks. `leaders[r]` is the rank
+    that made the folder which rank r writes to; a leader seals and renames its folder.
+    """
+
+    final: Path
+    staging: Path
+    work: Path
+    save_id: str
+    models: list[Any]
+    background: bool
+    leaders: list[int]
+    step: int | None = None
+    keep: int | None = None
+    prefix: str | None = None
+    protected: list[Path] = field(default_factory=list)
+    writes: list[Callable[[], None]] = field(default_factory=list)
+    entries: dict[str, FileEntry] = field(default_factory=dict)
+    metadata: dict[str, Any] = field(default_factory=dict)
+    after_commit: list[Callable[[], None]] = field(default_factory=list)
+    algorithm: str = field(default_factory=default_algorithm)
+
+    @property
+    def is_leader(self) -> bool:
+        return self.leaders[ranks.rank()] == ranks.rank()
+
+
+_active: Save | None = None
+_background: Future[None] | None = None
+_stager: Any = None
+
+
+def prepared_models(models: Iterable[Any]) -> list[Any]:
+    """Those of `models` that accel_moe prepared."""
+    return [model for model in models if state_of(model) is not None]
+
+
+def state_of(model: Any) -> Any:
+    """The PreparedState of a model, wrapped or not, or None."""
+    while True:
+        state = getattr(model, "_accel_moe", None)
+        if state is not None:
+            return state
+        inner = getattr(model, "module", None) or getattr(model, "_orig_mod", None)
+        if inner is None or inner is model:
+            return None
+        model = inner
+
+
+def option(models: Sequence[Any], name: str, default: Any) -> Any:
+    return getattr(state_of(models[0]).config, name, default)
+
+
+# --- 1. begin
+# ----------------------------------------------------------------------------------------------------
+
+
+def begin(final: Path, models: list[Any], *, nested: bool = False) -> Save:
+    """Makes the folder to fill. A collective of all ranks. Raises CheckpointError on every rank.
+
+    With `nested` the work folder has its final name inside the temporary one: Trainer insists on naming it.
+    """
+    final = Path(os.path.abspath(os.path.expanduser(final)))
+    save_id = ranks.from_rank0(folders.new_save_id())
+    staging = folders.staging_name(final, save_id)
+    ranks.together(f"saving {final}", lambda: _refuse_a_file(final))
+    leaders = ranks.from_rank0(_create_on_every_disk(staging))
+    work = staging / final.name if nested else staging
+    save = Save(
+        final=final,
+        staging=staging,
+        work=work,
+        save_id=save_id,
+        models=models,
+        background=bool(option(models, "moe_async_save", False)),
+        leaders=leaders,
+    )
+    if nested:
+        ranks.together(f"saving {final}", lambda: work.mkdir(exist_ok=True))
+    return save
+
+
+def _refuse_a_file(final: Path) -> None:
+    if final.exists() and not final.is_dir():
+        raise CheckpointError(f"{final} is a file, expected a folder or nothing. Save under another name.")
+
+
+def _create_on_every_disk(staging: Path) -> list[int]:
+    """Creates the folder once on each disk that some rank writes to; returns each rank's leader. A
+    collective.
+
+    Rank 0 creates it; ranks that do not see it write elsewhere, and the lowest of them creates it there; and
+    so on. With a shared disk that is one round.
+    """
+    leaders: list[int | None] = [None] * ranks.world_size()
+    while None in leaders:
+        leader = leaders.index(None)
+
+        def create(leader: int = leader) -> None:
+            if ranks.rank() == leader:
+                folders.create_staging(staging)
+
+        ranks.together(f"creating {staging}", create)
+        for r, sees in enumerate(ranks.gather(staging.is_dir())):
+            if sees and leaders[r] is None:
+                leaders[r] = leader
+    return [leader for leader in leaders if leader is not None]
+
+
+# --- 2. fill
+# -----------------------------------------------------------------------------------------------------
+
+
+def write_dcp(save: Save, folder: str, state_dict: dict[str, Any]) -> None:
+    """Saves a state dict of DTensors under `folder` of the checkpoint: at once, or staged for the background.
+
+    A collective of all ranks, now or in the background thread.
+    """
+    if save.background:
+        state_dict = _stage(state_dict)
+        save.writes.append(lambda: _write_dcp(save, folder, state_dict))
+    else:
+        _write_dcp(save, folder, state_dict)
+
+
+def _write_dcp(save: Save, folder: str, state_dict: dict[str, Any]) -> None:
+    with hashing_pool() as pool:
+        writer = ChecksumWriter(save.work / folder, save.algorithm, pool)
+
+        def write() -> None:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+                save.metadata[folder] = dist_cp.save(
+                    state_dict,
+                    storage_writer=writer,
+                    planner=dist_cp.DefaultSavePlanner(),
+                    process_group=ranks.group(),
+                    no_dist=not ranks.distributed(),
+                )
+
+        ranks.together(f"saving {save.final}", write)
+    save.entries |= {f"{folder}/{name}": entry for name, entry in writer.file_entries().items()}
+
+
+def _stage(state_dict: dict[str, Any]) -> dict[str, Any]:
+    """A copy in host memory, pinned where there is a GPU; the buffers are kept and reused by the next save."""
+    global _stager
+    from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+
+    if _stager is None:
+        gpu = torch.cuda.is_available()
+        _stager = DefaultStager(
+            StagingOptions(
+                use_pinned_memory=gpu,
+                use_shared_memory=False,
+                use_async_staging=False,
+                use_non_blocking_copy=gpu,
+            )
+        )
+    return _stager.stage(state_dict)
+
+
+# --- 3. seal and 4. commit
+# ---------------------------------------------------------------------------------------
+
+
+def finish(save: Save) -> None:
+    """Seals and commits what was filled. A collective of all ranks; in the background thread when it is
+    async."""
+    for write in save.writes:
+        write()
+    save.writes.clear()
+    _share_metadata(save)
+    manifest = _seal(save)
+
+    def write_it() -> None:
+        if save.is_leader:
+            node = sorted(set(save.leaders)).index(ranks.rank())
+            write_manifest(save.work, Manifest(**{**vars(manifest), "node": node}))
+
+    ranks.together(f"saving {save.final}", write_it)
+
+    def commit() -> None:
+        if save.is_leader:
+            folders.commit(save.work, save.final, save.save_id)
+            if save.work != save.staging:
+                shutil.rmtree(save.staging, ignore_errors=True)
+
+    ranks.together(f"committing {save.final}", commit)
+
+    def tidy() -> None:
+        if save.is_leader:
+            if save.prefix is not None:
+                folders.rotate(save.final.parent, save.prefix, save.keep, save.protected)
+            folders.clean_abandoned(save.final.parent)
+        for act in save.after_commit:
+            act()
+
+    ranks.together(f"tidying up after {save.final} (which is committed)", tidy)
+
+
+def _share_metadata(save: Save) -> None:
+    """Puts rank 0's `.metadata` into the folders of other nodes: reading needs it, and DCP wrote it once."""
+    if len(set(save.leaders)) == 1:
+        return
+
+    def read() -> dict[str, bytes]:
+        if ranks.rank() != 0:
+            return {}
+        return {f: (save.work / f / METADATA_NAME).read_bytes() for f in save.metadata}
+
+    contents = ranks.from_rank0(ranks.together(f"saving {save.final}", read))
+
+    def write() -> None:
+        if save.is_leader and ranks.rank() != 0:
+            for folder, content in contents.items():
+                (save.work / folder).mkdir(exist_ok=True)
+                (save.work / folder / METADATA_NAME).write_bytes(content)
+
+    ranks.together(f"saving {save.final}", write)
+
+
+def _seal(save: Save) -> Manifest:
+    """Hashes and syncs what DCP did not write, and describes the whole. A collective; the manifest is the
+    same everywhere."""
+    entries = ranks.gather(save.entries)
+    known: dict[int, dict[str, FileEntry]] = {leader: {} for leader in save.leaders}
+    for r, written in enumerate(entries):
+        known[save.leaders[r]] |= written
+
+    def seal_rest() -> dict[str, FileEntry]:
+        if not save.is_leader:
+            return {}
+        mine = known[ranks.rank()]
+        return mine | _hash_rest(save.work, set(mine), save.algorithm)
+
+    sealed = ranks.gather(ranks.together(f"saving {save.final}", seal_rest))
+    leaders = sorted(set(save.leaders))
+
+    def describe() -> Manifest | None:
+        if ranks.rank() != 0:
+            return None
+        for folder, metadata in save.metadata.items():
+            if problems := check_metadata(metadata):
+                raise CheckpointError(f"DCP planned an incomplete {folder}: {problems[0]}. Please report this.")
+        state = state_of(save.models[0])
+        plan = getattr(state, "mesh_plan", None)
+        return Manifest(
+            step=save.step,
+            base_model=getattr(state, "base_model", None),
+            model_type=getattr(state, "model_type", None),
+            ep=getattr(plan, "ep", 1),
+            efsdp=getattr(plan, "efsdp", 1),
+            dp_replicate=getattr(plan, "dp_replicate", 1),
+            world_size=ranks.world_size(),
+            versions={name: _version(name) for name in _VERSIONED},
+            digest_algorithm=save.algorithm,
+            nodes=tuple(hosts[leader] for leader in leaders),
+            files=tuple(sealed[leader] for leader in leaders),
+            tensors={folder: tensors_of(metadata) for folder, metadata in save.metadata.items()},
+        )
+
+    hosts = ranks.gather(ranks.host())
+    return ranks.from_rank0(ranks.together(f"saving {save.final}", describe))  # type: ignore[return-value]
+
+
+def _hash_rest(root: Path, known: set[str], algorithm: str) -> dict[str, FileEntry]:
+    """Checksums of the files that DCP's writer did not hash, each made durable."""
+    rest = {}
+    with hashing_pool() as pool:
+        for path in sorted(p for p in root.rglob("*") if p.is_file()):
+            name = path.relative_to(root).as_posix()
+            if name in known or folders.is_internal(path):
+                continue
+            descriptor = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+            rest[name] = FileEntry(path.stat().st_size, file_digest(path, algorithm, pool))
+    for folder in [root, *(p for p in root.rglob("*") if p.is_dir())]:
+        folders.fsync_folder(folder)
+    return rest
+
+
+def _version(name: str) -> str:
+    if name in sys.modules and hasattr(sys.modules[name], "__version__"):
+        return str(sys.modules[name].__version__)
+    try:
+        return installed.version(name)
+    except installed.PackageNotFoundError:
+        return "unknown"
+
+
+# --- the background
+# ----------------------------------------------------------------------------------------------
+
+
+def complete(save: Save) -> None:
+    """Finishes a filled save, here or in the background."""
+    global _background
+    if not save.background:
+        finish(save)
+        return
+    future: Future[None] = Future()
+    ranks.group()  # made here: making it is a collective of the main thread
+
+    def work() -> None:
+        try:
+            finish(save)
+        except BaseException as error:
+            future.set_exception(error)
+        else:
+            future.set_result(None)
+
+    _background = future
+    for model in save.models:
+        _watch(model)
+    # not a daemon: the interpreter waits for it, so that a finished run does not lose its last checkpoint
+    threading.Thread(target=work, name="accel_moe-save").start()
+
+
+def wait_for_background() -> None:
+    """Waits for a save in the background, if there is one; raises what it raised, once. Not a collective."""
+    global _background
+    if _background is not None:
+        future, _background = _background, None
+        _raise(future)
+
+
+def raise_failure() -> None:
+    """Raises what a finished background save raised, once; does not wait."""
+    global _background
+    if _background is not None and _background.done():
+        future, _background = _background, None
+        _raise(future)
+
+
+def _raise(future: Future[None]) -> None:
+    try:
+        future.result()
+    except CheckpointError:
+        raise
+    except Exception as error:
+        raise CheckpointError(f"saving in the background failed: {ranks.describe(error)}") from error
+
+
+def _watch(model: Any) -> None:
+    """Makes the model's next forwards raise a background failure."""
+    if not getattr(model, "_accel_moe_watched", False):
+        model.register_forward_pre_hook(lambda *_: raise_failure())
+        model._accel_moe_watched = True
+
+
+@atexit.register
+def _at_exit() -> None:
+    """A failed background save that nobody heard of must not look like success."""
+    try:
+        wait_for_background()
+    except CheckpointError as error:
+        print(f"accel_moe: {error}", file=sys.stderr, flush=True)
+        sys.stdout.flush()
+        os._exit(1)
+
+
+# --- wrapper makers
+# ----------------------------------------------------------------------------------------------
+
+
+def wrap_save_state(original: Callable[..., Any]) -> Callable[..., Any]:
+    """For accelerate.Accelerator.save_state: the whole save is one commit, rotation follows it."""
+
+    @functools.wraps(original)
+    def save_state(self, output_dir=None, safe_serialization=True, **save_model_func_kwargs):
+        models = prepared_models(self._models)
+        if not models:
+            return original(self, output_dir, safe_serialization, **save_model_func_kwargs)
+        wait_for_background()
+        project = self.project_configuration
+        naming = project.automatic_checkpoint_naming
+        if naming:
+            final = Path(self.project_dir) / "checkpoints" / f"checkpoint_{self.save_iteration}"
+            if any(ranks.gather(final.exists())):
+                raise ValueError(
+                    f"Checkpoint directory {final} ({self.save_iteration}) already exists. Please manually "
+                    f"override "
+                    "`self.save_iteration` with what iteration to start with."
+                )
+        else:
+            final = Path(output_dir)
+        save = begin(final, models)
+        save.step = _optimizer_step(self._optimizers)
+        if naming:
+            save.prefix, save.keep = "checkpoint_", project.total_limit
+        project.automatic_checkpoint_naming = False  # the original must write where it is told
+        try:
+            fill(save, lambda: original(self, str(save.work), safe_serialization, **save_model_func_kwargs))
+        finally:
+            project.automatic_checkpoint_naming = naming
+        complete(save)
+        return final
+
+    return save_state
+
+
+def fill(save: Save, original: Callable[[], Any]) -> None:
+    """Runs the original save with `save` in force. What a rank raises there is raised on all."""
+    global _active
+    assert _active is None, "a save inside a save"
+    _active = save
+    try:
+        ranks.together(f"saving {save.final}", original)
+    except Exception:
+        _discard(save)
+        raise
+    finally:
+        _active = None
+
+
+def _discard(save: Save) -> None:
+    """Removes what a failed save wrote, so that it does not fill the disk. Best effort; never hides the
+    failure."""
+    if save.is_leader:
+        shutil.rmtree(save.staging, ignore_errors=True)
+
+
+def _optimizer_step(optimizers: Iterable[Any]) -> int | None:
+    """How many steps the optimizer has made, by its own count; None when it keeps none."""
+    for optimizer in optimizers:
+        for state in optimizer.state.values():
+            if isinstance(state, dict) and "step" in state:
+                return int(state["step"])
+    return None
+
+
+def wrap_save_fsdp_model(original: Callable[..., Any]) -> Callable[..., Any]:
+    """For save_fsdp_model, where accelerate and Trainer call it: DCP with checksums, staged when async."""
+
+    @functools.wraps(original)
+    def save_fsdp_model(fsdp_plugin, accelerator, model, output_dir, model_index=0, adapter_only=False, use_dcp=True):
+        save = _active
+        if save is None or state_of(model) is None:
+            return original(fsdp_plugin, accelerator, model, output_dir, model_index, adapter_only, use_dcp)
+        if not (use_dcp and takes_dcp(fsdp_plugin, model, adapter_only)):
+
+            def plain() -> Any:
+                return original(fsdp_plugin, accelerator, model, output_dir, model_index, adapter_only, use_dcp)
+
+            return ranks.together(f"saving {save.final}", plain)
+        from torch.distributed.checkpoint.state_dict import get_model_state_dict
+
+        state_dict = get_model_state_dict(model, options=_state_dict_options(fsdp_plugin))
+        write_dcp(save, f"{MODEL_FOLDER}_{model_index}", {"model": state_dict})
+
+    return save_fsdp_model
+
+
+def wrap_save_fsdp_optimizer(original: Callable[..., Any]) -> Callable[..., Any]:
+    """For save_fsdp_optimizer, where accelerate and Trainer call it."""
+
+    @functools.wraps(original)
+    def save_fsdp_optimizer(fsdp_plugin, accelerator, optimizer, model, output_dir, optimizer_index=0, use_dcp=True):
+        save = _active
+        if save is None or state_of(model) is None:
+            return original(fsdp_plugin, accelerator, optimizer, model, output_dir, optimizer_index, use_dcp)
+        if not (use_dcp and takes_dcp(fsdp_plugin, model, False)):
+
+            def plain() -> Any:
+                return original(fsdp_plugin, accelerator, optimizer, model, output_dir, optimizer_index, use_dcp)
+
+            return ranks.together(f"saving {save.final}", plain)
+        from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+
+        state_dict = get_optimizer_state_dict(model, optimizer, options=_state_dict_options(fsdp_plugin))
+        write_dcp(save, f"{OPTIMIZER_FOLDER}_{optimizer_index}", {"optimizer": state_dict})
+
+    return save_fsdp_optimizer
+
+
+def takes_dcp(fsdp_plugin: Any, model: Any, adapter_only: bool) -> bool:
+    """Whether accelerate would save this with DCP from FSDP2, adapters aside: the road that is ours."""
+    from accelerate.utils.modeling import is_peft_model
+
+    sharded = "SHARDED_STATE_DICT" in str(fsdp_plugin.state_dict_type)
+    return fsdp_plugin.fsdp_version == 2 and sharded and not (adapter_only and is_peft_model(model))
+
+
+def _state_dict_options(fsdp_plugin: Any) -> Any:
+    from torch.distributed.checkpoint.state_dict import StateDictOptions
+
+    return StateDictOptions(
+        full_state_dict=False,
+        cpu_offload=getattr(fsdp_plugin.state_dict_config, "offload_to_cpu", False),
+        broadcast_from_rank0=False,
+    )
+
+
+# --- Trainer
+# -----------------------------------------------------------------------------------------------------
+
+
+def wrap_save_checkpoint(original: Callable[..., Any]) -> Callable[..., Any]:
+    """For transformers.Trainer._save_checkpoint: one commit, and rotation after it."""
+
+    @functools.wraps(original)
+    def _save_checkpoint(self, model, trial):
+        models = prepared_models([self.model])
+        if not models:
+            return original(self, model, trial)
+        wait_for_background()
+        run_dir = Path(self._get_output_dir(trial=trial))
+        save = begin(run_dir / f"checkpoint-{self.state.global_step}", models, nested=True)
+        save.step, save.prefix, save.keep = self.state.global_step, "checkpoint-", self.args.save_total_limit
+
+        def write() -> None:
+            original(self, model, trial)
+            _rename_best(self, save)
+
+        fill(save, write)
+        if self.state.best_model_checkpoint is not None:
+            save.protected.append(Path(self.state.best_model_checkpoint))
+        complete(save)
+
+    return _save_checkpoint
+
+
+def _rename_best(trainer: Any, save: Save) -> None:
+    """The best checkpoint is known by its final name, in memory and in trainer_state.json."""
+    if trainer.state.best_model_checkpoint == str(save.work):
+        trainer.state.best_model_checkpoint = str(save.final)
+        if trainer.args.should_save:
+            trainer.state.save_to_json(str(save.work / "trainer_state.json"))
+
+
+def wrap_get_output_dir(original: Callable[..., Any]) -> Callable[..., Any]:
+    """For transformers.Trainer._get_output_dir: while a save is under way, its temporary folder."""
+
+    @functools.wraps(original)
+    def _get_output_dir(self, trial):
+        return original(self, trial) if _active is None else str(_active.staging)
+
+    return _get_output_dir
+
+
+def wrap_push_from_checkpoint(original: Callable[..., Any]) -> Callable[..., Any]:
+    """For transformers.Trainer._push_from_checkpoint: after the commit, from the committed folder."""
+
+    @functools.wraps(original)
+    def _push_from_checkpoint(self, checkpoint_folder):
+        save = _active
+        if save is None:
+            return original(self, checkpoint_folder)
+        save.after_commit.append(lambda: original(self, str(save.final)))
+
+    return _push_from_checkpoint
+
+
+def wrap_save_model(original: Callable[..., Any]) -> Callable[..., Any]:
+    """For transformers.Trainer.save_model.
+
+    With SHARDED_STATE_DICT the original writes no weights and says nothing. A user who calls it wants them:
+    they are gathered to rank 0's host memory and saved whole. Inside a checkpoint nothing changes. A
+    collective.
+    """
+
+    @functools.wraps(original)
+    def save_model(self, output_dir=None, _internal_call=False):
+        save = _active
+        if save is not None:
+            return ranks.together(f"saving {save.final}", lambda: original(self, output_dir, _internal_call))
+        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+        silent = (
+            not _internal_call
+            and prepared_models([self.model])
+            and self.is_fsdp_enabled
+            and plugin is not None
+            and "FULL_STATE_DICT" not in str(plugin.state_dict_type)
+        )
+        if silent:
+            folder = output_dir if output_dir is not None else self.args.output_dir
+            self._save(folder, state_dict=self.accelerator.get_state_dict(self.model))
+        return original(self, output_dir, _internal_call)
+
+    return save_model
+
+
+def wrap_train(original: Callable[..., Any]) -> Callable[..., Any]:
+    """For transformers.Trainer.train: the last background save has ended, well or with its error, when it
+    returns."""
+
+    @functools.wraps(original)
+    def train(self, *args, **kwargs):
+        result = original(self, *args, **kwargs)
+        wait_for_background()
+        return result
+
+    return train
+
+
+def wrap_end_training(original: Callable[..., Any]) -> Callable[..., Any]:
+    """For accelerate.Accelerator.end_training, which destroys the process group that a background save uses."""
+
+    @functools.wraps(original)
+    def end_training(self):
+        wait_for_background()
+        return original(self)
+
+    return end_training

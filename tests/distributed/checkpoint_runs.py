@@ -1,0 +1,136 @@
+"""What the checkpoint tests run on ranks: train a few steps, save, load, and give back everything as whole tensors."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+
+from tests.distributed.parity import Case, clean, prepared, whole
+from tests.tiny import batches
+
+TRAINED, CONTINUED = 2, 2  # steps before the save, and after it
+
+
+@dataclass
+class Snapshot:
+    """A model's and its optimizer's whole tensors by name, and the losses of the steps that followed."""
+
+    weights: dict[str, torch.Tensor]
+    moments: dict[str, torch.Tensor]
+    losses: list[float] = field(default_factory=list)
+    told: list[str] = field(default_factory=list)
+
+
+def install() -> None:
+    """The checkpoint rows of the patch table."""
+    from accel_moe import hooks
+    from accel_moe.checkpoint.hooked import HOOKED
+
+    for row in HOOKED:
+        hooks._install(hooks.Patch(*row))
+
+
+def set_up(case: Case, **options):
+    """(accelerator, model, optimizer) of a case, with the options that concern checkpoints."""
+    install()
+    accelerator, model, optimizer = prepared(case)
+    if options and case.ours:
+        model._accel_moe = WithOptions(model._accel_moe, options)
+    return accelerator, model, optimizer
+
+
+class WithOptions:
+    """A PreparedState whose config has other values of the checkpoint options."""
+
+    def __init__(self, state, options: dict):
+        self._state = state
+        self.config = SimpleNamespace(**{**vars(state.config), **options})
+
+    def __getattr__(self, name: str):
+        return getattr(self._state, name)
+
+
+def train(accelerator, model, optimizer, first: int, steps: int) -> list[float]:
+    """The mean loss of each step over the whole batch: the same for any number of ranks."""
+    losses = []
+    for batch in batches(first + steps, sequences=12)[first:]:
+        own = batch.chunk(accelerator.num_processes)[accelerator.process_index].to(accelerator.device)
+        loss = model(input_ids=own, labels=own).loss
+        accelerator.backward(loss)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(accelerator.reduce(loss.detach().clone(), "mean").item())
+    return losses
+
+
+def snapshot(model, optimizer) -> Snapshot:
+    """A collective."""
+    state = get_optimizer_state_dict(model, optimizer.optimizer)["state"]
+    moments = {f"{name}.{key}": whole(value) for name, values in state.items() for key, value in values.items()}
+    return Snapshot({clean(n): whole(p) for n, p in model.named_parameters()}, moments)
+
+
+def save_run(case: Case, folder: str, times: int = 1, **options) -> Snapshot:
+    """Trains, saves `times` times onto one folder, trains on: what a resumed run must reproduce."""
+    accelerator, model, optimizer = set_up(case, **options)
+    train(accelerator, model, optimizer, 0, TRAINED)
+    taken = snapshot(model, optimizer)
+    for _ in range(times):
+        accelerator.save_state(folder)
+    taken.losses = train(accelerator, model, optimizer, TRAINED, CONTINUED)
+    accelerator.end_training()
+    return taken
+
+
+def load_runs(case: Case, folders: list[str], **options) -> list[Snapshot]:
+    """One fresh run that loads one folder after the other, and trains on after each."""
+    accelerator, model, optimizer = set_up(case, **options)
+    snapshots = []
+    for folder in folders:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            accelerator.load_state(folder)
+        taken = snapshot(model, optimizer)
+        taken.losses = train(accelerator, model, optimizer, TRAINED, CONTINUED)
+        taken.told = [str(warning.message) for warning in caught]
+        snapshots.append(taken)
+    return snapshots
+
+
+def load_errors(case: Case, folder: str, **options) -> list:
+    """(type, text, weights untouched) of what load_state raises on this rank."""
+    accelerator, model, _ = set_up(case, **options)
+    before = {n: p.detach().to_local().clone() for n, p in model.named_parameters()}
+    try:
+        accelerator.load_state(folder)
+    except Exception as error:
+        after = {n: p.detach().to_local() for n, p in model.named_parameters()}
+        return [type(error).__name__, str(error), all(torch.equal(before[n], after[n]) for n in before)]
+    return ["", "nothing was raised", True]
+
+
+def whole_weights(case: Case, folder: str) -> dict:
+    """A whole model by get_state_dict, save_model and save_pretrained, and a round trip with FULL_STATE_DICT."""
+    accelerator, model, optimizer = set_up(case)
+    train(accelerator, model, optimizer, 0, 1)
+    taken = snapshot(model, optimizer)
+    root = Path(folder)
+    state_dict = accelerator.get_state_dict(model)
+    accelerator.save_model(model, root / "save_model")
+    accelerator.unwrap_model(model).save_pretrained(
+        root / "save_pretrained", is_main_process=accelerator.is_main_process, state_dict=dict(state_dict)
+    )
+    plugin = accelerator.state.fsdp_plugin
+    plugin.state_dict_config = plugin.optim_state_dict_config = None
+    plugin.set_state_dict_type("FULL_STATE_DICT")
+    accelerator.save_state(root / "full")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    accelerator.load_state(root / "full")
+    return {"taken": taken, "state_dict": state_dict, "loaded": snapshot(model, optimizer)}

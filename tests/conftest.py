@@ -7,6 +7,8 @@ import torch
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# torch.cuda.is_available() must not start CUDA: the ranks are forked (tests/ranks.py).
+os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
 if not torch.cuda.is_available():
     # Before Triton's first import, which decides for its own library functions too.
     os.environ["TRITON_INTERPRET"] = "1"

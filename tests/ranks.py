@@ -38,8 +38,7 @@ PRELOAD = [
 
 
 def _context():
-    if torch.cuda.is_available():  # CUDA cannot be used after a fork of a process that touched it
-        return multiprocessing.get_context("spawn")
+    # With GPUs too: nothing that the server imports starts CUDA (tests/conftest.py makes torch ask NVML instead).
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
     return context

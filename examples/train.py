@@ -1,0 +1,228 @@
+"""Train a Mixture-of-Experts language model with accelerate. Two lines of it are accel_moe's; the rest is the loop
+that any accelerate user has.
+
+    accelerate launch --config_file accelerate_configs/ep8.yaml examples/train.py --model Qwen/Qwen3-30B-A3B \
+        --data my_texts --output runs/mine
+
+How the ranks share the experts is written in the YAML (`moe_ep_degree`); this script is the same for all of them,
+and for a laptop (accelerate_configs/ep2_cpu.yaml). `--resume` goes on from the newest checkpoint in --output.
+
+A forward of a model under expert parallelism is a collective: every rank must run the same number of them. Loaders
+that went through accelerator.prepare see to it, for evaluation too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DataLoaderConfiguration, is_tensorboard_available, set_seed
+from text import add_data_arguments, losses_of_rows, read_texts, tokenize
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer, get_constant_schedule_with_warmup
+
+import accel_moe
+import accel_moe.cpu
+
+
+@dataclass
+class Progress:
+    """Where training is; saved and loaded with the checkpoint."""
+
+    step: int = 0
+    epoch: int = 0
+    batches_in_epoch: int = 0
+
+    def state_dict(self) -> dict[str, int]:
+        return asdict(self)
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.__dict__.update(state)
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Train a Mixture-of-Experts language model with accelerate.")
+    parser.add_argument("--model", required=True, metavar="DIR_OR_HUB_ID", help="what to start from")
+    parser.add_argument("--output", required=True, metavar="DIR", help="checkpoints, metrics.jsonl, tensorboard")
+    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --output")
+    parser.add_argument("--steps", type=int, default=300, help="optimizer steps, those before a resume included")
+    parser.add_argument("--batch-size", type=int, default=8, help="sequences per process and forward")
+    parser.add_argument("--gradient-accumulation", type=int, default=1, help="forwards per optimizer step")
+    parser.add_argument("--seq-len", type=int, default=128, help="tokens per sequence")
+    parser.add_argument("--lr", type=float, default=1e-4)
+    parser.add_argument("--warmup", type=int, default=20, help="steps until --lr is reached")
+    parser.add_argument("--max-grad-norm", type=float, default=1.0)
+    parser.add_argument("--log-every", type=int, default=10, metavar="STEPS")
+    parser.add_argument("--eval-every", type=int, default=100, metavar="STEPS")
+    parser.add_argument("--eval-sequences", type=int, default=128, help="how much held-out text to evaluate on")
+    parser.add_argument("--save-every", type=int, default=100, metavar="STEPS")
+    parser.add_argument("--seed", type=int, default=0)
+    add_data_arguments(parser)
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_arguments()
+    accel_moe.cpu.enable()  # FSDP2 on a machine without a GPU; does nothing on one with
+    accelerator = Accelerator(
+        gradient_accumulation_steps=args.gradient_accumulation,
+        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True),
+        log_with="tensorboard" if is_tensorboard_available() else None,
+        project_dir=args.output,
+    )
+    accelerator.init_trackers("tensorboard", config=vars(args))
+    set_seed(args.seed)
+
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    train_texts, held_out_texts = read_texts(args.data, args.max_megabytes)
+    train_loader = DataLoader(tokenize(train_texts, tokenizer, args.seq_len), args.batch_size, shuffle=True)
+    eval_loader = DataLoader(tokenize(held_out_texts, tokenizer, args.seq_len, args.eval_sequences), args.batch_size)
+
+    model = AutoModelForCausalLM.from_pretrained(args.model)
+    model = accel_moe.prepare(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr)
+    # accelerate steps a prepared scheduler once per process
+    scheduler = get_constant_schedule_with_warmup(optimizer, args.warmup * accelerator.num_processes)
+    model, optimizer, scheduler, train_loader, eval_loader = accelerator.prepare(
+        model, optimizer, scheduler, train_loader, eval_loader
+    )
+    progress = Progress()
+    accelerator.register_for_checkpointing(progress)
+    metrics = Metrics(accelerator, Path(args.output))
+    if args.resume:
+        folder = newest_checkpoint(Path(args.output))
+        accelerator.load_state(str(folder))
+        accelerator.print(f"resumed from {folder}")
+
+    bar = tqdm(total=args.steps, initial=progress.step, disable=not accelerator.is_main_process, unit="step")
+    if progress.step == 0:
+        metrics.log(0, {"eval/loss": evaluate(accelerator, model, eval_loader)})
+    window = Window(accelerator)
+    while progress.step < args.steps:
+        train_loader.set_epoch(progress.epoch)
+        batches = accelerator.skip_first_batches(train_loader, progress.batches_in_epoch)
+        for batch in batches:
+            progress.batches_in_epoch += 1
+            with accelerator.accumulate(model):
+                loss = model(**batch, use_cache=False).loss
+                accelerator.backward(loss)
+                if accelerator.sync_gradients:
+                    norm = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+                optimizer.step()
+                scheduler.step()
+                optimizer.zero_grad()
+            window.add(loss, batch["input_ids"].numel())
+            if not accelerator.sync_gradients:
+                continue
+
+            progress.step += 1
+            bar.update()
+            last = progress.step == args.steps
+            if last or progress.step % args.log_every == 0:
+                values = window.close(model) | {"train/grad_norm": float(norm), "train/lr": scheduler.get_last_lr()[0]}
+                metrics.log(progress.step, values)
+                bar.set_postfix(summary(values))
+            if last or progress.step % args.eval_every == 0:
+                metrics.log(progress.step, {"eval/loss": evaluate(accelerator, model, eval_loader)})
+            if last or progress.step % args.save_every == 0:
+                accelerator.save_state(str(Path(args.output, f"checkpoint-{progress.step}")))
+            if last:
+                break
+        else:
+            progress.epoch, progress.batches_in_epoch = progress.epoch + 1, 0
+    bar.close()
+    accelerator.end_training()
+
+
+@torch.no_grad()
+def evaluate(accelerator: Accelerator, model: torch.nn.Module, loader: DataLoader) -> float:
+    """Mean held-out loss in nats per token, without the load-balancing loss. A collective."""
+    model.eval()
+    losses = []
+    for batch in loader:
+        logits = model(input_ids=batch["input_ids"], use_cache=False).logits
+        # the last batch was filled up, so that every rank has one: gather_for_metrics drops what was repeated
+        losses.append(accelerator.gather_for_metrics(losses_of_rows(logits, batch["input_ids"])))
+    model.train()
+    accel_moe.expert_load(model)  # forget what evaluation routed
+    return torch.cat(losses).mean().item()
+
+
+class Window:
+    """What happened since the last log line."""
+
+    def __init__(self, accelerator: Accelerator):
+        self.accelerator = accelerator
+        self.clear()
+
+    def clear(self) -> None:
+        self.losses: list[torch.Tensor] = []
+        self.tokens = 0
+        self.start_s = time.perf_counter()
+
+    def add(self, loss: torch.Tensor, tokens: int) -> None:
+        self.losses.append(loss.detach())
+        self.tokens += tokens
+
+    def close(self, model: torch.nn.Module) -> dict[str, float]:
+        """Metrics of the window, over all ranks; then begin the next. A collective."""
+        loss = self.accelerator.reduce(torch.stack(self.losses).mean(), "mean").item()
+        seconds = time.perf_counter() - self.start_s
+        values = {
+            "train/loss": loss,
+            "train/tokens_per_s": self.tokens * self.accelerator.num_processes / seconds,
+            **expert_metrics(model),
+        }
+        self.clear()
+        return values
+
+
+def expert_metrics(model: torch.nn.Module) -> dict[str, float]:
+    """The share of its layer's tokens that the busiest expert got: the worst layer, and each layer. A collective."""
+    load = accel_moe.expert_load(model)
+    shares = [float(counts.max() / counts.sum().clamp(min=1)) for counts in load.values()]
+    each = {f"experts/busiest_share_layer_{i}": share for i, share in enumerate(shares)}
+    return {"experts/busiest_share": max(shares), **each}
+
+
+def summary(values: dict[str, float]) -> dict[str, str]:
+    return {
+        "loss": f"{values['train/loss']:.3f}",
+        "tokens/s": f"{values['train/tokens_per_s']:.0f}",
+        "busiest expert": f"{values['experts/busiest_share']:.0%}",
+    }
+
+
+class Metrics:
+    """Each log goes to accelerate's trackers and, one JSON object a line, to OUTPUT/metrics.jsonl."""
+
+    def __init__(self, accelerator: Accelerator, output: Path):
+        self.accelerator = accelerator
+        self.path = output / "metrics.jsonl"
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        self.accelerator.log(values, step=step)
+        if self.accelerator.is_main_process:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a") as file:
+                file.write(json.dumps({"step": step, **values}) + "\n")
+            if "eval/loss" in values:
+                tqdm.write(f"step {step}: held-out loss {values['eval/loss']:.4f}")
+
+
+def newest_checkpoint(output: Path) -> Path:
+    """The checkpoint-N with the highest N."""
+    found = {int(path.name.removeprefix("checkpoint-")): path for path in output.glob("checkpoint-*")}
+    if not found:
+        raise ValueError(f"--resume found no checkpoint-N folder in {output}. Leave it out to start anew.")
+    return found[max(found)]
+
+
+if __name__ == "__main__":
+    main()

@@ -78,15 +78,15 @@ def tokenize(texts: list[str], tokenizer, seq_len: int, max_blocks: int | None =
     encoded = tokenizer(texts, add_special_tokens=False)["input_ids"]
     tokens = torch.tensor([token for ids in encoded for token in [*ids, *end]], dtype=torch.long)
     if len(tokens) < seq_len:
-        raise ValueError(f"{len(tokens)} tokens do not fill a block of {seq_len}. Give more text, or a lower --seq-len.")
+        raise ValueError(
+            f"{len(tokens)} tokens do not fill a block of {seq_len}. Give more text, or a lower --seq-len."
+        )
     return Blocks(tokens if max_blocks is None else tokens[: max_blocks * seq_len], seq_len)
 
 
 def losses_of_rows(logits: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     """Next-token loss of each row, in nats per token: logits [B, T, V] and tokens [B, T] to [B]."""
-    per_token = torch.nn.functional.cross_entropy(
-        logits[:, :-1].float().transpose(1, 2), rows[:, 1:], reduction="none"
-    )
+    per_token = torch.nn.functional.cross_entropy(logits[:, :-1].float().transpose(1, 2), rows[:, 1:], reduction="none")
     return per_token.mean(dim=1)
 
 

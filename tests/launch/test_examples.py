@@ -1,0 +1,84 @@
+"""The examples as a user starts them: `accelerate launch` on two gloo ranks, with a stop and a resume."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.launch
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+LAUNCH = ["-m", "accelerate.commands.launch", "--config_file", "accelerate_configs/ep2_cpu.yaml"]
+SMALL = ["--max-megabytes", "0.2", "--seq-len", "32", "--batch-size", "2", "--eval-sequences", "6"]
+SMALL += ["--lr", "3e-3", "--warmup", "1"]
+
+
+def python(*words):
+    """Run this Python on `words` from the repository's root, as the README does; its output."""
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith(("ACCEL", "PYTEST", "TRITON"))}
+    settings = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    path = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))
+    done = subprocess.run(
+        [sys.executable, *map(str, words)],
+        cwd=REPOSITORY,
+        env=inherited | settings | {"PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("base")
+    size = ["--layers", "2", "--hidden-size", "32", "--vocab-size", "400", "--max-megabytes", "0.2"]
+    python("examples/make_base.py", folder, *size)
+    return folder
+
+
+def train(base, output, steps, *more):
+    """examples/train.py; {metric: {step: value}} of its metrics.jsonl."""
+    every = ["--log-every", "1", "--eval-every", "2", "--save-every", "2", "--steps", steps]
+    python(*LAUNCH, "examples/train.py", "--model", base, "--output", output, *SMALL, *every, *more)
+    metrics = {}
+    for line in (output / "metrics.jsonl").read_text().splitlines():
+        values = json.loads(line)
+        step = values.pop("step")
+        for name, value in values.items():
+            metrics.setdefault(name, {})[step] = value
+    return metrics
+
+
+def test_train_resumed_goes_on_with_the_losses_of_the_run_that_never_stopped(base, tmp_path):
+    whole = train(base, tmp_path / "whole", 4, "--gradient-accumulation", "2")
+    train(base, tmp_path / "halves", 2, "--gradient-accumulation", "2")
+    halves = train(base, tmp_path / "halves", 4, "--gradient-accumulation", "2", "--resume")
+    for name in ("train/loss", "train/grad_norm", "eval/loss"):
+        # the same sums on the same ranks in the same order, from state restored to the bit
+        assert halves[name] == pytest.approx(whole[name], abs=1e-6), name
+    assert whole["eval/loss"][4] < whole["eval/loss"][0]
+    assert all(1 / 8 <= share <= 1 for share in whole["experts/busiest_share"].values())
+
+
+def test_train_trainer_trains_evaluates_saves_and_resumes(base, tmp_path):
+    script = [*LAUNCH, "examples/train_trainer.py", "--model", base, "--output", tmp_path, *SMALL]
+    every = ["--log-every", "1", "--eval-every", "2", "--save-every", "2"]
+    python(*script, *every, "--steps", "2")
+    python(*script, *every, "--steps", "4", "--resume")
+    history = json.loads((tmp_path / "checkpoint-4" / "trainer_state.json").read_text())["log_history"]
+    losses = {line["step"]: line["loss"] for line in history if "loss" in line}
+    assert sorted(losses) == [1, 2, 3, 4] and all(math.isfinite(loss) for loss in losses.values())
+    assert [line["step"] for line in history if "eval_loss" in line] == [2, 4]
+    assert all(1 / 8 <= line["busiest_expert_share"] <= 1 for line in history if "loss" in line)
+
+
+@pytest.mark.slow
+def test_quickstart_learns_and_consolidates_what_it_trained(tmp_path):
+    output = python("examples/quickstart.py", "--output", tmp_path / "quickstart")
+    assert "held-out loss of the reloaded model" in output

@@ -139,9 +139,9 @@ def _abandoned(path: Path) -> bool:
 
 
 def _host() -> str:
-    """This boot of this machine: a process id only means something within it."""
+    """This boot of this machine and its process namespace: a process id only means something within them."""
     try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
     except OSError:
         import socket
 

@@ -129,7 +129,7 @@ class Manifest:
                 for folder, tensors in sorted(self.tensors.items())
             },
         }
-        document = {"digest": _body_digest(body), "node": self.node, "body": body}
+        document = {"digest": _body_digest(body, self.node), "node": self.node, "body": body}
         return json.dumps(document, separators=(",", ":"))
 
     @staticmethod
@@ -150,7 +150,7 @@ class Manifest:
             raise CheckpointError(
                 f"{where} has format_version {version}, this accel_moe reads up to {FORMAT_VERSION}. Upgrade accel_moe."
             )
-        if digest != _body_digest(body):
+        if digest != _body_digest(body, node):
             raise CheckpointError(
                 f"{where} does not match its own checksum: it was changed after it was written. Use another "
                 f"checkpoint, "
@@ -176,8 +176,8 @@ class Manifest:
         )
 
 
-def _body_digest(body: dict[str, Any]) -> str:
-    canonical = json.dumps(body, sort_keys=True, separators=(",", ":")).encode()
+def _body_digest(body: dict[str, Any], node: int) -> str:
+    canonical = json.dumps([node, body], sort_keys=True, separators=(",", ":")).encode()
     return hashlib.blake2b(canonical, digest_size=_DIGEST_BYTES).hexdigest()
 
 

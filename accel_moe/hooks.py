@@ -22,8 +22,8 @@ import torch
 from torch import nn
 
 from accel_moe import config, mesh, shard
+from accel_moe.checkpoint.hooked import HOOKED as CHECKPOINT_ROWS
 from accel_moe.experts import PreparedState, prepared_state, swapped_layers
-
 
 logger = logging.getLogger("accel_moe")
 
@@ -118,6 +118,7 @@ TABLE = (
         "fsdp_cpu_ram_efficient_loading distributes whole tensors over each parameter's mesh, and would shard a "
         "shard again.",
     ),
+    *(Patch(*row) for row in CHECKPOINT_ROWS),
 )
 
 CPU_TABLE = (

@@ -1,0 +1,132 @@
+"""The project holds to its own rules: floors, README, what may be committed, what an import does.
+
+python tests/unit/test_project.py      brings README's table of options up to date
+"""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from accel_moe.config import TABLE_BEGIN, TABLE_END, options_table
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+README = REPOSITORY / "README.md"
+TREE_BEGIN, TREE_END = "<!-- tree:begin -->", "<!-- tree:end -->"
+TEST_COMMAND = 'python -m pip install -e ".[test]" && python -m pytest'
+
+
+def between(begin, end):
+    return README.read_text().split(begin)[1].split(end)[0].strip("\n")
+
+
+def committed_files():
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=REPOSITORY, capture_output=True, text=True)
+    if listed.returncode:
+        pytest.skip("not a git checkout")
+    paths = [path for path in listed.stdout.split("\0") if path]
+    return [path for path in paths if (REPOSITORY / path).is_file()]
+
+
+def tree_paths():
+    """(path, sentence) of each line of README's tree: two spaces of indent for each folder, a name, a sentence."""
+    paths, folders = [], []
+    for line in between(TREE_BEGIN, TREE_END).strip("`\n").splitlines():
+        indent, name, sentence = re.match(r"^( *)(\S+) *(.*)$", line).groups()
+        del folders[len(indent) // 2 :]
+        paths.append(("".join(folders) + name, sentence))
+        if name.endswith("/"):
+            folders.append(name)
+    return paths
+
+
+def test_readme_tree_has_every_file_of_the_package_and_nothing_else():
+    in_readme = {path for path, _ in tree_paths()}
+    shown = ("accel_moe/", "accelerate_configs/", "examples/")
+    files = {path for path in committed_files() if path.startswith(shown)}
+    files -= {path for path in files if path.endswith(("/__init__.py", "py.typed")) and path != "accel_moe/__init__.py"}
+    missing = sorted(files - in_readme)
+    gone = sorted(path for path in in_readme if not (REPOSITORY / path).exists())
+    assert not missing and not gone, f"README's file tree lacks {missing}, and has {gone}, which do not exist"
+
+
+def test_readme_tree_has_a_sentence_for_every_file():
+    assert not [path for path, sentence in tree_paths() if not sentence and not path.endswith("/")]
+
+
+def test_readme_table_of_options_is_the_one_of_the_code():
+    assert between(TABLE_BEGIN, TABLE_END) == options_table(), "run `python tests/unit/test_project.py`"
+
+
+def test_readme_names_every_option_in_order_of_the_code():
+    names = re.findall(r"^\| `(moe_\w+)`", between(TABLE_BEGIN, TABLE_END), re.MULTILINE)
+    from accel_moe.config import option_names
+
+    assert names == option_names()
+
+
+def test_readme_has_the_two_commands_and_ci_runs_the_second():
+    readme = README.read_text()
+    assert "\npython -m pip install -e . && python examples/quickstart.py\n" in readme
+    assert f"\n{TEST_COMMAND}\n" in readme
+    pattern = re.search(r"grep -m 1 '(.*)' README.md", (REPOSITORY / ".ci" / "run").read_text())[1]
+    assert re.findall(pattern, readme, re.MULTILINE) == [TEST_COMMAND]
+
+
+def test_every_import_goes_down_the_floors():
+    pytest.importorskip("importlinter", reason="the test extra installs import-linter")
+    lint = "import sys; from importlinter.cli import lint_imports; sys.exit(lint_imports(no_cache=True))"
+    done = subprocess.run([sys.executable, "-c", lint], cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_every_module_stands_on_a_floor():
+    contract = (REPOSITORY / "pyproject.toml").read_text().split("layers = [")[1].split("]")[0]
+    on_a_floor = set(re.findall(r"accel_moe\.(\w+)", contract))
+    inside = [path.removeprefix("accel_moe/") for path in committed_files() if path.startswith("accel_moe/")]
+    modules = {path.split("/")[0].removesuffix(".py") for path in inside if path.endswith(".py")} - {"__init__"}
+    assert modules <= on_a_floor, f"{modules - on_a_floor} stand on no floor of pyproject.toml's contract"
+
+
+def test_nothing_committed_names_a_machine():
+    # in pieces, so that this file does not name them either
+    places = ["/" + "root/", "/" + "Users/", "/" + "work/", "/" + "opt/"]
+    hosts = ["pypi" + r"\.org", "python" + r"hosted\.", "--index" + "-url", "--find" + "-links"]
+    forbidden = re.compile("|".join([rf"(?<![\w.]){place}" for place in places] + hosts))
+    found = []
+    for path in committed_files():
+        try:
+            text = (REPOSITORY / path).read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            continue
+        found += [f"{path}: {line.strip()[:100]}" for line in text.splitlines() if forbidden.search(line)]
+    assert not found, "\n".join(found)
+
+
+@pytest.mark.core
+def test_importing_the_package_needs_no_triton_touches_no_gpu_and_patches_nothing():
+    probe = """
+import sys
+sys.modules["triton"] = None  # as on a machine that has none
+import accel_moe
+import torch
+from accel_moe import hooks
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+assert "accel_moe.kernels.launch" not in sys.modules
+assert not torch.cuda.is_initialized()
+assert not hooks.installed(), hooks.installed()
+assert "scattermoe" in ALL_EXPERTS_FUNCTIONS.valid_keys()
+"""
+    done = subprocess.run([sys.executable, "-c", probe], cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def bring_readme_up_to_date():
+    begin, end = README.read_text().split(TABLE_BEGIN)[0], README.read_text().split(TABLE_END)[1]
+    README.write_text(f"{begin}{TABLE_BEGIN}\n{options_table()}\n{TABLE_END}{end}")
+
+
+if __name__ == "__main__":
+    bring_readme_up_to_date()

@@ -16,6 +16,7 @@ folder.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -71,19 +72,30 @@ def commit(staging: Path, final: Path, save_id: str) -> None:
     """
     (staging / _OWNER_NAME).unlink(missing_ok=True)
     fsync_folder(staging)
-    old = final.with_name(f"old-0-{save_id}.{final.name}")
-    replaced = final.exists()
-    if replaced:
-        final.rename(old)
-    try:
-        staging.rename(final)
-    except OSError:
-        if replaced:
-            old.rename(final)
-        raise
+    replaced: list[Path] = []
+    while True:
+        old = final.with_name(f"old-0-{save_id}.{final.name}" if not replaced else _old_name(final))
+        try:
+            final.rename(old)
+            replaced.append(old)
+        except FileNotFoundError:
+            pass  # nothing to replace, or another job took it just now
+        try:
+            staging.rename(final)
+            break
+        except OSError as error:
+            if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+                continue  # another job committed the same name between our two renames: the later one wins
+            if replaced and not final.exists():
+                replaced[-1].rename(final)
+            raise
     fsync_folder(final.parent)
-    if replaced:
+    for old in replaced:
         shutil.rmtree(old, ignore_errors=True)
+
+
+def _old_name(final: Path) -> str:
+    return f"old-0-{new_save_id()}.{final.name}"
 
 
 def recover(parent: Path) -> list[str]:

@@ -101,15 +101,21 @@ def agree(what: str, error: BaseException | None) -> None:
 
     When all of them bring one, each raises its own; else, and for DCP's and OSErrors, all raise a CheckpointError.
     """
-    told = [text for text in gather(None if error is None else describe(error))]
-    failed = [(r, text) for r, text in enumerate(told) if text is not None]
+    told = gather(None if error is None else (describe(error), _origins(error)))
+    failed = [said for said in told if said is not None]
     if not failed:
         return
     if len(failed) == len(told) and not isinstance(error, CheckpointException | OSError):
         assert error is not None
         raise error
-    where = ", ".join(str(r) for r, _ in failed[:8])
-    raise CheckpointError(f"{what} failed on rank {where} of {len(told)}: {failed[0][1]}") from error
+    where = sorted({origin for _, origins in failed for origin in origins})
+    listed = ", ".join(map(str, where[:8])) + (" and more" if len(where) > 8 else "")
+    raise CheckpointError(f"{what} failed on rank {listed} of {len(told)}: {failed[0][0]}") from error
+
+
+def _origins(error: BaseException) -> list[int]:
+    """The ranks that an error comes from: DCP raises on all of them what happened on some."""
+    return sorted(error.failures) if isinstance(error, CheckpointException) and error.failures else [rank()]
 
 
 def describe(error: BaseException) -> str:

@@ -236,8 +236,18 @@ def _stage(state_dict: dict[str, Any]) -> dict[str, Any]:
 
 
 def finish(save: Save) -> None:
-    """Seals and commits what was filled. A collective of all ranks; in the background thread when it is
-    async."""
+    """Seals and commits what was filled. A collective of all ranks; in the background thread when it is async.
+
+    Raises CheckpointError on every rank, and removes what was written, when any of it fails.
+    """
+    try:
+        _seal_and_commit(save)
+    except Exception:
+        _discard(save)
+        raise
+
+
+def _seal_and_commit(save: Save) -> None:
     for write in save.writes:
         write()
     save.writes.clear()

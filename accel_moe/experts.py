@@ -21,6 +21,7 @@ from __future__ import annotations
 import functools
 import inspect
 import os
+import types
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -46,7 +47,55 @@ KNOWN_FLAGS = {
     "_is_hf_initialized",
     "_is_full_backward_hook",
 }
+NORM_KERNELS = ("auto", "eager", "grouped_mm", "batched_mm")
+"""The experts functions that apply `post_expert_norm` where a module has it (transformers 5.23)."""
+
 KNOWN_PARAMETERS = {"gate_up_proj", "up_proj", "down_proj", "gate_up_proj_bias", "up_proj_bias", "down_proj_bias"}
+
+OFF_INTERFACE = {
+    "aria": "its experts take router logits and route inside, before transformers 5.18",
+    "dbrx": "its expert weights are flattened into 2-D matrices [experts x ffn, hidden]",
+    "doge": "it retrieves rank-1 experts from embedding tables by product keys; there is no expert GEMM",
+    "jetmoe": "it routes inside the experts block, and its attention has experts of its own",
+    "llama4": "every expert runs on every token in one dense bmm, with the routing score applied to the input",
+    "nllb_moe": "its experts are separate fc1/fc2 modules with biases and dropout, one per expert",
+    "switch_transformers": "its experts are separate wi/wo modules, one per expert, with a capacity that drops tokens",
+    "vitpose_backbone": "its experts are chosen per data set, not routed per token",
+}
+"""Why a family that has experts is not on the interface. Only words: the refusal itself needs no list."""
+
+
+@dataclass(frozen=True)
+class Shim:
+    """A family off the interface whose parameters and call fit it: what the decorator would have said.
+
+    Attributes:
+        num_experts: the attribute with the number of experts that have weights.
+        identity_experts: expert numbers from num_experts on pass the token through, times its routing weight.
+        parameters: the parameters that the class had in the tested versions; any other set is refused.
+        flags: the layout flags.
+    """
+
+    num_experts: str = "num_experts"
+    identity_experts: bool = False
+    parameters: tuple[str, ...] = ("down_proj", "gate_up_proj")
+    flags: tuple[tuple[str, bool], ...] = (
+        ("has_gate", True),
+        ("has_bias", False),
+        ("is_transposed", False),
+        ("is_concatenated", True),
+        ("has_post_expert_norm", False),
+        ("_is_expert_parallel", False),
+    )
+
+
+SHIMS = {
+    # 5.17, 5.23: the interface's parameters, signature and `_apply_gate` (clamped after the activation), undecorated.
+    "Step3p7Experts": Shim(),
+    # 5.17, 5.23: the interface's maths for the experts with weights; the others ("zero experts") are the identity.
+    "LongcatFlashExperts": Shim(num_experts="num_routed_experts", identity_experts=True),
+}
+"""Class name to shim. tests/families run each against the family's own loop, in every supported transformers."""
 
 
 @dataclass
@@ -75,6 +124,7 @@ class LayerState:
     prepared: PreparedState
     num_experts: int
     kernel: str
+    shim: Shim | None = None
     dispatcher: Dispatcher | None = None
     tokens_per_expert: torch.Tensor | None = field(default=None, repr=False)
     """[E] int64 on the layer's device: slots routed to each expert since the last `expert_load`."""
@@ -120,19 +170,27 @@ class ScatterMoE(nn.Module):
         dtype = hidden_states.dtype
         compute_dtype = _compute_dtype(self, hidden_states)
         function = experts_function(layer.kernel, self)
+        hidden_states = hidden_states.to(compute_dtype)
+        passed = None
+        if layer.shim is not None and layer.shim.identity_experts and layer.kernel != "eager":
+            top_k_index, top_k_weights, passed = _split_identity(hidden_states, top_k_index, top_k_weights, layer)
+        out = self._run(layer, function, hidden_states, top_k_index, top_k_weights)
+        return (out if passed is None else out + passed).to(dtype)
+
+    def _run(self, layer: LayerState, function, hidden_states, top_k_index, top_k_weights) -> torch.Tensor:
+        compute_dtype = hidden_states.dtype
         if layer.ep == 1:
-            weights = {n: p.to(compute_dtype) for n, p in _floating_parameters(self)}
-            view = ExpertsView(self, **weights)
-            return function(view, hidden_states.to(compute_dtype), top_k_index, top_k_weights).to(dtype)
+            view = _whole_view(self, layer, compute_dtype)
+            return function(view, hidden_states, top_k_index, top_k_weights)
         if layer.dispatcher is None:
             raise RuntimeError(
                 f"{type(self).__name__} runs with moe_ep_degree={layer.ep} but its experts were never sharded. "
                 "Pass the model through accelerator.prepare(model, optimizer) with FSDP2 before its first forward."
             )
-        sent = layer.dispatcher.dispatch(hidden_states.to(compute_dtype), top_k_index, top_k_weights)
+        sent = layer.dispatcher.dispatch(hidden_states, top_k_index, top_k_weights)
         view = _local_view(self, layer, sent.num_pairs, compute_dtype)
         rows = function(view, sent.rows, sent.local_index, sent.local_weights)
-        return layer.dispatcher.combine(rows.to(compute_dtype), sent).to(dtype)
+        return layer.dispatcher.combine(rows.to(compute_dtype), sent)
 
     def extra_repr(self) -> str:
         layer = self._accel_moe_layer
@@ -142,10 +200,43 @@ class ScatterMoE(nn.Module):
 
 
 def is_experts(module: nn.Module) -> bool:
-    """True for an experts module that calls through transformers' experts interface."""
+    """True for an experts module on transformers' experts interface, or with a shim that fits it."""
     down = module._parameters.get("down_proj")
+    if shim_of(module) is not None:
+        return True
     flags = all(isinstance(module.__dict__.get(flag), bool) for flag in LAYOUT_FLAGS)
     return flags and down is not None and down.dim() == 3
+
+
+def shim_of(module: nn.Module) -> Shim | None:
+    """The shim for a module off the interface, if its class, parameters and call are those that it was written for."""
+    if isinstance(module, ScatterMoE):
+        return module._accel_moe_layer.shim
+    shim = SHIMS.get(type(module).__name__)
+    if shim is None or is_decorated(type(module)):
+        return None
+    call = tuple(inspect.signature(type(module).forward).parameters)
+    names = tuple(sorted(name for name, p in module._parameters.items() if p is not None))
+    fits = call == ("self", "hidden_states", "top_k_index", "top_k_weights") and names == shim.parameters
+    return shim if fits else None
+
+
+def as_interface(module: nn.Module) -> nn.Module | ExpertsView:
+    """The module, or for a shimmed one a view of it that answers what the decorator would have set."""
+    shim = shim_of(module)
+    if shim is None:
+        return module
+    return ExpertsView(module, **_shim_answers(module, shim))
+
+
+def _shim_answers(module: nn.Module, shim: Shim) -> dict[str, Any]:
+    """What the decorator would have put on the instance and its class."""
+    answers: dict[str, Any] = {**dict(shim.flags), "num_experts": getattr(module, shim.num_experts)}
+    if not hasattr(module, "_apply_gate"):
+        from transformers.integrations.moe import _default_apply_gate
+
+        answers["_apply_gate"] = types.MethodType(_default_apply_gate, module)
+    return answers
 
 
 def find_experts(model: nn.Module) -> dict[str, nn.Module]:
@@ -155,10 +246,17 @@ def find_experts(model: nn.Module) -> dict[str, nn.Module]:
         ValueError: the model has none.
     """
     found = {name: module for name, module in model.named_modules() if is_experts(module)}
+    if quantised := sorted({type(m).__name__ for m in model.modules() if _is_quantised_experts(m)}):
+        raise ValueError(
+            f"accel_moe.prepare() found quantised experts ({', '.join(quantised)}) in {_describe_model(model)}. "
+            "Quantised experts are not supported: load the model dequantised, in bf16 or fp32 (MXFP4 and FP8 "
+            "checkpoints with their quantization config's dequantize=True)."
+        )
     if not found:
         lookalikes = sorted({type(m).__name__ for m in model.modules() if _sounds_like_experts(m)})
+        reason = OFF_INTERFACE.get(_family(model), "it keeps its experts in a form of its own, outside the interface")
         hint = (
-            f"It has {', '.join(lookalikes)}, which keep(s) its experts in a form of its own, outside the interface."
+            f"It has {', '.join(lookalikes)}, but {reason}."
             if lookalikes
             else "It looks like a dense model; accel_moe is for Mixture-of-Experts models."
         )
@@ -174,22 +272,51 @@ def refusal(module: nn.Module, *, kernel: str, ep_degree: int) -> str | None:
     flags = {n for n, v in module.__dict__.items() if isinstance(v, bool) and n.lstrip("_").startswith(("has_", "is_"))}
     if unknown := flags - KNOWN_FLAGS:
         return f"it sets the flag(s) {', '.join(sorted(unknown))}, which accel_moe does not know"
-    if getattr(module, "has_post_expert_norm", False):
-        return "it normalises each expert's output before the weighted sum (has_post_expert_norm), not supported yet"
+    shim, own = shim_of(module), module
+    module = as_interface(module)
+    norm = bool(getattr(module, "has_post_expert_norm", False))
+    if norm and not (_interface_knows_norms() and isinstance(getattr(module, "post_expert_norm", None), nn.Module)):
+        return (
+            "it normalises each expert's output (has_post_expert_norm), but has no post_expert_norm module, or this "
+            "transformers has no experts function that applies it. Use transformers 5.23 or newer"
+        )
+    if norm and ep_degree > 1:
+        return (
+            "it normalises each expert's output with a weight that all experts share (has_post_expert_norm), which "
+            f"moe_ep_degree={ep_degree} would leave with each rank's part of its gradient. Use moe_ep_degree: 1"
+        )
+    if norm and kernel not in NORM_KERNELS:
+        return (
+            f"it normalises each expert's output (has_post_expert_norm), which moe_kernel={kernel} does not. "
+            f"Use one of {', '.join(NORM_KERNELS)}"
+        )
     if getattr(module, "_is_expert_parallel", False):
         return (
             "transformers' own expert parallelism is already on for it. Load the model without "
             "distributed_config / ep_size, and let moe_ep_degree do it"
         )
     parameters = dict(module.named_parameters())
-    if unknown := set(parameters) - KNOWN_PARAMETERS:
+    known = KNOWN_PARAMETERS | ({"post_expert_norm.weight"} if norm else set())
+    if unknown := set(parameters) - known:
         return f"it has parameter(s) {', '.join(sorted(unknown))}, which accel_moe does not know"
+    if missing := _weights_of(module) - set(parameters):
+        return f"its flags say that it has {', '.join(sorted(missing))}, and it has not"
+    if surplus := (set(parameters) & KNOWN_PARAMETERS) - _weights_of(module):
+        return f"it has parameter(s) {', '.join(sorted(surplus))}, which its flags say it does not use"
     if list(module.named_buffers()):
         return f"it has buffer(s) {', '.join(n for n, _ in module.named_buffers())}, as quantised experts do"
     for name, parameter in parameters.items():
-        if not parameter.is_floating_point() or parameter.element_size() < 2:
+        if _is_packed(parameter):
             return f"{name} is stored as {parameter.dtype}; quantised experts are not supported"
-        if parameter.shape[0] != module.num_experts:
+        if parameter.shape[0] != module.num_experts and name in KNOWN_PARAMETERS:
+            if shim is not None and shim.identity_experts:
+                if ep_degree == 1:
+                    continue
+                return (
+                    f"{name} has {parameter.shape[0]} rows for {module.num_experts} experts with weights (the others "
+                    f"are identity experts), so moe_ep_degree={ep_degree} cannot split it like down_proj. Use "
+                    "moe_ep_degree: 1"
+                )
             return (
                 f"{name} has {parameter.shape[0]} rows on dim 0, where num_experts={module.num_experts} says otherwise"
             )
@@ -204,9 +331,27 @@ def refusal(module: nn.Module, *, kernel: str, ep_degree: int) -> str | None:
             "moe_kernel=eager cannot skip the slots that belong to other ranks, so it does not work with "
             f"moe_ep_degree={ep_degree}. Use moe_kernel: auto"
         )
-    if kernel == "scattermoe" and (why := scattermoe.unsupported_reason(module)):
+    if kernel == "scattermoe" and (why := not_scattermoe(own)):
         return f"moe_kernel=scattermoe cannot run it: {why}. Use moe_kernel: auto"
     return None
+
+
+def _interface_knows_norms() -> bool:
+    from transformers.integrations.moe import use_experts_implementation
+
+    return "has_post_expert_norm" in inspect.signature(use_experts_implementation).parameters
+
+
+def _weights_of(module: nn.Module | ExpertsView) -> set[str]:
+    """The parameters that an experts function reads from a module with these flags."""
+    up = "gate_up_proj" if module.has_gate else "up_proj"
+    return {up, "down_proj", *([f"{up}_bias", "down_proj_bias"] if module.has_bias else [])}
+
+
+def limits(module: nn.Module) -> str:
+    """In words, how an experts module that runs at ep 1 is limited otherwise; "" if it is not."""
+    why = refusal(module, kernel="grouped_mm", ep_degree=max(2, as_interface(module).num_experts))
+    return f"moe_ep_degree 1 only: {why}" if why is not None and "does not divide" not in why else ""
 
 
 def choose_kernel(requested: str, modules: dict[str, nn.Module]) -> str:
@@ -221,7 +366,7 @@ def choose_kernel(requested: str, modules: dict[str, nn.Module]) -> str:
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
     if requested == "auto":
-        able = triton_can_run() and all(scattermoe.unsupported_reason(m) is None for m in modules.values())
+        able = triton_can_run() and all(not_scattermoe(m) is None for m in modules.values())
         return "scattermoe" if able else "grouped_mm"
     known = sorted({"eager", *ALL_EXPERTS_FUNCTIONS.valid_keys()})
     if requested not in known:
@@ -237,6 +382,12 @@ def choose_kernel(requested: str, modules: dict[str, nn.Module]) -> str:
     return requested
 
 
+def not_scattermoe(module: nn.Module) -> str | None:
+    """Why our kernels cannot run this experts module, or None."""
+    why = scattermoe.unsupported_reason(as_interface(module))
+    return why and why.replace(ExpertsView.__name__, type(module).__name__)
+
+
 def triton_can_run() -> bool:
     from importlib.util import find_spec
 
@@ -248,7 +399,8 @@ def triton_can_run() -> bool:
 def swap(modules: dict[str, nn.Module], prepared: PreparedState) -> None:
     """Give each module our forward, in place. Nothing else of it changes."""
     for module in modules.values():
-        module._accel_moe_layer = LayerState(prepared, module.num_experts, prepared.kernel)
+        num_experts = as_interface(module).num_experts
+        module._accel_moe_layer = LayerState(prepared, num_experts, prepared.kernel, shim_of(module))
         module.__class__ = _swapped_class(module.__class__)
 
 
@@ -314,6 +466,26 @@ class _ScaleWeightGradients(torch.autograd.Function):
         return None, *(g * ctx.scale for g in gradients)
 
 
+def _split_identity(
+    hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor, layer: LayerState
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Slots of identity experts become sentinels of weight 0; the third value is what they add to the output."""
+    identity = top_k_index >= layer.num_experts
+    passed = (top_k_weights * identity).sum(-1, keepdim=True)
+    top_k_index = top_k_index.clamp(max=layer.num_experts)
+    return top_k_index, top_k_weights.masked_fill(identity, 0.0), (hidden_states * passed).to(hidden_states.dtype)
+
+
+def _whole_view(module: ScatterMoE, layer: LayerState, dtype: torch.dtype) -> ExpertsView:
+    answers: dict[str, Any] = {name: p.to(dtype) for name, p in _floating_parameters(module)}
+    if layer.shim is not None:
+        answers.update(_shim_answers(module, layer.shim))
+        if layer.shim.identity_experts and layer.kernel != "eager":
+            answers["gate_up_proj"] = answers["gate_up_proj"][: layer.num_experts]
+            answers["_is_expert_parallel"] = True  # identity slots are sentinels now, which grouped_mm must skip
+    return ExpertsView(module, **answers)
+
+
 def _local_view(module: ScatterMoE, layer: LayerState, num_pairs: int, dtype: torch.dtype) -> ExpertsView:
     """The rank's own experts, under the 1/ep gradient scale.
 
@@ -326,12 +498,12 @@ def _local_view(module: ScatterMoE, layer: LayerState, num_pairs: int, dtype: to
     for name, parameter in _floating_parameters(module):
         names.append(name)
         local.append((parameter.to_local() if isinstance(parameter, DTensor) else parameter).to(dtype))
-    answers: dict[str, Any] = {"num_pairs": num_pairs, "weight_grad_scale": scale}
+    answers: dict[str, Any] = _shim_answers(module, layer.shim) if layer.shim is not None else {}
+    answers.update(num_experts=layer.num_local_experts, _is_expert_parallel=True)
+    answers.update(num_pairs=num_pairs, weight_grad_scale=scale)
     if layer.kernel != "scattermoe":  # it applies the factor in the epilogue of its weight gradient
         local = _ScaleWeightGradients.apply(scale, *local)
-    return ExpertsView(
-        module, num_experts=layer.num_local_experts, _is_expert_parallel=True, **answers, **dict(zip(names, local))
-    )
+    return ExpertsView(module, **answers, **dict(zip(names, local)))
 
 
 def _floating_parameters(module: nn.Module) -> list[tuple[str, torch.Tensor]]:
@@ -369,7 +541,11 @@ def _swapped_class(cls: type[nn.Module]) -> type[nn.Module]:
 @functools.cache
 def _eager_forward(cls: type[nn.Module]) -> Callable[..., torch.Tensor]:
     """The family's own loop, behind ours and behind the decorator's dispatch."""
-    own = next(c for c in cls.__mro__ if "forward" in vars(c) and not issubclass(c, ScatterMoE) and is_decorated(c))
+    own = next(
+        c
+        for c in cls.__mro__
+        if "forward" in vars(c) and not issubclass(c, ScatterMoE) and (is_decorated(c) or c.__name__ in SHIMS)
+    )
     return inspect.unwrap(own.forward)
 
 
@@ -380,6 +556,22 @@ def is_decorated(cls: type) -> bool:
 def _sounds_like_experts(module: nn.Module) -> bool:
     name = type(module).__name__.lower()
     return "expert" in name or name.endswith("moe") or "moeblock" in name
+
+
+def _is_quantised_experts(module: nn.Module) -> bool:
+    """Experts whose stacked weights are packed, or of less than 16 bits (FP8Experts, Mxfp4GptOssExperts, …)."""
+    stacked = (module._parameters.get(name) for name in ("down_proj", "gate_up_proj", "up_proj"))
+    packed = any(p is not None and p.dim() >= 3 and _is_packed(p) for p in stacked)
+    scales = any(name.endswith(("_scale_inv", "_scales", "_blocks")) for name in module._parameters)
+    return packed or (scales and "expert" in type(module).__name__.lower())
+
+
+def _is_packed(parameter: torch.Tensor) -> bool:
+    return not parameter.is_floating_point() or parameter.element_size() < 2
+
+
+def _family(model: nn.Module) -> str:
+    return getattr(getattr(model, "config", None), "model_type", "")
 
 
 def _describe_model(model: nn.Module) -> str:

@@ -1,0 +1,248 @@
+"""Every Mixture-of-Experts family of the installed transformers, found by looking, not from a list.
+
+A family is a folder of `transformers.models` whose modeling file has a class that names itself experts or a
+Mixture-of-Experts block. It is on the experts interface if a class carries `@use_experts_implementation`; then
+one of its experts modules is made on the meta device from the family's default config (no weight is allocated,
+no file downloaded), and the same `refusal` that `prepare()` calls says whether it can be run and how.
+
+What is written by hand: why a family off the interface is off it (`experts.OFF_INTERFACE`), and which families the
+tests of this package train over several ranks, consolidate and load (`TESTED`; a test keeps the two equal).
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+import torch
+from torch import nn
+
+from accel_moe import experts
+from accel_moe.kernels import scattermoe
+
+_DECORATED = re.compile(r"^@use_experts_implementation[^\n]*\n(?:@[^\n]*\n)*class (\w+)", re.MULTILINE)
+_LOOKALIKE = re.compile(
+    r"^class (\w*(?:Experts?|MoE|Moe|MOE|SparseMLP|MoeBlock)\w*)\((?:nn\.Module|nn\.ModuleList|nn\.ModuleDict)\)",
+    re.MULTILINE,
+)
+
+TESTED: dict[str, tuple[str, ...]] = {}
+
+
+@dataclass(frozen=True)
+class Source:
+    """One family as its modeling files show it: nothing imported yet.
+
+    Attributes:
+        name: the folder under transformers.models, which is the model_type of most families.
+        modules: dotted modules that hold the classes.
+        decorated: (module, class) of each class on the experts interface.
+        lookalikes: classes off it that are named like experts.
+    """
+
+    name: str
+    decorated: tuple[tuple[str, str], ...]
+    lookalikes: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True)
+class Family:
+    """One row of the table.
+
+    Attributes:
+        status: "supported", "own gate" (supported; the gate runs through the module's own `_apply_gate`), "shim"
+            (supported, off the interface) or "refused".
+        maths: the kind, in words: gate, activation, layout.
+        kernel: what `moe_kernel: auto` takes on a GPU.
+        note: why it is refused, or why not scattermoe; "" if there is nothing to say.
+        hub_keys: how the Hub stores its experts: "per expert", "fused" or "as in memory".
+        tested: of "ep", "consolidate", "load", what this package's tests run for it.
+    """
+
+    name: str
+    experts: tuple[str, ...]
+    status: str
+    maths: str
+    kernel: str
+    note: str
+    hub_keys: str
+    tested: tuple[str, ...]
+
+
+def sources() -> list[Source]:
+    """Every family of the installed transformers that has experts, by name. Reads source text only."""
+    import transformers
+
+    found = []
+    root = Path(transformers.__file__).parent / "models"
+    for folder in sorted(path for path in root.iterdir() if path.is_dir()):
+        decorated: list[tuple[str, str]] = []
+        lookalikes: list[tuple[str, str]] = []
+        for file in sorted(folder.glob("modeling_*.py")):
+            text = file.read_text(encoding="utf-8")
+            module = f"transformers.models.{folder.name}.{file.stem}"
+            classes = _DECORATED.findall(text)
+            decorated += [(module, name) for name in classes]
+            lookalikes += [(module, name) for name in _LOOKALIKE.findall(text) if name not in classes]
+        if decorated or lookalikes:
+            found.append(Source(folder.name, tuple(decorated), tuple(lookalikes)))
+    return found
+
+
+def config_classes(module: ModuleType) -> list[type]:
+    """The config classes of a modeling file's models, in the file's order, each once."""
+    from transformers import PreTrainedModel
+
+    models = (
+        value
+        for value in vars(module).values()
+        if inspect.isclass(value) and issubclass(value, PreTrainedModel) and value.__module__ == module.__name__
+    )
+    return list(dict.fromkeys(c for m in models if (c := getattr(m, "config_class", None)) is not None))
+
+
+def build_experts(module_name: str, class_name: str, configs: Iterable | None = None) -> nn.Module:
+    """One experts module alone, from the first of the file's configs that it accepts.
+
+    Args:
+        configs: config objects to try; the file's config classes with their defaults if None.
+
+    Raises:
+        ValueError: no config fits; every attempt's error is in the message.
+    """
+    module = importlib.import_module(module_name)
+    cls = getattr(module, class_name)
+    failures = []
+    for config in configs if configs is not None else _defaults(config_classes(module)):
+        try:
+            built = cls(config)
+        except Exception as error:
+            failures.append(f"{type(config).__name__}: {type(error).__name__}: {error}")
+            continue
+        if built._parameters.get("down_proj") is not None:
+            return built
+    raise ValueError(f"{class_name} cannot be built from a config of its file. {'; '.join(failures)}")
+
+
+def _defaults(classes: list[type]) -> Iterator:
+    """Each class's default config; then, for those whose default is a dense model, the same with experts."""
+    for cls in classes:
+        try:
+            yield cls()
+        except Exception:
+            continue
+    for cls in classes:
+        try:
+            config = cls()
+        except Exception:
+            continue
+        for name, value in list(vars(config).items()):
+            if not re.search(r"num_(local_)?experts$|n_routed_experts$|moe_intermediate_size$", name):
+                continue
+            if value is None or value == 0:
+                vars(config)[name] = 8
+            elif isinstance(value, list):
+                vars(config)[name] = value[0]  # past the config's own type check
+        yield config
+
+
+def families() -> list[Family]:
+    """The whole table. Imports every modeling file that has experts (some seconds)."""
+    return [_row(source) for source in sources()]
+
+
+def _row(source: Source) -> Family:
+    tested = TESTED.get(source.name, ())
+    classes = tuple(name for _, name in source.decorated)
+    shims = tuple((module, name) for module, name in source.lookalikes if name in experts.SHIMS)
+    if not classes and not shims:
+        note = experts.OFF_INTERFACE.get(source.name, "its experts are not on transformers' experts interface")
+        return Family(source.name, tuple(n for _, n in source.lookalikes), "refused", "", "", note, "", tested)
+    layers, problems = [], []
+    for module, name in source.decorated or shims:
+        try:
+            with torch.device("meta"):
+                layers.append(build_experts(module, name))
+        except ValueError as error:
+            problems.append(str(error))
+    classes = classes or tuple(name for _, name in shims)
+    if not layers:
+        return Family(source.name, classes, "refused", "", "", problems[0], "", tested)
+    refusals = [why for layer in layers if (why := experts.refusal(layer, kernel="auto", ep_degree=1))]
+    not_ours = [why for layer in layers if (why := experts.not_scattermoe(layer))]
+    maths = "; ".join(dict.fromkeys(describe_maths(layer) for layer in layers))
+    keys = hub_key_style(source.name)
+    if refusals:
+        return Family(source.name, classes, "refused", maths, "", refusals[0], keys, tested)
+    status = "shim" if shims and not source.decorated else "own gate" if _own_gate(layers[0]) else "supported"
+    kernel = "grouped_mm" if not_ours else "scattermoe"
+    limits = experts.limits(layers[0])
+    note = "; ".join(filter(None, [limits, not_ours[0] if not_ours else ""]))
+    return Family(source.name, classes, status, maths, kernel, note, keys, tested)
+
+
+def describe_maths(module: nn.Module) -> str:
+    """One experts module's maths in words, from its flags, activation and gate."""
+    layout = experts.as_interface(module)
+    words = []
+    activation = getattr(module, "act_fn", None)
+    name = getattr(activation, "__name__", type(activation).__name__) if activation is not None else "swiglu"
+    name = scattermoe.activation_name(activation) or name if activation is not None else name
+    if not layout.has_gate:
+        words.append(f"{name}, no gate")
+    elif _own_gate(module):
+        words.append(f"{name}, own gate")
+    else:
+        words.append(f"{name} gate")
+    if layout.has_bias:
+        words.append("bias")
+    if layout.is_transposed:
+        words.append("transposed")
+    if not layout.is_concatenated:
+        words.append("interleaved")
+    if getattr(layout, "has_post_expert_norm", False):
+        words.append("norm after")
+    return ", ".join(words)
+
+
+def kind_of_maths(module: nn.Module) -> str:
+    """A short name for the group of families that one kernel variant serves."""
+    layout = experts.as_interface(module)
+    if not layout.has_gate:
+        return "no gate"
+    parts = ["own gate" if _own_gate(module) else "gate"]
+    parts += [word for flag, word in (("has_bias", "bias"), ("is_transposed", "transposed")) if getattr(layout, flag)]
+    parts += [] if layout.is_concatenated else ["interleaved"]
+    parts += ["norm"] if getattr(layout, "has_post_expert_norm", False) else []
+    return " ".join(parts)
+
+
+def _own_gate(module: nn.Module) -> bool:
+    gate = getattr(module, "_apply_gate", None)
+    return gate is not None and getattr(gate, "__name__", "") != "_default_apply_gate"
+
+
+def hub_key_style(family: str) -> str:
+    """How the Hub stores this family's experts, from transformers' own conversion mapping: "per expert (…)",
+    "fused (…)" or "as in memory"."""
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
+    for name in (family, f"{family}_text"):
+        for transform in get_checkpoint_conversion_mapping(name) or ():
+            patterns, targets = _patterns(transform, "source_patterns"), _patterns(transform, "target_patterns")
+            if not any(re.search(r"(down|gate_up|up)_proj", target) for target in targets):
+                continue
+            if shown := next((p for p in patterns if "expert" in p or "moe" in p.lower()), None):
+                plain = shown.replace("\\", "").strip(".^$")
+                return f"per expert ({plain})" if re.search(r"experts\.+\*", plain) else f"fused ({plain})"
+    return "as in memory"
+
+
+def _patterns(transform: object, name: str) -> list[str]:
+    found = getattr(transform, name, ())
+    return [found] if isinstance(found, str) else list(found)

@@ -9,11 +9,11 @@ Importing the package does one thing: it registers the experts function `scatter
 installed, no CUDA context made, before `prepare`.
 """
 
-from accel_moe.api import prepare
+from accel_moe.api import from_pretrained, prepare
 from accel_moe.config import MoEConfig
 from accel_moe.experts import expert_load, register_scattermoe
 from accel_moe.version import __version__
 
 register_scattermoe()
 
-__all__ = ["MoEConfig", "__version__", "expert_load", "prepare"]
+__all__ = ["MoEConfig", "__version__", "expert_load", "from_pretrained", "prepare"]

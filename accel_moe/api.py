@@ -1,16 +1,16 @@
-"""`prepare`: the one call. Read it as a table of contents; each line's story is in the module it names."""
+"""`prepare` and `from_pretrained`. Read them as tables of contents; each line's story is in the module it names."""
 
 from __future__ import annotations
 
 import logging
 import os
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
-from accel_moe import config, experts, hooks
+from accel_moe import config, experts, hooks, load
 
 logger = logging.getLogger("accel_moe")
 
@@ -53,7 +53,44 @@ def prepare(model: Model, **options: object) -> Model:
     model._accel_moe = state
     if int(os.environ.get("RANK", 0)) == 0:
         logger.info("%s; %d experts layers run %s", resolved.describe(), len(layers), kernel)
+        if resolved.config.moe_ep_degree > 1 and (saved := load.saving(model)):
+            logger.info(saved)
     return model
+
+
+def from_pretrained(model_name_or_path: str | os.PathLike, *args: Any, model_class: Any = None, **kwargs: Any) -> Any:
+    """transformers' `from_pretrained`, whose weights are read straight into the shards, by `accelerator.prepare`.
+
+        model = accel_moe.from_pretrained("Qwen/Qwen3-30B-A3B", dtype=torch.bfloat16)
+        model = accel_moe.prepare(model)
+        model, optimizer = accelerator.prepare(model, optimizer)
+
+    In an FSDP2 launch the model comes back on meta, with the files checked and nothing read; each rank reads only
+    what it owns once the model is sharded. An optimizer may be built before that. Expert parallelism may be off. In
+    one process without FSDP, and where accelerate wants the whole model (DeepSpeed, FSDP1), it loads at once. Not a
+    collective.
+
+    Args:
+        model_name_or_path: a Hub id or a folder, as there.
+        model_class: the (auto) class; AutoModelForCausalLM by default.
+        args, kwargs: passed on (dtype, revision, attn_implementation, config, ignore_mismatched_sizes, ...).
+
+    Returns:
+        What `model_class.from_pretrained` returns.
+
+    Raises:
+        ValueError: the checkpoint is quantised, not safetensors, truncated, lacks a file, or does not fit its
+            config; or an argument (device_map, gguf_file, ...) cannot be honoured with shards.
+    """
+    if model_class is None:
+        from transformers import AutoModelForCausalLM as model_class
+    if not load.deferred(os.environ):
+        return model_class.from_pretrained(model_name_or_path, *args, **kwargs)
+    load.refuse_arguments(kwargs)
+    load.refuse_quantised(str(model_name_or_path), load.read_config(model_name_or_path, kwargs))
+    hooks.install()
+    with load.quiet_but_rank_0(), hooks.planning_loads():
+        return model_class.from_pretrained(model_name_or_path, *args, **kwargs)
 
 
 def _already_prepared(model: Model, resolved: config.ResolvedConfig) -> Model:

@@ -14,14 +14,15 @@ import inspect
 import logging
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from accel_moe import config, mesh, shard
+from accel_moe import config, load, mesh, shard
 from accel_moe.checkpoint.hooked import HOOKED as CHECKPOINT_ROWS
 from accel_moe.experts import PreparedState, prepared_state, swapped_layers
 
@@ -51,9 +52,10 @@ def shard_then_prepare(original):
     @functools.wraps(original)
     def fsdp2_prepare_model(accelerator, model):
         state = prepared_state(model)
-        if state is not None and state.config.moe_ep_degree > 1 and state.mesh_plan is None:
-            _shard(accelerator, model, state)
-        return original(accelerator, model)
+        with _values_from_files(accelerator, model):
+            if state is not None and state.config.moe_ep_degree > 1 and state.mesh_plan is None:
+                _shard(accelerator, model, state)
+            return original(accelerator, model)
 
     return fsdp2_prepare_model
 
@@ -77,7 +79,8 @@ def check_then_prepare(original):
                 _compare_ranks(state)
                 if state.config.moe_ep_degree > 1:
                     _check_accelerator(self, model, state)
-        return original(self, *args, device_placement=device_placement)
+        with _planned_models(self, args):
+            return original(self, *args, device_placement=device_placement)
 
     return prepare
 
@@ -93,6 +96,14 @@ def gloo_when_no_accelerator(original):
         return original(self, cpu, sagemaker_dp, backend)
 
     return _prepare_backend
+
+
+def plan_instead_of_reading(original):
+    @functools.wraps(original)
+    def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, expected_keys=None):
+        return load.make_plan(original, model, checkpoint_files, load_config)
+
+    return staticmethod(_load_pretrained_model)
 
 
 TABLE = (
@@ -130,6 +141,17 @@ CPU_TABLE = (
     ),
 )
 
+LOAD_TABLE = (
+    Patch(
+        "transformers.PreTrainedModel._load_pretrained_model",
+        ("model", "state_dict", "checkpoint_files", "load_config", "expected_keys"),
+        plan_instead_of_reading,
+        "accel_moe.from_pretrained is transformers' own, up to the reading: it has resolved the files, the dtype and "
+        "the conversions by then, and offers no hook to stop there. In place only while from_pretrained runs.",
+        "transformers 5.17.0, 5.23.0",
+    ),
+)
+
 _originals: dict[str, Any] = {}
 
 
@@ -148,9 +170,26 @@ def install_cpu() -> None:
         _install(patch)
 
 
+@contextmanager
+def planning_loads() -> Iterator[None]:
+    """Within it, from_pretrained leaves its model on meta, with a load plan."""
+    try:
+        for patch in LOAD_TABLE:
+            _install(patch)
+        yield
+    finally:
+        for patch in LOAD_TABLE:
+            _uninstall(patch.target)
+
+
 def uninstall() -> None:
     """Undo every patch, newest first."""
     for target in reversed(list(_originals)):
+        _uninstall(target)
+
+
+def _uninstall(target: str) -> None:
+    if target in _originals:
         owner, name = _locate(target)
         setattr(owner, name, _originals.pop(target))
 
@@ -171,7 +210,7 @@ def _install(patch: Patch) -> None:
             f"{patch.parameters} (tested with {patch.tested}). Install a tested version, or update accel_moe. "
             f"What the patch is for: {patch.reason}"
         )
-    _originals[patch.target] = original
+    _originals[patch.target] = inspect.getattr_static(owner, name)  # a static method must come back as one
     setattr(owner, name, patch.wrapper(original))
 
 
@@ -200,6 +239,50 @@ def _compare_ranks(state: PreparedState) -> None:
     torch.distributed.all_gather_object(everyone, ours)
     if (message := config.config_mismatch(everyone)) is not None:
         raise ValueError(message)
+
+
+@contextmanager
+def _values_from_files(accelerator, model: nn.Module) -> Iterator[None]:
+    """Around the sharding of a model with a load plan: everything is sharded on meta, then the values are read."""
+    waiting = load.pending(model)
+    if waiting is None:
+        yield
+        return
+    from torch.distributed.fsdp import CPUOffloadPolicy
+
+    plugin = accelerator.state.fsdp_plugin
+    load.share_missing(model, waiting.plan, accelerator.device)
+    ram_efficient, plugin.cpu_ram_efficient_loading = plugin.cpu_ram_efficient_loading, False  # rank 0 has no values
+    try:
+        yield
+    finally:
+        plugin.cpu_ram_efficient_loading = ram_efficient
+    offloaded = isinstance(plugin.cpu_offload, CPUOffloadPolicy)
+    load.fill(model, torch.device("cpu") if offloaded else accelerator.device)
+
+
+@contextmanager
+def _planned_models(accelerator, args: tuple[Any, ...]) -> Iterator[None]:
+    """Around Accelerator.prepare: models with a load plan are checked, and keep their optimizers.
+
+    accelerate finds an optimizer's new parameters by data_ptr, which is 0 for everything on meta; here they are put
+    back by name. Off the FSDP2 road a planned model is loaded whole, first.
+    """
+    models = [arg for arg in args if isinstance(arg, nn.Module) and load.pending(arg) is not None]
+    for model in models:
+        load.check_unchanged(model, load.pending(model).plan)
+    if not accelerator.is_fsdp2:
+        for model in models:
+            load.fill(model, torch.device("cpu"))
+        models = []
+    names = {id(p): load.clean(name) for model in models for name, p in model.named_parameters()}
+    optimizers = [arg for arg in args if isinstance(arg, torch.optim.Optimizer)] if models else []
+    before = [[[names.get(id(p)) for p in g["params"]] for g in o.param_groups] for o in optimizers]
+    yield
+    after = {load.clean(name): p for model in models for name, p in model.named_parameters()}
+    for optimizer, groups in zip(optimizers, before):
+        for group, group_names in zip(optimizer.param_groups, groups):
+            group["params"] = [p if n is None else after[n] for n, p in zip(group_names, group["params"])]
 
 
 def _check_accelerator(accelerator, model: nn.Module, state: PreparedState) -> None:

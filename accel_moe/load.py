@@ -1,0 +1,729 @@
+"""Hub weights straight into the shards: every rank reads the bytes it owns, and no rank ever holds the model.
+
+    from_pretrained (api.py)                 inside accelerator.prepare (hooks.py)
+    ------------------------                 -------------------------------------
+    config, class, generation config:        experts sharded over (efsdp, ep), on meta
+      transformers' own from_pretrained      the rest wrapped by accelerate, on meta
+    headers -> LoadPlan, model on meta       memory for the shards -> `fill`: bytes into the shards
+    missing weights and buffers: real        an optimizer made before gets its parameters back by name
+
+What the file lacks (a new head), and buffers that no file has, are made at once by transformers' own
+initialisation: they consume the random numbers that a plain from_pretrained would, and are sharded as any weight.
+
+A rank reads in file order, with plain reads through the page cache: ranks of one node march through the file
+together, each taking its own bytes, so that the disk is asked for each byte about once. Where a parameter's rows lie
+in the file as they do in memory (renamed weights, stacked experts: nearly all bytes) they are read into the shard
+itself; the rest passes through transformers' transforms, one group at a time. hub_loading.py decides which.
+
+The seam is the one torchtitan uses (meta model, shard, allocate, fill); a file's tensors are placed there by DCP's
+planner, here by transformers' renaming, so that every family it can load can be loaded.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from accel_moe import hub_loading
+from accel_moe.hub_loading import LoadGroup, StoredTensor
+
+logger = logging.getLogger("accel_moe")
+
+STAGING_BYTES = 16 * 2**20
+"""What one reading thread holds while it casts, or copies to a GPU."""
+
+REFUSED_ARGUMENTS = {
+    "gguf_file": "GGUF weights are quantised blocks that no rank can cut into shards",
+    "quantization_config": "quantised weights cannot be cut into shards and trained",
+    "load_in_4bit": "quantised weights cannot be cut into shards and trained",
+    "load_in_8bit": "quantised weights cannot be cut into shards and trained",
+    "device_map": "accelerator.prepare decides where each shard lives",
+    "state_dict": "there is no file to read the shards from",
+    "distributed_config": "transformers would shard the model itself",
+    "tp_plan": "transformers would shard the model itself",
+    "tp_size": "transformers would shard the model itself",
+    "device_mesh": "transformers would shard the model itself",
+}
+PLAIN_ROAD = (
+    "Load it with transformers' own from_pretrained and pass the model to accel_moe.prepare(model), or remove the "
+    "argument."
+)
+
+
+@dataclass(frozen=True)
+class LoadPlan:
+    """What a rank needs to fill the model that carries the plan.
+
+    Attributes:
+        name: as given to from_pretrained.
+        groups: what to read.
+        dtypes: parameter or buffer → the dtype that from_pretrained gives it.
+        missing: parameters that the checkpoint lacks; initialised, real.
+        files: path → bytes, when the headers were read.
+    """
+
+    name: str
+    groups: tuple[LoadGroup, ...]
+    dtypes: dict[str, torch.dtype]
+    missing: tuple[str, ...]
+    files: dict[str, int]
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(t.size_bytes for g in self.groups for ts in g.sources.values() for t in ts)
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What `fill` did on this rank. `model._accel_moe_load_report` keeps it."""
+
+    read_bytes: int
+    owned_bytes: int
+    seconds: float
+
+
+@dataclass
+class PendingLoad:
+    """A plan on its model, and the hook that stops a forward before the weights are there."""
+
+    plan: LoadPlan
+    guard: Any
+
+
+# --- deciding, before any rank exists -----------------------------------------------------------------------------
+
+
+def deferred(environ: Mapping[str, str]) -> bool:
+    """Whether weights wait for accelerator.prepare: in a launch that uses, or may come to use, FSDP2.
+
+    One process without FSDP loads at once, and so do DeepSpeed, Megatron and FSDP1, which want the whole model.
+    """
+    from accelerate.state import AcceleratorState, is_initialized
+
+    if is_initialized():
+        state = AcceleratorState()
+        plugin = getattr(state, "fsdp_plugin", None)
+        return plugin is not None and plugin.fsdp_version == 2
+    if environ.get("ACCELERATE_USE_DEEPSPEED", "") == "true" or environ.get("ACCELERATE_USE_MEGATRON_LM", "") == "true":
+        return False
+    if environ.get("ACCELERATE_USE_FSDP", "").lower() in ("true", "1"):
+        return environ.get("FSDP_VERSION", "1") == "2"
+    return int(environ.get("WORLD_SIZE", 1)) > 1  # the Accelerator may still be given an FSDP2 plugin
+
+
+def refuse_arguments(arguments: Mapping[str, Any]) -> None:
+    """Raises ValueError for a from_pretrained argument that a sharded load cannot honour."""
+    for name, why in REFUSED_ARGUMENTS.items():
+        if arguments.get(name) not in (None, False):
+            raise ValueError(
+                f"accel_moe.from_pretrained() cannot load into shards with {name}={arguments[name]!r}: {why}. "
+                f"{PLAIN_ROAD}"
+            )
+
+
+def refuse_quantised(name: str, config: Any) -> None:
+    """Raises ValueError for a checkpoint whose config says that it is quantised."""
+    found = getattr(config, "quantization_config", None)
+    if found is None:
+        return
+    method = found.get("quant_method", "?") if isinstance(found, dict) else getattr(found, "quant_method", "?")
+    raise ValueError(
+        f"{name} is quantised ({getattr(method, 'value', method)}): its weights are packed, and cannot be cut into "
+        "shards and trained. Give a dequantised copy of it, or load it with transformers' from_pretrained and its "
+        "quantization config's dequantize=True, and pass the model to accel_moe.prepare(model)."
+    )
+
+
+def read_config(name: str | os.PathLike, arguments: Mapping[str, Any]) -> Any:
+    """The config that from_pretrained will use, or None where only it can tell."""
+    from transformers import AutoConfig, PreTrainedConfig
+
+    config = arguments.get("config")
+    if isinstance(config, PreTrainedConfig):
+        return config
+    passed_on = (
+        "cache_dir",
+        "force_download",
+        "local_files_only",
+        "token",
+        "revision",
+        "subfolder",
+        "trust_remote_code",
+    )
+    try:
+        return AutoConfig.from_pretrained(config or name, **{k: arguments[k] for k in passed_on if k in arguments})
+    except (OSError, ValueError):  # an adapter's folder, or code that must be trusted: from_pretrained says it better
+        return None
+
+
+def saving(model: nn.Module) -> str:
+    """In words, what `from_pretrained` would have saved a model that is real on every rank; "" where nothing."""
+    ranks = int(os.environ.get("WORLD_SIZE", 1))
+    tensors = {id(p): p for p in model.parameters() if not p.is_meta}
+    held = sum(p.nbytes for p in tensors.values())
+    if ranks == 1 or pending(model) is not None or not held:
+        return ""
+    return (
+        f"each of {ranks} ranks holds the whole model in RAM ({held / 1e9:.1f} GB) until accelerator.prepare; "
+        f"accel_moe.from_pretrained() would read {held / ranks / 1e9:.1f} GB into the shards of each instead"
+    )
+
+
+def make_plan(
+    original: Callable[..., Any], model: Any, checkpoint_files: Sequence[str] | None, load_config: Any
+) -> Any:
+    """Stands in for transformers' `_load_pretrained_model`: reads headers only; `model` stays on meta, with a plan.
+
+    Returns what transformers' function returns. Not a collective; every rank checks every file.
+
+    Raises:
+        ValueError: the checkpoint is not safetensors, a file is missing or truncated, or a weight has another shape
+            than the config says.
+    """
+    name = str(load_config.pretrained_model_name_or_path)
+    if load_config.hf_quantizer is not None:
+        refuse_quantised(name, model.config)
+        raise ValueError(f"{name} would be quantised while loading, which shards cannot be. {PLAIN_ROAD}")
+    files = list(checkpoint_files or [])
+    if not files or not all(str(f).endswith(".safetensors") for f in files):
+        found = ", ".join(os.path.basename(str(f)) for f in files[:3]) or "no weight files"
+        raise ValueError(
+            f"{name} has {found}; accel_moe.from_pretrained() reads safetensors only, the one format that can be read "
+            "in parts. Load it with transformers' from_pretrained and save_pretrained() it once, or pass that model "
+            "to accel_moe.prepare(model)."
+        )
+    stored = hub_loading.stored_tensors([str(f) for f in files])
+    groups = hub_loading.load_groups(model, stored, load_config.weight_mapping or [])
+    info, offload = hub_loading.plan_load(original, model, stored, load_config)
+    if not load_config.ignore_mismatched_sizes:
+        _refuse_mismatched(name, model, info)
+    _untie_different(model, groups, info)
+    absent = set(info.missing_keys) | {mismatch[0] for mismatch in info.mismatched_keys}
+    tensors = _named_tensors(model)
+    kept = []
+    for group in groups:
+        targets = {target: shape for target, shape in group.targets.items() if target not in absent}
+        if targets:
+            kept.append(replace(group, targets=targets))
+    found = {target for group in kept for target in group.targets}
+    expected = {key for key in model.state_dict() if key not in absent}
+    if found != expected:
+        raise RuntimeError(
+            f"accel_moe and transformers match this checkpoint's keys differently ({sorted(found ^ expected)[:3]}). "
+            "Install a tested transformers, or load with its own from_pretrained and accel_moe.prepare(model)."
+        )
+    plan = LoadPlan(
+        name=name,
+        groups=tuple(kept),
+        dtypes={target: tensors[target].dtype for target in found},
+        missing=tuple(sorted(absent - set(getattr(model, "all_tied_weights_keys", {})))),
+        files={str(f): os.path.getsize(f) for f in files},
+    )
+    model._accel_moe_load = PendingLoad(plan, model.register_forward_pre_hook(_not_loaded))
+    return info, offload
+
+
+def _not_loaded(module: nn.Module, args: Any) -> None:
+    raise RuntimeError(
+        "This model came from accel_moe.from_pretrained() and has no weights yet: they are read inside "
+        "accelerator.prepare(model, optimizer). Call that before the first forward."
+    )
+
+
+def _refuse_mismatched(name: str, model: Any, info: Any) -> None:
+    if info.conversion_errors:
+        key, error = next(iter(info.conversion_errors.items()))
+        raise ValueError(
+            f"{name}: the tensors of {key} cannot be put together: {str(error).strip().splitlines()[-1]}. The "
+            "checkpoint is incomplete, or belongs to another config."
+        )
+    lines = []
+    for key, found, wanted in sorted(info.mismatched_keys, key=lambda m: m[0])[:3]:
+        found, wanted = tuple(found), tuple(wanted)
+        if ".experts." in key and len(found) == len(wanted) and found[0] != wanted[0]:
+            lines.append(f"{key} has {found[0]} experts in the checkpoint, {wanted[0]} in the config")
+        else:
+            lines.append(f"{key} has shape {found} in the checkpoint, {wanted} by the config")
+    if lines:
+        more = len(info.mismatched_keys) - len(lines)
+        raise ValueError(
+            f"{name} does not fit its config: {'; '.join(lines)}{f' (and {more} more)' if more > 0 else ''}. Give the "
+            "config that belongs to it; ignore_mismatched_sizes=True would initialise these weights anew."
+        )
+
+
+def _untie_different(model: Any, groups: list[LoadGroup], info: Any) -> None:
+    """Weights that the config ties and the checkpoint has twice: tied if they are equal, as transformers does.
+
+    transformers compares values, which a model on meta does not have; here the file's are compared.
+    """
+    by_name = {group.name: group for group in groups if group.road == "copy"}
+    for target, source in list(getattr(model, "all_tied_weights_keys", {}).items()):
+        if target in info.missing_keys or source in info.missing_keys:
+            continue
+        pair = [by_name.get(target), by_name.get(source)]
+        if None not in pair and _same_values(*(next(iter(g.sources.values()))[0] for g in pair)):  # type: ignore
+            info.missing_keys.add(target)  # tie_weights then ties it to the one that is there
+        else:
+            logger.warning("%s and %s differ in the checkpoint, and are not tied as the config says", target, source)
+            del model.all_tied_weights_keys[target]
+
+
+def _same_values(one: StoredTensor, other: StoredTensor) -> bool:
+    if one.shape != other.shape or one.dtype != other.dtype:
+        return False
+    with Reader() as reader:
+        for first in range(0, one.size_bytes, STAGING_BYTES):
+            count = min(STAGING_BYTES, one.size_bytes - first)
+            a, b = (torch.empty(count, dtype=torch.uint8) for _ in range(2))
+            reader.into(a, one.file, one.start + first)
+            reader.into(b, other.file, other.start + first)
+            if not torch.equal(a, b):
+                return False
+    return True
+
+
+# --- finding the plan again -----------------------------------------------------------------------------------------
+
+
+def pending(model: nn.Module) -> PendingLoad | None:
+    """The plan that from_pretrained left on this model, however it was wrapped since; None once it is filled."""
+    return next((m.__dict__["_accel_moe_load"] for m in model.modules() if "_accel_moe_load" in m.__dict__), None)
+
+
+def clean(name: str) -> str:
+    """A parameter's own name, without what checkpointing and compile put in."""
+    return name.replace("_checkpoint_wrapped_module.", "").replace("_orig_mod.", "")
+
+
+def check_unchanged(model: nn.Module, plan: LoadPlan) -> None:
+    """Raises ValueError if `model` is no longer the one that was planned, or a file has changed. Not a collective."""
+    tensors = _named_tensors(model)
+    planned = {name: shape for group in plan.groups for name, shape in group.targets.items()}
+    for name, shape in planned.items():
+        if name not in tensors:
+            raise ValueError(
+                f"{name} of {plan.name} is not in the model that came to accelerator.prepare: it was renamed or "
+                "replaced after accel_moe.from_pretrained(). Load with transformers' from_pretrained, change the "
+                "model, and pass it to accel_moe.prepare(model)."
+            )
+        if tuple(tensors[name].shape) != shape:
+            raise ValueError(
+                f"{name} has shape {tuple(tensors[name].shape)}, and {plan.name} has {shape}: it was resized after "
+                "accel_moe.from_pretrained(). Load with transformers' from_pretrained, resize, and pass the model to "
+                "accel_moe.prepare(model)."
+            )
+    own = {id(tensors[name]) for name in planned}
+    for name, tensor in tensors.items():
+        if tensor.is_meta and id(tensor) not in own:
+            raise ValueError(
+                f"{name} was added on meta after accel_moe.from_pretrained(), and {plan.name} has no values for it. "
+                "Load with transformers' from_pretrained, change the model, and pass it to accel_moe.prepare(model)."
+            )
+    for file, size_bytes in plan.files.items():
+        if not os.path.isfile(file) or os.path.getsize(file) != size_bytes:
+            raise ValueError(f"{file} is gone or has changed since accel_moe.from_pretrained() read its header.")
+
+
+def _named_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Parameters and buffers by clean name, a tied one under each of its names."""
+    named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    return {clean(name): tensor for name, tensor in named}
+
+
+# --- filling, on the ranks ------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def share_missing(model: nn.Module, plan: LoadPlan, device: torch.device) -> None:
+    """Give every rank rank 0's values of the weights that the checkpoint lacks: seeds may differ between ranks.
+
+    A collective over the world, if there is one. Call it before anything is sharded.
+    """
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return
+    tensors = _named_tensors(model)
+    for name in plan.missing:
+        if name in tensors and not tensors[name].is_meta:
+            value = tensors[name].detach().to(device)
+            dist.broadcast(value, src=0)
+            tensors[name].copy_(value)
+
+
+@torch.no_grad()
+def fill(model: nn.Module, device: torch.device) -> LoadReport:
+    """Give every parameter and buffer of a planned model memory on `device`, and its values from the files.
+
+    Call it on every rank when the model is sharded as it will stay (or not at all: then it becomes whole). A
+    collective where torch.distributed is initialised: a rank that fails makes all of them raise.
+
+    Raises:
+        RuntimeError: some rank could not read.
+    """
+    waiting = pending(model)
+    assert waiting is not None, "fill() needs a model with a load plan"
+    error, report = None, None
+    try:
+        report = _fill(model, waiting.plan, device)
+    except Exception as problem:
+        error = problem
+    _raise_together(error)
+    assert report is not None
+    waiting.guard.remove()
+    for module in model.modules():
+        if module.__dict__.pop("_accel_moe_load", None) is not None:
+            module._accel_moe_load_report = report
+    if _rank() == 0:
+        logger.info(
+            "%s: this rank read %.2f GB for its %.2f GB in %.1f s (%.2f GB/s)",
+            waiting.plan.name,
+            report.read_bytes / 1e9,
+            report.owned_bytes / 1e9,
+            report.seconds,
+            report.read_bytes / 1e9 / max(report.seconds, 1e-9),
+        )
+    return report
+
+
+def _fill(model: nn.Module, plan: LoadPlan, device: torch.device) -> LoadReport:
+    started = time.perf_counter()
+    _allocate(model, device)
+    places = {name: Place.of(tensor) for name, tensor in _named_tensors(model).items()}
+    copies: list[Copy] = []
+    conversions: list[LoadGroup] = []
+    for group in plan.groups:
+        if group.road == "copy":
+            copies += _copies_of_renamed(group, places[group.name], plan)
+        elif group.road == "stack":
+            copies += _copies_of_stack(group, places[group.name], plan)
+        else:
+            conversions.append(group)
+    copies = _joined(sorted(copies, key=lambda c: (c.file, c.start)))
+    expected = sum(c.size_bytes for c in copies) + sum(_bytes_of_conversion(g, places) for g in conversions)
+    with Reader(expected, plan.name) as reader, ThreadPoolExecutor(_threads()) as pool:
+        running = [pool.submit(c.run, reader) for c in copies]
+        try:
+            for group in sorted(conversions, key=_first_byte):
+                _convert_into(group, places, plan, model, reader)
+            for future in running:
+                future.result()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    left = [name for name, tensor in _named_tensors(model).items() if tensor.is_meta]
+    assert not left, f"no values for {left}"
+    owned = {place.local.data_ptr(): place.local.nbytes for place in places.values() if place.local.numel()}
+    return LoadReport(reader.read_bytes, sum(owned.values()), time.perf_counter() - started)
+
+
+def _allocate(model: nn.Module, device: torch.device) -> None:
+    """Memory for what is on meta. Parameters stay the same objects: ties, optimizers and FSDP go on holding them."""
+    before = torch.__future__.get_swap_module_params_on_conversion()
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        model._apply(lambda t: torch.empty_like(t, device=device) if t.is_meta else t)
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(before)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a parameter's values go on this rank: `local` [count, ...] holds rows first .. first + count of it."""
+
+    local: torch.Tensor
+    first: int
+    count: int
+
+    @staticmethod
+    def of(tensor: torch.Tensor) -> Place:
+        if isinstance(tensor, DTensor):
+            first, count = own_rows(
+                tensor.shape[0], tensor.placements, tensor.device_mesh.shape, tensor.device_mesh.get_coordinate()
+            )
+            local = tensor._local_tensor
+            assert local.shape[0] == count, (local.shape, first, count)
+            return Place(local, first, count)
+        local = tensor.detach()
+        return Place(local, 0, local.shape[0] if local.dim() else 1)
+
+
+def own_rows(rows: int, placements: Sequence[Any], mesh_shape: Sequence[int], coordinate: Any) -> tuple[int, int]:
+    """(first, count) of the rows of dim 0 that a rank holds. Pure.
+
+    Plain shards cut first, left to right; a strided one (FSDP over what ep has cut) after them. Each cut is
+    torch.chunk's: ceil(rows / ranks) to each rank, the last ones less or none.
+    """
+    first = 0
+    strided = [type(p).__name__ == "_StridedShard" for p in placements]
+    assert sum(strided) <= 1, placements
+    for late in (False, True):
+        for placement, is_late, size, at in zip(placements, strided, mesh_shape, coordinate):
+            if placement.is_replicate() or is_late is not late:
+                continue
+            if placement.dim != 0:
+                raise ValueError(f"placements {tuple(placements)}: only dim 0 can be sharded while loading")
+            step = -(-rows // size)
+            first += min(at * step, rows)
+            rows = max(0, min(step, rows - at * step))
+    return first, rows
+
+
+@dataclass(frozen=True)
+class Copy:
+    """`to` (flat, contiguous) gets the stored values from byte `start` of `file` on.
+
+    They go through `via` first: the dtype that from_pretrained gives the parameter, which mixed precision may have
+    made fp32 since.
+    """
+
+    file: str
+    start: int
+    dtype: torch.dtype
+    via: torch.dtype
+    to: torch.Tensor
+
+    @property
+    def size_bytes(self) -> int:
+        return self.to.numel() * self.dtype.itemsize
+
+    def run(self, reader: Reader) -> None:
+        if self.to.dtype == self.dtype == self.via and self.to.device.type == "cpu":
+            reader.into(self.to, self.file, self.start)
+            return
+        at_once = STAGING_BYTES // self.dtype.itemsize
+        for first in range(0, self.to.numel(), at_once):
+            to = self.to[first : first + at_once]
+            staged = reader.staging(to.device)[: to.numel() * self.dtype.itemsize].view(self.dtype)
+            reader.into(staged, self.file, self.start + first * self.dtype.itemsize)
+            # Blocking: the next piece goes into the same staging memory.
+            to.copy_(staged.to(to.device).to(self.via))
+
+
+def _copies_of_renamed(group: LoadGroup, place: Place, plan: LoadPlan) -> list[Copy]:
+    ((source,),) = group.sources.values()
+    if not place.local.numel():
+        return []
+    row_bytes = source.size_bytes // source.shape[0] if source.shape else 0
+    start = source.start + place.first * row_bytes
+    return [Copy(source.file, start, source.dtype, plan.dtypes[group.name], _flat(place.local))]
+
+
+def _copies_of_stack(group: LoadGroup, place: Place, plan: LoadPlan) -> list[Copy]:
+    copies = []
+    for row in range(place.count):
+        to, at = _flat(place.local[row]), 0
+        for tensors in group.sources.values():
+            source = tensors[place.first + row]
+            count = torch.Size(source.shape).numel()
+            copies.append(Copy(source.file, source.start, source.dtype, plan.dtypes[group.name], to[at : at + count]))
+            at += count
+        assert at == to.numel(), group.name
+    return copies
+
+
+def _flat(tensor: torch.Tensor) -> torch.Tensor:
+    assert tensor.is_contiguous()
+    return tensor.view(-1)
+
+
+def _joined(copies: list[Copy]) -> list[Copy]:
+    """Neighbours in the file that are neighbours in memory, too, become one; large ones are cut for the threads."""
+    joined: list[Copy] = []
+    for copy in copies:
+        last = joined[-1] if joined else None
+        if (
+            last is not None
+            and (last.file, last.dtype, last.via, last.to.dtype) == (copy.file, copy.dtype, copy.via, copy.to.dtype)
+            and last.start + last.size_bytes == copy.start
+            and last.to.data_ptr() + last.to.nbytes == copy.to.data_ptr()
+            and last.to.untyped_storage().data_ptr() == copy.to.untyped_storage().data_ptr()
+            and last.size_bytes < STAGING_BYTES
+        ):
+            whole = last.to.as_strided((last.to.numel() + copy.to.numel(),), (1,))
+            joined[-1] = replace(last, to=whole)
+        else:
+            joined.append(copy)
+    pieces = []
+    for copy in joined:
+        at_once = 4 * STAGING_BYTES // copy.dtype.itemsize
+        for first in range(0, copy.to.numel(), at_once):
+            start = copy.start + first * copy.dtype.itemsize
+            pieces.append(replace(copy, start=start, to=copy.to[first : first + at_once]))
+    return pieces
+
+
+def _rows_to_read(group: LoadGroup, places: Mapping[str, Place]) -> tuple[int, int] | None:
+    """(first, count) of the rows to convert, or None for all."""
+    first = {(places[name].first, places[name].count) for name in group.targets}
+    return first.pop() if group.road == "rows" and len(first) == 1 else None
+
+
+def _sources_to_read(
+    group: LoadGroup, places: Mapping[str, Place]
+) -> dict[str, list[tuple[StoredTensor, tuple[int, int] | None]]]:
+    """By pattern: the tensors to read, each whole (None) or some of its rows."""
+    rows = _rows_to_read(group, places)
+    if rows is None:
+        return {pattern: [(t, None) for t in ts] for pattern, ts in group.sources.items()}
+    first, count = rows
+    total = next(iter(group.targets.values()))[0]
+    behind = len(next(iter(group.targets.values())))
+    chosen: dict[str, list[tuple[StoredTensor, tuple[int, int] | None]]] = {}
+    for pattern, ts in group.sources.items():
+        listed = len(ts) == total and len(ts[0].shape) == behind - 1
+        chosen[pattern] = [(t, None) for t in ts[first : first + count]] if listed else [(ts[0], rows)]
+    return chosen
+
+
+def _bytes_of_conversion(group: LoadGroup, places: Mapping[str, Place]) -> int:
+    if all(places[name].local.numel() == 0 for name in group.targets):
+        return 0
+    chosen = [one for ones in _sources_to_read(group, places).values() for one in ones]
+    return sum(t.size_bytes if rows is None else t.size_bytes // t.shape[0] * rows[1] for t, rows in chosen)
+
+
+def _convert_into(
+    group: LoadGroup, places: Mapping[str, Place], plan: LoadPlan, model: nn.Module, reader: Reader
+) -> None:
+    if all(places[name].local.numel() == 0 for name in group.targets):
+        return
+    dtype = plan.dtypes.get(group.name) or plan.dtypes[next(iter(group.targets))]
+    chosen = _sources_to_read(group, places)
+    tensors = {p: [reader.tensor(t, rows).to(dtype) for t, rows in ones] for p, ones in chosen.items()}
+    converted = hub_loading.convert(group, tensors, model)
+    rows = _rows_to_read(group, places)
+    for name in group.targets:
+        place, value = places[name], converted[name]
+        if rows is None and value.dim():
+            value = value.narrow(0, place.first, place.count)
+        place.local.copy_(value.to(plan.dtypes[name]))
+
+
+def _first_byte(group: LoadGroup) -> tuple[str, int]:
+    return min((t.file, t.start) for ts in group.sources.values() for t in ts)
+
+
+def _threads() -> int:
+    local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return max(1, min(4, (os.cpu_count() or 1) // local_world_size))
+
+
+class Reader:
+    """Reads parts of files into tensors, counts the bytes, and shows progress. Safe to use from several threads."""
+
+    def __init__(self, total_bytes: int = 0, name: str = ""):
+        self.read_bytes = 0
+        self._open: dict[str, int] = {}
+        self._lock = threading.Lock()
+        self._staging = threading.local()
+        self._bar = _progress_bar(total_bytes, name) if total_bytes else None
+
+    def __enter__(self) -> Reader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for descriptor in self._open.values():
+            os.close(descriptor)
+        if self._bar is not None:
+            self._bar.close()
+
+    def into(self, tensor: torch.Tensor, file: str, start: int) -> None:
+        """Fill a contiguous CPU tensor with the bytes from `start` on."""
+        memory = memoryview(tensor.view(-1).view(torch.uint8).numpy())
+        descriptor = self._descriptor(file)
+        done = 0
+        while done < len(memory):
+            count = os.preadv(descriptor, [memory[done:]], start + done)
+            if count <= 0:
+                raise OSError(f"{file} ended at byte {start + done}, and {len(memory) - done} more were expected.")
+            done += count
+        with self._lock:
+            self.read_bytes += done
+            if self._bar is not None:
+                self._bar.update(done)
+
+    def tensor(self, source: StoredTensor, rows: tuple[int, int] | None) -> torch.Tensor:
+        """A stored tensor, whole or (first, count) of its rows, on the CPU, as stored."""
+        shape, start = source.shape, source.start
+        if rows is not None:
+            start += rows[0] * (source.size_bytes // shape[0])
+            shape = (rows[1], *shape[1:])
+        tensor = torch.empty(shape, dtype=source.dtype)
+        if tensor.numel():
+            self.into(tensor, source.file, start)
+        return tensor
+
+    def staging(self, device: torch.device) -> torch.Tensor:
+        """[STAGING_BYTES] uint8 of this thread's own; pinned where a GPU will fetch from it."""
+        if not hasattr(self._staging, "memory"):
+            self._staging.memory = torch.empty(STAGING_BYTES, dtype=torch.uint8, pin_memory=device.type == "cuda")
+        return self._staging.memory
+
+    def _descriptor(self, file: str) -> int:
+        with self._lock:
+            if file not in self._open:
+                self._open[file] = os.open(file, os.O_RDONLY)
+            return self._open[file]
+
+
+def _progress_bar(total_bytes: int, name: str) -> Any:
+    from transformers.utils import logging as transformers_logging
+
+    if _rank() or not transformers_logging.is_progress_bar_enabled():
+        return None
+    from tqdm.auto import tqdm
+
+    return tqdm(total=total_bytes, desc="Weights into the shards (rank 0)", unit="B", unit_scale=True, mininterval=0.5)
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", 0))
+
+
+def _raise_together(error: Exception | None) -> None:
+    """One rank's failure is everyone's: the others would wait for it in the next collective."""
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        if error is not None:
+            raise error
+        return
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, None if error is None else f"{type(error).__name__}: {error}")
+    failed = {rank: message for rank, message in enumerate(everyone) if message is not None}
+    if failed:
+        rank, message = next(iter(failed.items()))
+        raise RuntimeError(f"Loading the weights failed on rank(s) {list(failed)}; rank {rank}: {message}") from error
+
+
+@contextmanager
+def quiet_but_rank_0() -> Iterator[None]:
+    """Within it, transformers' load report comes from rank 0 alone, and no rank takes accelerate's short cut of
+    loading on rank 0 only."""
+    from transformers.utils import logging as transformers_logging
+
+    shortcut = os.environ.get("FSDP_CPU_RAM_EFFICIENT_LOADING")
+    verbosity = transformers_logging.get_verbosity()
+    os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
+    if _rank():
+        transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if shortcut is None:
+            del os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"]
+        else:
+            os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = shortcut

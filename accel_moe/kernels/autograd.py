@@ -70,9 +70,7 @@ def experts(
     """
     launch.check_inputs(x, w1, w2, index, weights)
     pairs = -1 if num_pairs is None else num_pairs
-    if torch.is_grad_enabled() and (
-        x.requires_grad or w1.requires_grad or w2.requires_grad or weights.requires_grad
-    ):
+    if torch.is_grad_enabled() and (x.requires_grad or w1.requires_grad or w2.requires_grad or weights.requires_grad):
         return _Experts.apply(x, w1, w2, index, weights, act, pairs, weight_grad_scale)
     out, *_ = launch.experts_forward(x, w1, w2, index, weights, act, pairs, False)
     return out

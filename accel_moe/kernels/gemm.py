@@ -88,9 +88,7 @@ def place_slots(
         expert = tl.load(index_ptr + slot, mask=slot < num_slots, other=num_experts)
         expert = tl.minimum(expert, num_experts).to(tl.int32)
         # Stable: a slot comes after the earlier slots of the same expert.
-        rank = tl.sum(
-            ((expert[:, None] == expert[None, :]) & (lane[None, :] < lane[:, None])).to(tl.int32), axis=1
-        )
+        rank = tl.sum(((expert[:, None] == expert[None, :]) & (lane[None, :] < lane[:, None])).to(tl.int32), axis=1)
         row = tl.gather(place, expert, 0) + rank
         used = expert < num_experts
         tl.store(slot_row_ptr + slot, tl.where(used, row, -1), mask=slot < num_slots)
@@ -137,23 +135,33 @@ def locate_tile(
     tile_offset_ptr,
     expert_offset_ptr,
     num_col_tiles,
+    group_p,
     BLOCK_P: tl.constexpr,
-    GROUP_P: tl.constexpr,
 ):
     """-> first row, end of the expert's rows, column tile.
 
-    An expert's tiles are walked GROUP_P row tiles at a time, all of those before the next column tile, so
+    An expert's tiles are walked group_p row tiles at a time, all of those before the next column tile, so
     that the weight columns and the rows that programs in flight need stay in L2.
     """
     first_tile = tl.load(tile_offset_ptr + expert)
     num_row_tiles = tl.load(tile_offset_ptr + expert + 1) - first_tile
     local = pid - first_tile * num_col_tiles
-    group = local // (GROUP_P * num_col_tiles)
-    group_rows = tl.minimum(num_row_tiles - group * GROUP_P, GROUP_P)
-    local -= group * GROUP_P * num_col_tiles
-    row_tile = group * GROUP_P + local % group_rows
+    group = local // (group_p * num_col_tiles)
+    group_rows = tl.minimum(num_row_tiles - group * group_p, group_p)
+    local -= group * group_p * num_col_tiles
+    row_tile = group * group_p + local % group_rows
     start = tl.load(expert_offset_ptr + expert)
     return start + row_tile * BLOCK_P, tl.load(expert_offset_ptr + expert + 1), local // group_rows
+
+
+@triton.jit
+def point_at_rows(src, row, stride, USE_TMA: tl.constexpr, BLOCK_K: tl.constexpr):
+    """[BLOCK_P, BLOCK_K] pointers to the first columns of these rows; a descriptor needs none."""
+    if USE_TMA:
+        pointers = row
+    else:
+        pointers = src + row.to(tl.int64)[:, None] * stride + tl.arange(0, BLOCK_K)[None, :]
+    return pointers
 
 
 @triton.jit
@@ -197,9 +205,7 @@ def load_weight(
     else:
         offs_n = n + tl.arange(0, BLOCK_N)
         offs_k = k + tl.arange(0, BLOCK_K)
-        pointers = (
-            src + expert.to(tl.int64) * stride_e + offs_n[None, :] * stride_n + offs_k[:, None] * stride_k
-        )
+        pointers = src + expert.to(tl.int64) * stride_e + offs_n[None, :] * stride_n + offs_k[:, None] * stride_k
         if EVEN:
             tile = tl.load(pointers)
         else:
@@ -238,15 +244,11 @@ def load_gate_up(
         offs_i = i + lane % BLOCK_I
         offs_n = offs_i + (lane // BLOCK_I) * intermediate
         offs_k = k + tl.arange(0, BLOCK_K)
-        pointers = (
-            src + expert.to(tl.int64) * stride_e + offs_n[None, :] * stride_n + offs_k[:, None] * stride_k
-        )
+        pointers = src + expert.to(tl.int64) * stride_e + offs_n[None, :] * stride_n + offs_k[:, None] * stride_k
         if EVEN:
             tile = tl.load(pointers)
         else:
-            tile = tl.load(
-                pointers, mask=(offs_k < depth)[:, None] & (offs_i < intermediate)[None, :], other=0.0
-            )
+            tile = tl.load(pointers, mask=(offs_k < depth)[:, None] & (offs_i < intermediate)[None, :], other=0.0)
     return tile
 
 
@@ -297,6 +299,7 @@ def up_projection(
     h_ptr,
     a_ptr,
     row_slot_ptr,
+    pad_tile_ptr,
     tile_expert_ptr,
     tile_offset_ptr,
     expert_offset_ptr,
@@ -307,8 +310,10 @@ def up_projection(
     stride_we,
     stride_wn,
     stride_wk,
+    group_p,
     ACT: tl.constexpr,
     STORE_H: tl.constexpr,
+    GATHER: tl.constexpr,
     USE_TMA: tl.constexpr,
     K_CONTIGUOUS: tl.constexpr,
     EVEN: tl.constexpr,
@@ -316,7 +321,7 @@ def up_projection(
     BLOCK_P: tl.constexpr,
     BLOCK_I: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    GROUP_P: tl.constexpr,
+    PAD: tl.constexpr,
 ):
     """h[row] = x[token(row)] @ W1[e].T, [P, 2I];  a = act(gate) * up, [P, I]. x is gathered by the loads."""
     pid = tl.program_id(0)
@@ -325,18 +330,24 @@ def up_projection(
     if expert < 0:
         return
     row0, row_end, col_tile = locate_tile(
-        pid, expert, tile_offset_ptr, expert_offset_ptr, num_col_tiles, BLOCK_P, GROUP_P
+        pid, expert, tile_offset_ptr, expert_offset_ptr, num_col_tiles, group_p, BLOCK_P
     )
     rows = row0 + tl.arange(0, BLOCK_P)
     in_expert = rows < row_end
-    # A row past the expert's end reads token 0: real memory, and masked at the store.
-    token = tl.load(row_slot_ptr + rows, mask=in_expert, other=0) // top_k
-    x_rows = x_src + token.to(tl.int64)[:, None] * stride_xt + tl.arange(0, BLOCK_K)[None, :]
+    if GATHER:
+        # A row past the expert's end reads token 0: real memory, and masked at the store.
+        token = tl.load(row_slot_ptr + rows, mask=in_expert, other=0) // top_k
+        x_row0 = row0
+    else:
+        # x was gathered before, with every expert's rows padded: the same rows lie elsewhere there
+        token = rows
+        x_row0 = tl.load(pad_tile_ptr + expert) * PAD + row0 - tl.load(expert_offset_ptr + expert)
+    x_rows = point_at_rows(x_src, token, stride_xt, not GATHER, BLOCK_K)
     col0 = col_tile * BLOCK_I
 
     acc = tl.zeros((BLOCK_P, 2 * BLOCK_I), tl.float32)
     for k in range(0, hidden, BLOCK_K):
-        x = load_rows(x_src, row0, x_rows, k, hidden, False, EVEN, BLOCK_K)
+        x = load_rows(x_src, x_row0, x_rows, k, hidden, not GATHER, EVEN, BLOCK_K)
         w = load_gate_up(
             w_src,
             expert,
@@ -356,16 +367,18 @@ def up_projection(
         acc = tl.dot(x, w, acc, input_precision=PRECISION)
 
     gate, up = split_columns(acc, BLOCK_P, 2 * BLOCK_I)
-    cols = col0 + tl.arange(0, BLOCK_I)
-    mask = in_expert[:, None] & (cols < intermediate)[None, :]
-    wide_rows = rows.to(tl.int64)[:, None]
+    lane = tl.arange(0, BLOCK_P)[:, None]
+    cols = col0 + tl.arange(0, BLOCK_I)[None, :]
+    mask = (lane < row_end - row0) & (cols < intermediate)
+    # From the tile's first row on, offsets fit 32 bits.
+    first = row0.to(tl.int64) * intermediate
     dtype = a_ptr.dtype.element_ty
     if STORE_H:
-        h_tile = h_ptr + wide_rows * (2 * intermediate) + cols[None, :]
+        h_tile = h_ptr + 2 * first + (lane * (2 * intermediate) + cols)
         tl.store(h_tile, gate.to(dtype), mask=mask)
         tl.store(h_tile + intermediate, up.to(dtype), mask=mask)
     activated, _ = activation(gate, ACT)
-    tl.store(a_ptr + wide_rows * intermediate + cols[None, :], (activated * up).to(dtype), mask=mask)
+    tl.store(a_ptr + first + (lane * intermediate + cols), (activated * up).to(dtype), mask=mask)
 
 
 @triton.jit
@@ -382,6 +395,7 @@ def grouped_rows(
     stride_we,
     stride_wn,
     stride_wk,
+    group_p,
     USE_TMA: tl.constexpr,
     K_CONTIGUOUS: tl.constexpr,
     EVEN: tl.constexpr,
@@ -389,7 +403,6 @@ def grouped_rows(
     BLOCK_P: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    GROUP_P: tl.constexpr,
 ):
     """y[row] = a[row] @ weight[e], rows already grouped: the down-projection, and dh @ W1 of the backward."""
     pid = tl.program_id(0)
@@ -398,19 +411,11 @@ def grouped_rows(
     if expert < 0:
         return
     row0, row_end, col_tile = locate_tile(
-        pid, expert, tile_offset_ptr, expert_offset_ptr, num_col_tiles, BLOCK_P, GROUP_P
+        pid, expert, tile_offset_ptr, expert_offset_ptr, num_col_tiles, group_p, BLOCK_P
     )
     rows = row0 + tl.arange(0, BLOCK_P)
-    in_expert = rows < row_end
-    if USE_TMA:
-        a_rows = rows  # unused: the descriptor needs only row0
-    else:
-        # clamped, not masked: an out-of-range row reads a valid one and is masked at the store
-        a_rows = (
-            a_src
-            + tl.minimum(rows, row_end - 1).to(tl.int64)[:, None] * depth
-            + tl.arange(0, BLOCK_K)[None, :]
-        )
+    # clamped, not masked: a row past the expert's end reads a valid one and is masked at the store
+    a_rows = point_at_rows(a_src, tl.minimum(rows, row_end - 1), depth, USE_TMA, BLOCK_K)
     col0 = col_tile * BLOCK_N
 
     acc = tl.zeros((BLOCK_P, BLOCK_N), tl.float32)
@@ -434,11 +439,46 @@ def grouped_rows(
         )
         acc = tl.dot(a, w, acc, input_precision=PRECISION)
 
-    cols = col0 + tl.arange(0, BLOCK_N)
-    mask = in_expert[:, None] & (cols < width)[None, :]
-    tl.store(
-        y_ptr + rows.to(tl.int64)[:, None] * width + cols[None, :], acc.to(y_ptr.dtype.element_ty), mask=mask
-    )
+    lane = tl.arange(0, BLOCK_P)[:, None]
+    cols = col0 + tl.arange(0, BLOCK_N)[None, :]
+    mask = (lane < row_end - row0) & (cols < width)
+    y_tile = y_ptr + row0.to(tl.int64) * width + (lane * width + cols)
+    tl.store(y_tile, acc.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def gather_rows(
+    x_ptr,
+    out_ptr,
+    row_slot_ptr,
+    tile_expert_ptr,
+    tile_offset_ptr,
+    expert_offset_ptr,
+    width,
+    stride_xt,
+    top_k,
+    PAD: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """out = x[token] by rows, each expert's rows padded with zeros to a multiple of PAD: row tile i of height PAD
+    becomes out[i * PAD : (i + 1) * PAD]. The zeros let weight_grad sum whole blocks with no mask.
+    """
+    tile = tl.program_id(0)
+    expert = tl.load(tile_expert_ptr + tile)
+    if expert < 0:
+        return
+    first = tl.load(expert_offset_ptr + expert) + (tile - tl.load(tile_offset_ptr + expert)) * PAD
+    end = tl.load(expert_offset_ptr + expert + 1)
+    lane = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    used = first + lane < end
+    token = tl.load(row_slot_ptr + first + lane, mask=used, other=0) // top_k
+    source = x_ptr + token.to(tl.int64)[:, None] * stride_xt
+    target = out_ptr + (tile * PAD + lane).to(tl.int64)[:, None] * width
+    for col in range(0, width, BLOCK):
+        cols = (col + tl.arange(0, BLOCK))[None, :]
+        value = tl.load(source + cols, mask=used[:, None] & (cols < width), other=0.0)
+        tl.store(target + cols, value, mask=cols < width)
 
 
 @triton.jit
@@ -477,34 +517,64 @@ def sum_slots(
 
 
 @triton.jit
-def activation_backward_tile(
+def activation_backward(
     da,
-    h_ptr,
-    dh_ptr,
-    sa_ptr,
     scale,
-    rows,
-    cols,
+    h_tile,
+    dh_tile,
+    sa_tile,
+    rows_left,
+    col0,
     intermediate,
-    mask,
     ACT: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_I: tl.constexpr,
 ):
-    """One tile of the epilogue: reads h, writes dh and sa, -> this tile's share of ds, [BLOCK_P]."""
-    h_tile = rows[:, None] * (2 * intermediate) + cols[None, :]
-    gate = tl.load(h_ptr + h_tile, mask=mask, other=0.0).to(tl.float32)
-    up = tl.load(h_ptr + h_tile + intermediate, mask=mask, other=0.0).to(tl.float32)
+    """The epilogue of down_backward on columns col0 .. col0 + BLOCK_I: reads h, writes dh and sa, -> their share of
+    ds.
+
+    The pointers are those of the tile's first row, so that offsets within the tile fit 32 bits.
+    """
+    lane = tl.arange(0, BLOCK_P)[:, None]
+    cols = col0 + tl.arange(0, BLOCK_I)[None, :]
+    mask = (lane < rows_left) & (cols < intermediate)
+    h_offset = lane * (2 * intermediate) + cols
+    gate = tl.load(h_tile + h_offset, mask=mask, other=0.0).to(tl.float32)
+    up = tl.load(h_tile + h_offset + intermediate, mask=mask, other=0.0).to(tl.float32)
     act, slope = activation(gate, ACT)
-    dtype = sa_ptr.dtype.element_ty
-    tl.store(
-        sa_ptr + rows[:, None] * intermediate + cols[None, :],
-        (act * up * scale[:, None]).to(dtype),
-        mask=mask,
-    )
-    ds = tl.sum(da * act * up, axis=1)
+    a = act * up
+    ds = tl.sum(da * a, axis=1)
+    dtype = sa_tile.dtype.element_ty
+    tl.store(sa_tile + lane * intermediate + cols, (a * scale[:, None]).to(dtype), mask=mask)
     da = da * scale[:, None]
-    tl.store(dh_ptr + h_tile, (da * slope * up).to(dtype), mask=mask)
-    tl.store(dh_ptr + h_tile + intermediate, (da * act).to(dtype), mask=mask)
+    tl.store(dh_tile + h_offset, (da * slope * up).to(dtype), mask=mask)
+    tl.store(dh_tile + h_offset + intermediate, (da * act).to(dtype), mask=mask)
     return ds
+
+
+@triton.jit
+def activation_backward_halves(
+    da,
+    scale,
+    h_tile,
+    dh_tile,
+    sa_tile,
+    rows_left,
+    col0,
+    intermediate,
+    ACT: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+):
+    """As activation_backward, one half of the columns after the other: the accumulator, h and their products at once
+    are more than the registers hold (1.8 kB of spills a thread at 128 x 128 on 8 warps).
+    """
+    HALF: tl.constexpr = BLOCK_I // 2
+    left, right = split_columns(da, BLOCK_P, BLOCK_I)
+    ds = activation_backward(left, scale, h_tile, dh_tile, sa_tile, rows_left, col0, intermediate, ACT, BLOCK_P, HALF)
+    return ds + activation_backward(
+        right, scale, h_tile, dh_tile, sa_tile, rows_left, col0 + HALF, intermediate, ACT, BLOCK_P, HALF
+    )
 
 
 @triton.jit
@@ -517,17 +587,17 @@ def down_backward(
     sa_ptr,
     ds_ptr,
     row_slot_ptr,
+    pad_tile_ptr,
     tile_expert_ptr,
     tile_offset_ptr,
     expert_offset_ptr,
     num_rows,
     hidden,
     intermediate,
-    top_k,
-    stride_dt,
     stride_we,
     stride_wn,
     stride_wk,
+    group_p,
     ACT: tl.constexpr,
     USE_TMA: tl.constexpr,
     K_CONTIGUOUS: tl.constexpr,
@@ -536,11 +606,11 @@ def down_backward(
     BLOCK_P: tl.constexpr,
     BLOCK_I: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    GROUP_P: tl.constexpr,
-    SPLIT: tl.constexpr,
+    PAD: tl.constexpr,
+    CHUNKS: tl.constexpr,
 ):
-    """da = dout[token] @ W2[e], kept in registers; writes dh [P, 2I], sa [P, I] and ds partials [column
-    tiles, P].
+    """da = dout[token] @ W2[e], kept in registers, dout as gather_rows left it; writes dh [P, 2I], sa [P, I] and ds
+    partials [column tiles, P].
     """
     pid = tl.program_id(0)
     num_col_tiles = tl.cdiv(intermediate, BLOCK_I)
@@ -548,17 +618,20 @@ def down_backward(
     if expert < 0:
         return
     row0, row_end, col_tile = locate_tile(
-        pid, expert, tile_offset_ptr, expert_offset_ptr, num_col_tiles, BLOCK_P, GROUP_P
+        pid, expert, tile_offset_ptr, expert_offset_ptr, num_col_tiles, group_p, BLOCK_P
     )
     rows = row0 + tl.arange(0, BLOCK_P)
     in_expert = rows < row_end
     slot = tl.load(row_slot_ptr + rows, mask=in_expert, other=0)
-    d_rows = dout_src + (slot // top_k).to(tl.int64)[:, None] * stride_dt + tl.arange(0, BLOCK_K)[None, :]
+    # dout was gathered with every expert's rows padded: the same rows lie elsewhere there
+    pad0 = tl.load(pad_tile_ptr + expert) * PAD + row0 - tl.load(expert_offset_ptr + expert)
+    d_row = pad0 + tl.minimum(tl.arange(0, BLOCK_P), row_end - 1 - row0)  # clamped: stay inside the buffer
+    d_rows = point_at_rows(dout_src, d_row, hidden, USE_TMA, BLOCK_K)
     col0 = col_tile * BLOCK_I
 
     da = tl.zeros((BLOCK_P, BLOCK_I), tl.float32)
     for k in range(0, hidden, BLOCK_K):
-        d = load_rows(dout_src, row0, d_rows, k, hidden, False, EVEN, BLOCK_K)
+        d = load_rows(dout_src, pad0, d_rows, k, hidden, USE_TMA, EVEN, BLOCK_K)
         w = load_weight(
             w_src,
             expert,
@@ -578,25 +651,25 @@ def down_backward(
         da = tl.dot(d, w, da, input_precision=PRECISION)
 
     scale = tl.load(weight_ptr + slot, mask=in_expert, other=0.0).to(tl.float32)
-    wide_rows = rows.to(tl.int64)
-    # The epilogue holds da, gate, up and their products at once: in halves it fits in the registers.
-    if SPLIT:
-        left, right = split_columns(da, BLOCK_P, BLOCK_I)
-        cols = col0 + tl.arange(0, BLOCK_I // 2)
-        mask = in_expert[:, None] & (cols < intermediate)[None, :]
-        ds = activation_backward_tile(
-            left, h_ptr, dh_ptr, sa_ptr, scale, wide_rows, cols, intermediate, mask, ACT
+    first = row0.to(tl.int64) * intermediate
+    h_tile, dh_tile, sa_tile = h_ptr + 2 * first, dh_ptr + 2 * first, sa_ptr + first
+    rows_left = row_end - row0
+    if CHUNKS == 1:
+        ds = activation_backward(
+            da, scale, h_tile, dh_tile, sa_tile, rows_left, col0, intermediate, ACT, BLOCK_P, BLOCK_I
         )
-        cols += BLOCK_I // 2
-        mask = in_expert[:, None] & (cols < intermediate)[None, :]
-        ds += activation_backward_tile(
-            right, h_ptr, dh_ptr, sa_ptr, scale, wide_rows, cols, intermediate, mask, ACT
+    elif CHUNKS == 2:
+        ds = activation_backward_halves(
+            da, scale, h_tile, dh_tile, sa_tile, rows_left, col0, intermediate, ACT, BLOCK_P, BLOCK_I
         )
     else:
-        cols = col0 + tl.arange(0, BLOCK_I)
-        mask = in_expert[:, None] & (cols < intermediate)[None, :]
-        ds = activation_backward_tile(
-            da, h_ptr, dh_ptr, sa_ptr, scale, wide_rows, cols, intermediate, mask, ACT
+        HALF: tl.constexpr = BLOCK_I // 2
+        left, right = split_columns(da, BLOCK_P, BLOCK_I)
+        ds = activation_backward_halves(
+            left, scale, h_tile, dh_tile, sa_tile, rows_left, col0, intermediate, ACT, BLOCK_P, HALF
+        )
+        ds += activation_backward_halves(
+            right, scale, h_tile, dh_tile, sa_tile, rows_left, col0 + HALF, intermediate, ACT, BLOCK_P, HALF
         )
     tl.store(ds_ptr + col_tile.to(tl.int64) * num_rows + rows, ds, mask=in_expert)
 
@@ -642,33 +715,31 @@ def zero_tail(
 @triton.jit
 def load_row_block(
     src,
-    row_slot_ptr,
-    row0,
+    row,
     row_end,
-    col0,
+    col,
     width,
-    stride,
-    top_k,
-    GATHER: tl.constexpr,
+    PADDED: tl.constexpr,
     USE_TMA: tl.constexpr,
     EVEN: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """[BLOCK_P, BLOCK_N] of consecutive rows. Gathered rows past row_end are zero; others may hold the next
-    expert's.
+    """[BLOCK_P, BLOCK_N] of consecutive rows. By descriptor, a block of an operand that is not PADDED runs on into
+    the next expert's rows: finite numbers, which the padded operand's zeros cancel.
     """
-    if USE_TMA and not GATHER:
-        tile = src.load([row0, col0])
+    if USE_TMA:
+        tile = src.load([row, col])
     else:
-        rows = row0 + tl.arange(0, BLOCK_P)
-        cols = col0 + tl.arange(0, BLOCK_N)
-        mask = (rows < row_end)[:, None]
-        if not EVEN:
-            mask = mask & (cols < width)[None, :]
-        if GATHER:
-            rows = tl.load(row_slot_ptr + rows, mask=rows < row_end, other=0) // top_k
-        tile = tl.load(src + rows.to(tl.int64)[:, None] * stride + cols[None, :], mask=mask, other=0.0)
+        rows = row + tl.arange(0, BLOCK_P)
+        cols = col + tl.arange(0, BLOCK_N)
+        pointers = src + rows.to(tl.int64)[:, None] * width + cols[None, :]
+        if PADDED and EVEN:
+            tile = tl.load(pointers)
+        elif PADDED:
+            tile = tl.load(pointers, mask=(cols < width)[None, :], other=0.0)
+        else:
+            tile = tl.load(pointers, mask=(rows < row_end)[:, None] & (cols < width)[None, :], other=0.0)
     return tile
 
 
@@ -677,76 +748,56 @@ def weight_grad(
     left_src,
     right_src,
     dw_ptr,
-    row_slot_ptr,
     expert_offset_ptr,
+    pad_tile_ptr,
     left_width,
     right_width,
-    left_stride,
-    right_stride,
-    top_k,
     scale,
-    GATHER_LEFT: tl.constexpr,
-    GATHER_RIGHT: tl.constexpr,
+    group_m,
+    LEFT_PADDED: tl.constexpr,
     USE_TMA: tl.constexpr,
     EVEN: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_P: tl.constexpr,
-    GROUP_M: tl.constexpr,
+    PAD: tl.constexpr,
 ):
-    """dw[e] = scale * left[rows of e].T @ right[rows of e], [left_width, right_width]; zeros for an expert
-    with no row.
+    """dw[e] = scale * left[rows of e].T @ right[rows of e], [left_width, right_width]; zeros for an idle expert.
+
+    One operand is padded as gather_rows leaves it (the left one if LEFT_PADDED), the other is not. PAD is a multiple
+    of BLOCK_P.
     """
     pid = tl.program_id(0)
     tiles_m = tl.cdiv(left_width, BLOCK_M)
     tiles_n = tl.cdiv(right_width, BLOCK_N)
     expert = pid // (tiles_m * tiles_n)
     local = pid % (tiles_m * tiles_n)
-    group = local // (GROUP_M * tiles_n)
-    group_rows = tl.minimum(tiles_m - group * GROUP_M, GROUP_M)
-    local -= group * GROUP_M * tiles_n
-    m0 = (group * GROUP_M + local % group_rows) * BLOCK_M
+    group = local // (group_m * tiles_n)
+    group_rows = tl.minimum(tiles_m - group * group_m, group_m)
+    local -= group * group_m * tiles_n
+    m0 = (group * group_m + local % group_rows) * BLOCK_M
     n0 = (local // group_rows) * BLOCK_N
     start = tl.load(expert_offset_ptr + expert)
     end = tl.load(expert_offset_ptr + expert + 1)
+    padding = tl.load(pad_tile_ptr + expert) * PAD - start  # from a row to the same row in the padded operand
+    if LEFT_PADDED:
+        left_shift, right_shift = padding, 0
+    else:
+        left_shift, right_shift = 0, padding
 
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for row in range(start, end, BLOCK_P):
         left = load_row_block(
-            left_src,
-            row_slot_ptr,
-            row,
-            end,
-            m0,
-            left_width,
-            left_stride,
-            top_k,
-            GATHER_LEFT,
-            USE_TMA,
-            EVEN,
-            BLOCK_P,
-            BLOCK_M,
+            left_src, row + left_shift, end, m0, left_width, LEFT_PADDED, USE_TMA, EVEN, BLOCK_P, BLOCK_M
         )
         right = load_row_block(
-            right_src,
-            row_slot_ptr,
-            row,
-            end,
-            n0,
-            right_width,
-            right_stride,
-            top_k,
-            GATHER_RIGHT,
-            USE_TMA,
-            EVEN,
-            BLOCK_P,
-            BLOCK_N,
+            right_src, row + right_shift, end, n0, right_width, not LEFT_PADDED, USE_TMA, EVEN, BLOCK_P, BLOCK_N
         )
         acc = tl.dot(left.T, right, acc, input_precision=PRECISION)
 
-    offs_m = m0 + tl.arange(0, BLOCK_M)
-    offs_n = n0 + tl.arange(0, BLOCK_N)
-    dw = dw_ptr + (expert.to(tl.int64) * left_width + offs_m[:, None]) * right_width + offs_n[None, :]
-    mask = (offs_m < left_width)[:, None] & (offs_n < right_width)[None, :]
+    lane = tl.arange(0, BLOCK_M)[:, None]
+    cols = n0 + tl.arange(0, BLOCK_N)[None, :]
+    mask = (m0 + lane < left_width) & (cols < right_width)
+    dw = dw_ptr + (expert.to(tl.int64) * left_width + m0) * right_width + (lane * right_width + cols)
     tl.store(dw, (acc * scale).to(dw_ptr.dtype.element_ty), mask=mask)

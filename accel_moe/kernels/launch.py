@@ -8,6 +8,9 @@ No host sync anywhere.
 
 import contextlib
 import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 import triton
@@ -22,6 +25,7 @@ ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+_Result = TypeVar("_Result")
 
 
 def check_runnable(x: Tensor) -> None:
@@ -45,12 +49,7 @@ def check_inputs(x: Tensor, w1: Tensor, w2: Tensor, index: Tensor, weights: Tens
             f"torch.autocast."
         )
     num_experts, two_i, hidden = w1.shape
-    if (
-        x.dim() != 2
-        or x.shape[1] != hidden
-        or tuple(w2.shape) != (num_experts, hidden, two_i // 2)
-        or two_i % 2
-    ):
+    if x.dim() != 2 or x.shape[1] != hidden or tuple(w2.shape) != (num_experts, hidden, two_i // 2) or two_i % 2:
         raise ValueError(
             f"scattermoe needs hidden_states[T,H], gate_up_proj[E,2I,H], down_proj[E,H,I]; found {tuple(x.shape)}, "
             f"{tuple(w1.shape)}, {tuple(w2.shape)}."
@@ -74,17 +73,19 @@ def _precision(x: Tensor) -> str:
     return "tf32" if x.device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32 else "ieee"
 
 
-def _config(kernel: str, x: Tensor, w2: Tensor, num_rows: int) -> Config:
+def _tuned(kernel: str, w2: Tensor, num_rows: int, launch: Callable[[Config], _Result]) -> _Result:
+    """Launches one GEMM of the layer with the configuration that suits it."""
     num_experts, hidden, intermediate = w2.shape
-    problem = Problem(kernel, num_rows, num_experts, hidden, intermediate, x.dtype)
-    return tuning.pick(problem, x.device)
+    capability = (0, 0) if _INTERPRETED else torch.cuda.get_device_capability(w2.device)
+    problem = Problem(kernel, num_rows, num_experts, hidden, intermediate, w2.dtype, capability)
+    return launch(tuning.choose(problem, launch))
 
 
-def _tma_fits(config: Config, *tensors: Tensor) -> bool:
+def _tma_fits(*tensors: Tensor) -> bool:
     """Whether the chip has a copy engine and each tensor meets its rules: 16-byte aligned, innermost
     dimension contiguous.
     """
-    if not config.tma or _INTERPRETED or torch.cuda.get_device_capability(tensors[0].device)[0] < 9:
+    if _INTERPRETED or torch.cuda.get_device_capability(tensors[0].device)[0] < 9:
         return False
     return all(
         t.data_ptr() % 16 == 0
@@ -108,20 +109,21 @@ class _Weight:
         self.stored = self.view if self.k_contiguous else self.view.transpose(1, 2)
 
     def source(self, tma: bool, block_n: int, block_k: int):
+        """The kernel's argument: the stored tensor, or a descriptor of it."""
         if not tma:
             return self.stored
-        block = [1, block_n, block_k] if self.k_contiguous else [1, block_k, block_n]
-        return _descriptor(self.stored, block)
+        return _descriptor(self.stored, [1, block_n, block_k] if self.k_contiguous else [1, block_k, block_n])
+
+    @property
+    def gate_up(self) -> Tensor:
+        """The stored tensor with gate and up as a dimension of their own, so that one copy brings a tile of both."""
+        return self.stored.unflatten(1 if self.k_contiguous else 2, (2, -1))
 
     def gate_up_source(self, tma: bool, block_i: int, block_k: int):
-        """With gate and up as a dimension of their own, so that one copy brings a tile of both."""
+        """As source, of `gate_up`."""
         if not tma:
             return self.stored
-        if self.k_contiguous:
-            e, two_i, h = self.stored.shape
-            return _descriptor(self.stored.view(e, 2, two_i // 2, h), [1, 2, block_i, block_k])
-        e, h, two_i = self.stored.shape
-        return _descriptor(self.stored.view(e, h, 2, two_i // 2), [1, block_k, 2, block_i])
+        return _descriptor(self.gate_up, [1, 2, block_i, block_k] if self.k_contiguous else [1, block_k, 2, block_i])
 
     @property
     def strides(self) -> tuple[int, int, int]:
@@ -140,21 +142,59 @@ class _TileLists:
         return self.by_height[block_p]
 
 
+@dataclass(frozen=True)
+class _Padded:
+    """x[token] by rows, each expert's padded with zero rows to a multiple of `tiles.block_p` (gemm.gather_rows)."""
+
+    data: Tensor  # [tiles.max_tiles * tiles.block_p, H]
+    tiles: Tiles
+
+
+PAD = 64  # rows; weight_grad's blocks must divide it
+
+
+def _gather(x: Tensor, routing: Routing, tiles: _TileLists) -> _Padded:
+    """x [T, H] -> each row's token, padded per expert."""
+    pad, width = tiles[PAD], x.shape[1]
+    out = x.new_empty(pad.max_tiles * PAD, width)
+    rows = 16 if not _INTERPRETED else PAD
+    if out.numel():
+        gemm.gather_rows[(pad.max_tiles, PAD // rows)](
+            x,
+            out,
+            routing.row_slot,
+            pad.tile_expert,
+            pad.tile_offsets,
+            routing.expert_offsets,
+            width,
+            x.stride(0),
+            routing.top_k,
+            PAD=PAD,
+            ROWS=rows,
+            BLOCK=min(triton.next_power_of_2(width), 512),
+            num_warps=8,
+        )
+    return _Padded(out, pad)
+
+
 def _up(x: Tensor, w1: Tensor, routing: Routing, tiles: _TileLists, config: Config, act: str, save: bool):
     """-> h [P, 2I] (empty unless save), a [P, I]."""
     intermediate, hidden = w1.shape[1] // 2, w1.shape[2]
     a = x.new_empty(routing.num_rows, intermediate)
     h = x.new_empty(routing.num_rows if save else 0, 2 * intermediate)
     weight, rows = _Weight(w1, depth_last=True), tiles[config.block_p]
-    tma = _tma_fits(config, weight.stored)
+    tma = _tma_fits(weight.gate_up)
+    gather = config.gather or not tma
+    padded = None if gather else _gather(x, routing, tiles)
     grid = (rows.max_tiles * triton.cdiv(intermediate, config.block_n),)
     if grid[0]:
         gemm.up_projection[grid](
-            x,
+            _descriptor(padded.data, [config.block_p, config.block_k]) if padded else x,
             weight.gate_up_source(tma, config.block_n, config.block_k),
             h,
             a,
             routing.row_slot,
+            padded.tiles.tile_offsets if padded else rows.tile_offsets,
             rows.tile_expert,
             rows.tile_offsets,
             routing.expert_offsets,
@@ -163,8 +203,10 @@ def _up(x: Tensor, w1: Tensor, routing: Routing, tiles: _TileLists, config: Conf
             routing.top_k,
             x.stride(0),
             *weight.strides,
+            config.group,
             ACT=act,
             STORE_H=save,
+            GATHER=gather,
             USE_TMA=tma,
             K_CONTIGUOUS=weight.k_contiguous,
             EVEN=hidden % config.block_k == 0 and (tma or intermediate % config.block_n == 0),
@@ -172,7 +214,7 @@ def _up(x: Tensor, w1: Tensor, routing: Routing, tiles: _TileLists, config: Conf
             BLOCK_P=config.block_p,
             BLOCK_I=config.block_n,
             BLOCK_K=config.block_k,
-            GROUP_P=config.group,
+            PAD=PAD,
             num_warps=config.num_warps,
             num_stages=config.num_stages,
         )
@@ -184,7 +226,7 @@ def _grouped(a: Tensor, weight: _Weight, routing: Routing, tiles: _TileLists, co
     width, depth = weight.view.shape[1:]
     y = a.new_empty(routing.num_rows, width)
     rows = tiles[config.block_p]
-    tma = _tma_fits(config, weight.stored, a)
+    tma = _tma_fits(weight.stored, a)
     grid = (rows.max_tiles * triton.cdiv(width, config.block_n),)
     if grid[0]:
         gemm.grouped_rows[grid](
@@ -198,6 +240,7 @@ def _grouped(a: Tensor, weight: _Weight, routing: Routing, tiles: _TileLists, co
             depth,
             width,
             *weight.strides,
+            config.group,
             USE_TMA=tma,
             K_CONTIGUOUS=weight.k_contiguous,
             EVEN=depth % config.block_k == 0 and (tma or width % config.block_n == 0),
@@ -205,7 +248,6 @@ def _grouped(a: Tensor, weight: _Weight, routing: Routing, tiles: _TileLists, co
             BLOCK_P=config.block_p,
             BLOCK_N=config.block_n,
             BLOCK_K=config.block_k,
-            GROUP_P=config.group,
             num_warps=config.num_warps,
             num_stages=config.num_stages,
         )
@@ -232,18 +274,29 @@ def _sum_slots(y: Tensor, routing: Routing, weights: Tensor | None, num_tokens: 
     return out
 
 
-def _down_backward(dout, w2, h, weights, routing: Routing, tiles: _TileLists, config: Config, act: str):
-    """-> dh [P, 2I], sa [P, I], ds partials [parts, P] in fp32."""
+def _down_backward(
+    dout: _Padded,
+    w2: Tensor,
+    h: Tensor,
+    weights: Tensor,
+    routing: Routing,
+    tiles: _TileLists,
+    config: Config,
+    act: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """-> dh [P, 2I], sa [P, I], ds partials [parts, P] in fp32. dout is [T, H], or [P, H] if gathered
+    already.
+    """
     _, hidden, intermediate = w2.shape
     num_rows = routing.num_rows
     dh, sa = torch.empty_like(h), h.new_empty(num_rows, intermediate)
     parts = triton.cdiv(intermediate, config.block_n)
     ds = torch.empty(parts, num_rows, dtype=torch.float32, device=h.device)
     weight, rows = _Weight(w2, depth_last=False), tiles[config.block_p]
-    tma = _tma_fits(config, weight.stored)
+    tma = _tma_fits(weight.stored, dout.data)
     if rows.max_tiles:
         gemm.down_backward[(rows.max_tiles * parts,)](
-            dout,
+            _descriptor(dout.data, [config.block_p, config.block_k]) if tma else dout.data,
             weight.source(tma, config.block_n, config.block_k),
             h,
             weights,
@@ -251,25 +304,25 @@ def _down_backward(dout, w2, h, weights, routing: Routing, tiles: _TileLists, co
             sa,
             ds,
             routing.row_slot,
+            dout.tiles.tile_offsets,
             rows.tile_expert,
             rows.tile_offsets,
             routing.expert_offsets,
             num_rows,
             hidden,
             intermediate,
-            routing.top_k,
-            dout.stride(0),
             *weight.strides,
+            config.group,
             ACT=act,
             USE_TMA=tma,
             K_CONTIGUOUS=weight.k_contiguous,
             EVEN=hidden % config.block_k == 0 and (tma or intermediate % config.block_n == 0),
-            PRECISION=_precision(dout),
+            PRECISION=_precision(h),
             BLOCK_P=config.block_p,
             BLOCK_I=config.block_n,
             BLOCK_K=config.block_k,
-            GROUP_P=config.group,
-            SPLIT=config.block_n > 64,
+            PAD=PAD,
+            CHUNKS=config.chunks,
             num_warps=config.num_warps,
             num_stages=config.num_stages,
         )
@@ -294,46 +347,40 @@ def _routing_grad(ds: Tensor, routing: Routing, like: Tensor) -> Tensor:
     out, block = torch.empty_like(like, memory_format=torch.contiguous_format), 256
     if out.numel():
         grid = (triton.cdiv(out.numel(), block),)
-        gemm.sum_routing_grad[grid](
-            ds, routing.slot_row, out, out.numel(), routing.num_rows, ds.shape[0], BLOCK=block
-        )
+        gemm.sum_routing_grad[grid](ds, routing.slot_row, out, out.numel(), routing.num_rows, ds.shape[0], BLOCK=block)
     return out
 
 
 def _weight_grad(
-    left: Tensor, right: Tensor, gathered: str, routing: Routing, config: Config, scale: float
+    left: Tensor | _Padded, right: Tensor | _Padded, routing: Routing, config: Config, scale: float
 ) -> Tensor:
-    """scale * left.T @ right per expert, [E, left width, right width]; `gathered` names the operand indexed
-    by token.
-    """
-    m, n = left.shape[1], right.shape[1]
-    dw = left.new_empty(routing.num_experts, m, n)
-    grouped = right if gathered == "left" else left
-    tma = _tma_fits(config, grouped)
+    """scale * left.T @ right per expert, [E, left width, right width]; exactly one operand is padded."""
+    padded = left if isinstance(left, _Padded) else right
+    left_data, right_data = (t.data if isinstance(t, _Padded) else t for t in (left, right))
+    m, n = left_data.shape[1], right_data.shape[1]
+    dw = left_data.new_empty(routing.num_experts, m, n)
+    tma = _tma_fits(left_data, right_data)
     block_m, block_n, block_p = config.block_k, config.block_n, config.block_p
     grid = (routing.num_experts * triton.cdiv(m, block_m) * triton.cdiv(n, block_n),)
     if grid[0]:
         gemm.weight_grad[grid](
-            _descriptor(left, [block_p, block_m]) if tma and grouped is left else left,
-            _descriptor(right, [block_p, block_n]) if tma and grouped is right else right,
+            _descriptor(left_data, [block_p, block_m]) if tma else left_data,
+            _descriptor(right_data, [block_p, block_n]) if tma else right_data,
             dw,
-            routing.row_slot,
             routing.expert_offsets,
+            padded.tiles.tile_offsets,
             m,
             n,
-            left.stride(0),
-            right.stride(0),
-            routing.top_k,
             scale,
-            GATHER_LEFT=gathered == "left",
-            GATHER_RIGHT=gathered == "right",
+            config.group,
+            LEFT_PADDED=padded is left,
             USE_TMA=tma,
             EVEN=m % block_m == 0 and n % block_n == 0,
-            PRECISION=_precision(left),
+            PRECISION=_precision(left_data),
             BLOCK_M=block_m,
             BLOCK_N=block_n,
             BLOCK_P=block_p,
-            GROUP_M=config.group,
+            PAD=PAD,
             num_warps=config.num_warps,
             num_stages=config.num_stages,
         )
@@ -360,13 +407,11 @@ def experts_forward(
     """
     with _on_device(x):
         x, weights = _row_major(x), weights.contiguous()
-        num_experts = w1.shape[0]
-        routing = sort_slots(index, num_experts, _num_rows(index, num_pairs))
+        num_experts, num_rows = w1.shape[0], _num_rows(index, num_pairs)
+        routing = sort_slots(index, num_experts, num_rows)
         tiles = _TileLists(routing)
-        h, a = _up(x, w1, routing, tiles, _config("up", x, w2, routing.num_rows), act, save)
-        y = _grouped(
-            a, _Weight(w2, depth_last=True), routing, tiles, _config("down", x, w2, routing.num_rows)
-        )
+        h, a = _tuned("up", w2, num_rows, lambda c: _up(x, w1, routing, tiles, c, act, save))
+        y = _tuned("down", w2, num_rows, lambda c: _grouped(a, _Weight(w2, depth_last=True), routing, tiles, c))
         out = _sum_slots(y, routing, weights, x.shape[0])
     return out, h, routing.row_slot, routing.slot_row, routing.expert_offsets
 
@@ -409,24 +454,29 @@ def experts_backward(
         dout, x, weights = _row_major(dout), _row_major(x), weights.contiguous()
         routing = Routing(row_slot, slot_row, expert_offsets, top_k=weights.shape[1])
         tiles = _TileLists(routing)
-        dh, sa, ds = _down_backward(
-            dout, w2, h, weights, routing, tiles, _config("down_backward", x, w2, routing.num_rows), act
+        num_rows, scale = routing.num_rows, weight_grad_scale
+        dout_rows = _gather(dout, routing, tiles)
+        dh, sa, ds = _tuned(
+            "down_backward", w2, num_rows, lambda c: _down_backward(dout_rows, w2, h, weights, routing, tiles, c, act)
         )
         dx, dw1, dw2, dweights = (x.new_empty(0) for _ in range(4))  # four: an op's outputs may not alias
         if need_weights:
             dweights = _routing_grad(ds, routing, weights)
-        del ds
-        config = _config("weight_grad", x, w2, routing.num_rows)
+        ds = None
         if need_w1 or need_w2:
-            _zero_tail(dh, sa, routing, config.block_p)
+            _zero_tail(dh, sa, routing, PAD)
+        # Each buffer of P rows is freed as soon as its last reader is launched: they decide the peak.
         if need_w2:
-            dw2 = _weight_grad(dout, sa, "left", routing, config, weight_grad_scale)
-        del sa
+            dw2 = _tuned("down_weight_grad", w2, num_rows, lambda c: _weight_grad(dout_rows, sa, routing, c, scale))
+        sa = dout_rows = None
         if need_w1:
-            dw1 = _weight_grad(dh, x, "right", routing, config, weight_grad_scale)
+            x_rows = _gather(x, routing, tiles)
+            dw1 = _tuned("up_weight_grad", w2, num_rows, lambda c: _weight_grad(dh, x_rows, routing, c, scale))
+            x_rows = None
         if need_x:
-            config = _config("up_backward", x, w2, routing.num_rows)
-            dx_rows = _grouped(dh, _Weight(w1, depth_last=False), routing, tiles, config)
+            weight = _Weight(w1, depth_last=False)
+            dx_rows = _tuned("up_backward", w2, num_rows, lambda c: _grouped(dh, weight, routing, tiles, c))
+            dh = None
             dx = _sum_slots(dx_rows, routing, None, x.shape[0])
     return dx, dw1, dw2, dweights
 
@@ -434,6 +484,4 @@ def experts_backward(
 @experts_backward.register_fake
 def _(dout, x, w1, w2, weights, h, row_slot, slot_row, expert_offsets, act, weight_grad_scale, needs):
     likes = (x, w1, w2, weights)
-    return tuple(
-        like.new_empty(like.shape if need else (0,)) for like, need in zip(likes, needs, strict=True)
-    )
+    return tuple(like.new_empty(like.shape if need else (0,)) for like, need in zip(likes, needs, strict=True))

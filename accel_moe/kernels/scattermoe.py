@@ -42,9 +42,7 @@ def unsupported_reason(module) -> str | None:
     Reads attributes only: no tensor, no device, no Triton. What it does not know, it refuses.
     """
     name = type(module).__name__
-    missing = [
-        a for a in ("has_gate", "has_bias", "is_transposed", "is_concatenated") if not hasattr(module, a)
-    ]
+    missing = [a for a in ("has_gate", "has_bias", "is_transposed", "is_concatenated") if not hasattr(module, a)]
     if missing:
         return f"{name} is not an experts module of transformers v5: it has no {', '.join(missing)}"
     if not module.has_gate:
@@ -69,9 +67,7 @@ def unsupported_reason(module) -> str | None:
     return None
 
 
-def scattermoe_experts_forward(
-    self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
-) -> Tensor:
+def scattermoe_experts_forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """The experts layer, [T,H] in hidden_states' dtype, differentiable in hidden_states, both weights and
     top_k_weights.
 

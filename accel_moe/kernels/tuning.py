@@ -1,28 +1,45 @@
-"""Which tile sizes each kernel runs with: a table of measured ones, and a rule for shapes that nobody has
-measured.
+"""Which tile sizes each kernel runs with.
 
-The table is data, `tuned.json`; examples/benchmarks/bench_experts.py --tune measures. Nothing here changes a
-result beyond the order in which fp32 partial sums are rounded.
+`choose` answers from, in this order: the table of measured shapes shipped as data (tuned.json), the cache of shapes
+measured on this machine, a measurement now, a rule. A measurement times a handful of candidates on the very call that
+needs one (a kernel only writes its outputs, so running it again is harmless and takes no memory), some ten seconds
+for a layer's six GEMMs, once. Ranks share the cache: the first to need a shape locks it and measures, the others wait
+for the result, never longer than WAIT_S, since a rank that waits may hold up a collective that the measuring one is
+queued behind. Measuring is left out under CUDA graph capture, for shapes of few rows, and with ACCEL_MOE_AUTOTUNE=0.
+ACCEL_MOE_CACHE names the cache's folder.
+
+A configuration changes no result beyond the order in which fp32 partial sums are added.
 """
 
+import contextlib
 import functools
+import itertools
 import json
+import logging
 import os
-from dataclasses import asdict, dataclass
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 import torch
+import triton
 
+logger = logging.getLogger(__name__)
+
+WAIT_S = 20.0
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+_Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True)
 class Config:
-    """Tile sizes and launch parameters of one GEMM kernel.
+    """Tile sizes and launch parameters of one GEMM.
 
-    block_p cuts rows (the summed dimension in weight_grad); block_n the output's columns (per half, gate or
-    up, in up_projection); block_k the summed dimension (the other output dimension in weight_grad); group
-    counts row tiles.
+    block_p cuts rows (the summed dimension of a weight gradient); block_n the output's columns (in `up` those of each
+    half, gate and up); block_k the summed dimension (a weight gradient's other output dimension). group is how many
+    row tiles are walked before the next column tile.
     """
 
     block_p: int
@@ -31,74 +48,201 @@ class Config:
     num_warps: int
     num_stages: int
     group: int = 8
-    tma: bool = True
-
-    def to_json(self) -> dict:
-        return asdict(self)
+    gather: bool = True  # `up`: rows gathered by the GEMM's own loads, or copied once and read by TMA
+    chunks: int = 2  # `down_backward`: column parts of the epilogue, one after the other (1, 2 or 4)
 
 
 @dataclass(frozen=True)
 class Problem:
     """What a configuration is chosen by: one grouped GEMM of one layer."""
 
-    kernel: str  # up | down | down_backward | up_backward | weight_grad
+    kernel: str  # up | down | down_backward | down_weight_grad | up_weight_grad | up_backward
     rows: int  # P
     num_experts: int
     hidden: int
     intermediate: int
     dtype: torch.dtype
+    capability: tuple[int, int]
 
     @property
     def rows_per_expert(self) -> int:
-        """Rounded up to a power of two: shapes that share it share a configuration."""
+        """The mean, rounded up to a power of two, at most 4096: shapes that share it share a configuration."""
         mean = max(1, self.rows // max(1, self.num_experts))
-        return 1 << (mean - 1).bit_length()
+        return min(4096, 1 << (mean - 1).bit_length())
+
+    @property
+    def key(self) -> str:
+        major, minor = self.capability
+        dtype = str(self.dtype).removeprefix("torch.")
+        return f"sm{major}{minor} {dtype} {self.kernel} H{self.hidden} I{self.intermediate} rows{self.rows_per_expert}"
 
 
-def pick(problem: Problem, device: torch.device) -> Config:
-    """The configuration to launch `problem` with on `device`."""
+def choose(problem: Problem, launch: Callable[[Config], _Result]) -> Config:
+    """The configuration to launch `problem` with; may call launch, which runs the kernel, to find out."""
     if _INTERPRETED:
         # Small tiles: tests reach every edge of a tile with tensors that the interpreter can afford.
-        return Config(block_p=16, block_n=16, block_k=16, num_warps=1, num_stages=1, group=2, tma=False)
-    tuned = _table().get(_key(problem, torch.cuda.get_device_capability(device)))
-    return tuned or _rule(problem, torch.cuda.get_device_capability(device))
+        return Config(block_p=16, block_n=16, block_k=16, num_warps=1, num_stages=1, group=2)
+    known = _shipped().get(problem.key) or _measured.get(problem.key)
+    if known:
+        return known
+    if not _worth_measuring(problem):
+        return rule(problem)
+    config = _measure_or_wait(problem, launch)
+    _measured[problem.key] = config
+    return config
 
 
-def _key(problem: Problem, capability: tuple[int, int]) -> str:
-    dtype = str(problem.dtype).removeprefix("torch.")
-    shape = f"H{problem.hidden} I{problem.intermediate} rows{problem.rows_per_expert}"
-    return f"sm{capability[0]}{capability[1]} {dtype} {problem.kernel} {shape}"
+# ---- The table and the rule
 
 
 @functools.cache
-def _table() -> dict[str, Config]:
+def _shipped() -> dict[str, Config]:
     path = Path(__file__).with_name("tuned.json")
     return {key: Config(**value) for key, value in json.loads(path.read_text()).items()}
 
 
-def _rule(problem: Problem, capability: tuple[int, int]) -> Config:
-    """A safe choice: fits the shared memory of every chip since sm80 and wastes few rows when experts have
-    few.
-    """
-    few_rows = 16 if problem.rows_per_expert <= 16 else 32 if problem.rows_per_expert <= 32 else 64
+def rule(problem: Problem) -> Config:
+    """A safe choice: fits the shared memory of every chip since sm80, and wastes few rows when experts have few."""
+    few, hopper = problem.rows_per_expert <= 128, problem.capability[0] >= 9
+    height = max(16, min(64, problem.rows_per_expert))
+    weight_grad = problem.kernel.endswith("_weight_grad")
     if problem.dtype == torch.float32:
-        if problem.kernel == "weight_grad":
-            return Config(block_p=32, block_n=64, block_k=64, num_warps=4, num_stages=2, tma=False)
-        return Config(block_p=few_rows, block_n=32, block_k=32, num_warps=4, num_stages=2, tma=False)
-    hopper = capability[0] >= 9
-    if problem.kernel == "weight_grad":
-        if problem.rows_per_expert >= 256 and hopper:
+        if weight_grad:
+            return Config(block_p=32, block_n=64, block_k=64, num_warps=4, num_stages=2)
+        return Config(block_p=height, block_n=32, block_k=32, num_warps=4, num_stages=2)
+    if weight_grad:
+        if hopper and not few:
             return Config(block_p=64, block_n=256, block_k=128, num_warps=8, num_stages=3)
-        return Config(block_p=few_rows, block_n=128, block_k=128, num_warps=8 if hopper else 4, num_stages=3)
-    if problem.rows_per_expert > 128:
-        wide = hopper and problem.kernel in ("down", "up_backward")
-        return Config(
-            block_p=128,
-            block_n=256 if wide else 128 if hopper or problem.kernel != "up" else 64,
-            block_k=64 if hopper else 32,
-            num_warps=8,
-            num_stages=3,
-        )
+        return Config(block_p=min(height, 32), block_n=128, block_k=128, num_warps=8 if hopper else 4, num_stages=3)
+    if few:
+        width = 64 if problem.kernel == "up" else 128
+        return Config(block_p=height, block_n=width, block_k=64, num_warps=4, num_stages=3)
+    if not hopper:
+        width = 64 if problem.kernel == "up" else 128
+        return Config(block_p=128, block_n=width, block_k=32, num_warps=8, num_stages=3, chunks=2)
     if problem.kernel == "up":
-        return Config(block_p=few_rows, block_n=64, block_k=64, num_warps=4, num_stages=3)
-    return Config(block_p=few_rows, block_n=128, block_k=64, num_warps=4, num_stages=3)
+        return Config(block_p=128, block_n=128, block_k=64, num_warps=8, num_stages=3)
+    if problem.kernel == "down_backward":
+        return Config(block_p=128, block_n=256, block_k=64, num_warps=8, num_stages=4, chunks=4)
+    if problem.kernel == "down" and problem.intermediate <= 1024:
+        # A short sum: two small programs on a multiprocessor hide each other's first loads and last stores.
+        return Config(block_p=128, block_n=128, block_k=64, num_warps=4, num_stages=3)
+    return Config(block_p=128, block_n=256, block_k=64, num_warps=8, num_stages=3)
+
+
+def candidates(problem: Problem) -> list[Config]:
+    """What to measure: the rule's choice first, then what has won on some shape."""
+    first = rule(problem)
+    others = [replace(first, group=1), replace(first, group=16)]
+    if problem.capability[0] >= 9 and problem.rows_per_expert > 128 and problem.dtype != torch.float32:
+        wide, tall = Config(128, 256, 64, 8, 3), Config(256, 128, 64, 8, 4)
+        if problem.kernel == "up":
+            others += [
+                replace(first, num_stages=4),
+                replace(first, gather=False),
+                replace(first, gather=False, group=16),
+            ]
+        elif problem.kernel in ("down", "up_backward"):
+            others += [wide, tall, replace(wide, num_stages=4), Config(128, 128, 64, 4, 3)]
+        elif problem.kernel == "down_backward":
+            others += [replace(first, num_stages=3), Config(128, 128, 64, 8, 4, chunks=4)]
+        else:
+            others += [Config(32, 256, 128, 8, 6), Config(64, 128, 256, 8, 4)]
+    elif problem.dtype != torch.float32 and not problem.kernel.endswith("_weight_grad"):
+        others += [replace(first, num_stages=4), replace(first, block_n=first.block_n * 2)]
+    return list(dict.fromkeys([first, *others]))
+
+
+# ---- Measuring, and sharing what was measured
+
+_measured: dict[str, Config] = {}
+
+
+def _worth_measuring(problem: Problem) -> bool:
+    if os.environ.get("ACCEL_MOE_AUTOTUNE", "1") == "0" or problem.rows_per_expert < 64:
+        return False
+    return not torch.cuda.is_current_stream_capturing()
+
+
+def _cache_folder() -> Path:
+    folder = os.environ.get("ACCEL_MOE_CACHE") or Path.home() / ".cache" / "accel_moe"
+    # What is fastest depends on the compiler as much as on the chip.
+    return Path(folder) / f"triton-{triton.__version__}"
+
+
+def _measure_or_wait(problem: Problem, launch: Callable[[Config], _Result]) -> Config:
+    """From the cache on disk; or measured under the shape's lock; or, where another process holds it too long, the
+    rule.
+    """
+    folder = _cache_folder()
+    entry = folder / (problem.key.replace(" ", "_") + ".json")
+    lock = entry.with_suffix(".lock")
+    deadline = time.monotonic() + WAIT_S
+    while True:
+        known = _read(entry)
+        if known:
+            return known
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            os.close(os.open(lock, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+            break
+        except FileExistsError:
+            with contextlib.suppress(OSError):
+                if time.time() - lock.stat().st_mtime > 3 * WAIT_S:
+                    lock.unlink()  # left by a process that died
+                    continue
+            if time.monotonic() > deadline:
+                return rule(problem)
+            time.sleep(0.1)
+        except OSError as error:  # a read-only home: measure for this process alone
+            logger.info("tuned configurations are not kept: %s", error)
+            return _fastest(problem, launch)
+    try:
+        known = _read(entry)  # another process may have finished between our look and our lock
+        if known:
+            return known
+        config = _fastest(problem, launch)
+        partial = entry.with_suffix(f".{os.getpid()}")
+        partial.write_text(json.dumps(asdict(config)))
+        partial.replace(entry)  # atomic: a reader sees the whole entry or none
+        return config
+    finally:
+        with contextlib.suppress(OSError):
+            lock.unlink()
+
+
+def _read(entry: Path) -> Config | None:
+    """None where there is no entry, or one of another version of this package."""
+    try:
+        return Config(**json.loads(entry.read_text()))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def _fastest(problem: Problem, launch: Callable[[Config], _Result]) -> Config:
+    """Times every candidate on this call. Waits for the device: the only host sync in kernels/, once per shape."""
+    deadline, times = time.monotonic() + WAIT_S, {}
+    for config in candidates(problem):
+        if times and time.monotonic() > deadline:
+            break
+        try:
+            times[config] = _time_ms(lambda config=config: launch(config))
+        except (triton.runtime.errors.OutOfResources, triton.CompilationError) as error:
+            logger.debug("%s: %s does not run here: %s", problem.key, config, error)
+    if not times:
+        return rule(problem)
+    best = min(times, key=times.__getitem__)
+    logger.info("%s: %s, %.3f ms", problem.key, best, times[best])
+    return best
+
+
+def _time_ms(run: Callable[[], object], repeats: int = 5) -> float:
+    """The median time of run, after one call that compiles it and one that warms up."""
+    run(), run()
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
+    marks[0].record()
+    for mark in marks[1:]:
+        run()
+        mark.record()
+    marks[-1].synchronize()
+    return sorted(a.elapsed_time(b) for a, b in itertools.pairwise(marks))[repeats // 2]

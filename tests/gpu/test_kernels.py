@@ -72,9 +72,7 @@ def upcast(args):
 def error(actual, expected):
     """Relative Frobenius norm of the difference."""
     scale = expected.float().norm()
-    return (
-        ((actual.float() - expected.float()).norm() / scale).item() if scale else actual.float().norm().item()
-    )
+    return ((actual.float() - expected.float()).norm() / scale).item() if scale else actual.float().norm().item()
 
 
 NAMES = ("out", "dx", "dw1", "dw2", "dweights")

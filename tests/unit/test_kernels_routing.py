@@ -48,8 +48,6 @@ def test_understated_num_rows_never_writes_past_the_buffer(monkeypatch):
     full = sort_slots(index, 4, 40).row_slot
     storage = torch.full((64,), -7, dtype=torch.int32)
     empty = torch.empty
-    monkeypatch.setattr(
-        torch, "empty", lambda *shape, **kw: storage[:10] if shape == (10,) else empty(*shape, **kw)
-    )
+    monkeypatch.setattr(torch, "empty", lambda *shape, **kw: storage[:10] if shape == (10,) else empty(*shape, **kw))
     assert torch.equal(sort_slots(index, 4, 10).row_slot, full[:10])
     assert (storage[10:] == -7).all()

@@ -102,6 +102,4 @@ def test_mixtral_experts_of_transformers_give_their_eager_output():
     x = torch.randn(11, 16, device=DEVICE)
     weights, index = torch.rand(11, 3, device=DEVICE).topk(2)
     expected = module(x, index, weights)
-    torch.testing.assert_close(
-        scattermoe_experts_forward(module, x, index, weights), expected, rtol=1e-5, atol=1e-5
-    )
+    torch.testing.assert_close(scattermoe_experts_forward(module, x, index, weights), expected, rtol=1e-5, atol=1e-5)

@@ -6,7 +6,7 @@ one of its experts modules is made on the meta device from the family's default 
 no file downloaded), and the same `refusal` that `prepare()` calls says whether it can be run and how.
 
 What is written by hand: why a family off the interface is off it (`experts.OFF_INTERFACE`), and which families the
-tests of this package train over several ranks, consolidate and load (`TESTED`; a test keeps the two equal).
+tests of this package train over several ranks (`OVER_RANKS`, which is what those tests run).
 """
 
 from __future__ import annotations
@@ -31,7 +31,14 @@ _LOOKALIKE = re.compile(
     re.MULTILINE,
 )
 
-TESTED: dict[str, tuple[str, ...]] = {}
+TESTS = ("ep", "consolidate", "load")
+"""What a family can be tested for, in the order the table shows it."""
+
+OVER_RANKS = (
+    "qwen3_moe", "mixtral", "olmoe", "granitemoe", "deepseek_v3", "glm4_moe",
+    "deepseek_v4", "gpt_oss", "openai_privacy_filter", "nemotron_h", "step3p7", "gemma4", "ernie4_5_vl_moe", "zaya",
+)  # fmt: skip
+"""Families that the tests train with expert parallelism over gloo ranks in the default run."""
 
 
 @dataclass(frozen=True)
@@ -151,13 +158,19 @@ def _defaults(classes: list[type]) -> Iterator:
         yield config
 
 
-def families() -> list[Family]:
-    """The whole table. Imports every modeling file that has experts (some seconds)."""
-    return [_row(source) for source in sources()]
+def tests_of(family: str) -> tuple[str, ...]:
+    """Of `TESTS`, those that this package's default test run has for the family."""
+    return ("ep",) if family in OVER_RANKS else ()
+
+
+def families(names: Iterable[str] | None = None) -> list[Family]:
+    """The table, whole or of these families. Imports every modeling file that has experts (some seconds)."""
+    only = None if names is None else set(names)
+    return [_row(source) for source in sources() if only is None or source.name in only]
 
 
 def _row(source: Source) -> Family:
-    tested = TESTED.get(source.name, ())
+    tested = tests_of(source.name)
     classes = tuple(name for _, name in source.decorated)
     shims = tuple((module, name) for module, name in source.lookalikes if name in experts.SHIMS)
     if not classes and not shims:

@@ -126,6 +126,8 @@ class LayerState:
     kernel: str
     shim: Shim | None = None
     dispatcher: Dispatcher | None = None
+    compute_dtype: torch.dtype | None = None
+    """Set where FSDP ignores the layer, and so does not cast its weights."""
     tokens_per_expert: torch.Tensor | None = field(default=None, repr=False)
     """[E] int64 on the layer's device: slots routed to each expert since the last `expert_load`."""
 
@@ -253,8 +255,11 @@ def find_experts(model: nn.Module) -> dict[str, nn.Module]:
             "checkpoints with their quantization config's dequantize=True)."
         )
     if not found:
-        lookalikes = sorted({type(m).__name__ for m in model.modules() if _sounds_like_experts(m)})
-        reason = OFF_INTERFACE.get(_family(model), "it keeps its experts in a form of its own, outside the interface")
+        classes = {type(m) for m in model.modules() if _sounds_like_experts(m)}
+        lookalikes = sorted(cls.__name__ for cls in classes)
+        folders = {part for cls in classes for part in cls.__module__.split(".")}
+        known = (why for family, why in OFF_INTERFACE.items() if family in folders)
+        reason = next(known, "they keep the experts in a form of their own, outside the interface")
         hint = (
             f"It has {', '.join(lookalikes)}, but {reason}."
             if lookalikes
@@ -349,9 +354,13 @@ def _weights_of(module: nn.Module | ExpertsView) -> set[str]:
 
 
 def limits(module: nn.Module) -> str:
-    """In words, how an experts module that runs at ep 1 is limited otherwise; "" if it is not."""
-    why = refusal(module, kernel="grouped_mm", ep_degree=max(2, as_interface(module).num_experts))
-    return f"moe_ep_degree 1 only: {why}" if why is not None and "does not divide" not in why else ""
+    """How an experts module that runs at ep 1 is limited otherwise, in words; "" if it is not."""
+    layout = as_interface(module)
+    if getattr(layout, "has_post_expert_norm", False):
+        return "moe_ep_degree 1 only: one norm that all experts share"
+    if (shim := shim_of(module)) is not None and shim.identity_experts:
+        return "moe_ep_degree 1 only: identity experts without weights"
+    return ""
 
 
 def choose_kernel(requested: str, modules: dict[str, nn.Module]) -> str:
@@ -514,7 +523,7 @@ def _compute_dtype(module: nn.Module, hidden_states: torch.Tensor) -> torch.dtyp
     """autocast's dtype under autocast; else the weights' own, which FSDP2's mixed precision has already cast."""
     if torch.is_autocast_enabled(hidden_states.device.type):
         return torch.get_autocast_dtype(hidden_states.device.type)
-    return module.down_proj.dtype
+    return module._accel_moe_layer.compute_dtype or module.down_proj.dtype
 
 
 @torch.no_grad()
@@ -568,10 +577,6 @@ def _is_quantised_experts(module: nn.Module) -> bool:
 
 def _is_packed(parameter: torch.Tensor) -> bool:
     return not parameter.is_floating_point() or parameter.element_size() < 2
-
-
-def _family(model: nn.Module) -> str:
-    return getattr(getattr(model, "config", None), "model_type", "")
 
 
 def _describe_model(model: nn.Module) -> str:

@@ -96,6 +96,8 @@ NO_VALUE = "leave it to the config"
 MROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}
 OVERRIDES: dict[str, dict[str, object]] = {
     "bailing_hybrid": {"num_expert_group": 1, "num_experts_per_token": 2, "linear_head_dim": 8, "linear_num_heads": 4},
+    "dbrx": {"attn_config": {"rope_theta": 1e4}, "ffn_config": NO_VALUE, "d_model": 48, "n_heads": 48, "n_layers": 2},
+    "doge": {"is_moe": True},
     "deepseek_v4": {"mlp_layer_types": ["hash_moe", "moe"]},
     "ernie4_5_vl_moe": {
         "moe_intermediate_size": [24, 16],
@@ -115,6 +117,7 @@ OVERRIDES: dict[str, dict[str, object]] = {
     "mimo_v2_flash": {"num_key_value_heads": 2},
     "mistral4": {"head_dim": NO_VALUE, "qk_head_dim": NO_VALUE},
     "step3p7": {"pad_token_id": 1, "sliding_window": 4, "swiglu_limits": [None, 0.5]},
+    "vitpose_backbone": {"num_experts": 2, "part_features": 8},
     "zaya": {"num_experts_per_tok": 1},
 }
 
@@ -148,10 +151,12 @@ def tiny_config(cls: type, family: str, **more):
     overrides = {**OVERRIDES.get(family, {}), **more}
     values = {}
     for name, value in vars(default).items():
-        if type(value) in (getattr(cls, "sub_configs", None) or {}).values() or hasattr(value, "model_type"):
+        if name in overrides:
+            values[name] = copy.deepcopy(overrides[name])
+        elif hasattr(value, "model_type"):
             values[name] = tiny_config(type(value), family).to_dict()
-        elif name in SHRINK or name in overrides:
-            values[name] = copy.deepcopy(overrides.get(name, SHRINK.get(name)))
+        elif name in SHRINK:
+            values[name] = copy.deepcopy(SHRINK[name])
     values = {name: value for name, value in values.items() if value != NO_VALUE}
     config = cls(**values)
     config._attn_implementation = "eager"
@@ -216,12 +221,36 @@ def randomise(model: nn.Module, seed: int) -> None:
         model.tie_weights()
 
 
+def use_own_loop(model: nn.Module) -> None:
+    """Let every layer run its family's eager loop."""
+    if hasattr(model, "set_experts_implementation") and any(hasattr(m, "is_concatenated") for m in model.modules()):
+        model.set_experts_implementation("eager")
+
+
 def token_ids(seed: int = 7) -> torch.Tensor:
     return torch.randint(2, VOCAB, TOKENS, generator=torch.Generator().manual_seed(seed))
 
 
-def output_of(model: nn.Module) -> torch.Tensor:
+def output_of(model: nn.Module, input_ids: torch.Tensor | None = None) -> torch.Tensor:
     """The model's logits, or its last hidden state where it has no head."""
-    out = model(input_ids=token_ids())
+    out = model(input_ids=token_ids() if input_ids is None else input_ids)
     found = getattr(out, "logits", None)
     return found if found is not None else out.last_hidden_state
+
+
+def off_interface_model(source: catalogue.Source) -> nn.Module:
+    """A model, on meta, of a family that has experts off the interface."""
+    names = {name for _, name in source.lookalikes}
+    failures = []
+    for module_name in dict.fromkeys(module for module, _ in source.lookalikes):
+        for model_class in _model_classes(importlib.import_module(module_name)):
+            try:
+                with torch.device("meta"):
+                    model = model_class(tiny_config(model_class.config_class, source.name))
+            except Exception as error:
+                failures.append(f"{model_class.__name__}: {type(error).__name__}: {error}")
+                continue
+            if any(type(m).__name__ in names for m in model.modules()):
+                return model
+            failures.append(f"{model_class.__name__}: no experts in it")
+    raise ValueError("; ".join(failures))

@@ -14,6 +14,7 @@ import inspect
 import logging
 import math
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -53,9 +54,11 @@ def shard_then_prepare(original):
     def fsdp2_prepare_model(accelerator, model):
         state = prepared_state(model)
         with _values_from_files(accelerator, model):
+            ignored = []
             if state is not None and state.config.moe_ep_degree > 1 and state.mesh_plan is None:
-                _shard(accelerator, model, state)
-            return original(accelerator, model)
+                ignored = _shard(accelerator, model, state)
+            with _ignoring(accelerator, model, ignored):
+                return original(accelerator, model)
 
     return fsdp2_prepare_model
 
@@ -343,11 +346,29 @@ def _log_plan(plan: mesh.MeshPlan) -> None:
         )
 
 
-def _shard(accelerator, model: nn.Module, state: PreparedState) -> None:
+@contextmanager
+def _ignoring(accelerator, model: nn.Module, layers: list[nn.Module]) -> Iterator[None]:
+    """Within it, accelerate leaves `layers` out of FSDP, beside what its fsdp_ignored_modules names."""
+    plugin = accelerator.state.fsdp_plugin
+    before = plugin.ignored_modules
+    if layers:
+        if isinstance(before, str):
+            named = [module for name, module in model.named_modules() if re.fullmatch(before, name)]
+            plugin.ignored_modules = [*(module.to(accelerator.device) for module in named), *layers]
+        else:
+            plugin.ignored_modules = [*(before or []), *layers]
+    try:
+        yield
+    finally:
+        plugin.ignored_modules = before
+
+
+def _shard(accelerator, model: nn.Module, state: PreparedState) -> list[nn.Module]:
+    """Shard the experts; returns the layers that FSDP is to ignore."""
     plugin = accelerator.state.fsdp_plugin
     plan = _plan(accelerator, state)
     _log_plan(plan)
-    shard.shard_experts(
+    return shard.shard_experts(
         model,
         plan,
         mesh.build_mesh(plan, accelerator.device.type),

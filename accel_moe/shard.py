@@ -1,8 +1,8 @@
 """Experts into shards: whole experts to the ranks of ep, FSDP2 over efsdp, and nothing else touched.
 
 Called inside `accelerator.prepare`, just before accelerate wraps the rest of the model. Each experts module
-becomes its own FSDP unit on the efsdp axis of our mesh, with parameters that are DTensors sharded on dim 0 over
-(efsdp, ep); accelerate skips modules that are FSDP units already and shards the dense weights over all of
+becomes its own FSDP unit on the efsdp axis of our mesh (unless that axis has size 1: see `shard_experts`), with
+parameters that are DTensors sharded on dim 0 over (efsdp, ep); accelerate skips modules that are FSDP units already and shards the dense weights over all of
 dp_shard. Names are unchanged, so an optimizer made before finds its parameters again by name.
 
 Why not earlier: accelerate maps an optimizer's old parameters by data_ptr, and empty shards (2 experts over
@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
 from accel_moe.dispatch.base import make_dispatcher
@@ -38,8 +38,12 @@ def shard_experts(
     reshard_after_forward: bool | int,
     upcast: bool,
     from_rank0: bool,
-) -> None:
+) -> list[nn.Module]:
     """Shard every swapped layer of `model` in place. A collective over the world.
+
+    Where ep covers the whole world (and nothing is offloaded), a rank's experts are its alone: there is nothing to
+    gather or to reduce, and FSDP would only copy them twice a step. They stay DTensors of the mesh, for the norm and
+    the checkpoint, but FSDP is to ignore them.
 
     Args:
         mesh: `build_mesh(plan)`.
@@ -47,30 +51,43 @@ def shard_experts(
             dtype: the layer casts hidden_states itself, and fp32 routing weights must stay fp32.
         upcast: make trainable weights fp32 first, as accelerate does under mixed precision.
         from_rank0: only rank 0's values are real (RAM-efficient loading); they are sent to the others.
+
+    Returns:
+        The layers that FSDP has to ignore.
     """
-    fsdp_mesh = mesh["dp_replicate", "efsdp"] if plan.dp_replicate > 1 else mesh["efsdp"]
     mp_policy = mp_policy or MixedPrecisionPolicy()
-    policy = MixedPrecisionPolicy(
-        param_dtype=mp_policy.param_dtype,
-        reduce_dtype=mp_policy.reduce_dtype,
-        output_dtype=None,
-        cast_forward_inputs=False,
-    )
-    fsdp_options = {} if offload_policy is None else {"offload_policy": offload_policy}
+    alone = plan.dp_replicate == plan.efsdp == 1 and not isinstance(offload_policy, CPUOffloadPolicy)
     group = mesh.get_group("ep")
-    for _, layer in swapped_layers(model):
+    layers = [layer for _, layer in swapped_layers(model)]
+    for layer in layers:
         for name, parameter in list(layer._parameters.items()):
             if parameter is not None:
                 dtype = torch.float32 if upcast and parameter.requires_grad else parameter.dtype
                 local = _own_experts(parameter, mesh["ep"], dtype, from_rank0)
-                shard = DTensor.from_local(local, mesh["ep"], [Shard(0)], run_check=False)
+                if alone:
+                    shard = DTensor.from_local(local, mesh["efsdp", "ep"], [Shard(0), Shard(0)], run_check=False)
+                else:
+                    shard = DTensor.from_local(local, mesh["ep"], [Shard(0)], run_check=False)
                 layer.register_parameter(name, nn.Parameter(shard, requires_grad=parameter.requires_grad))
-        fully_shard(
-            layer, mesh=fsdp_mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward, **fsdp_options
-        )
         state = layer._accel_moe_layer
         state.dispatcher = make_dispatcher("all_to_all", group, state.num_experts)
         state.prepared.mesh_plan = plan
+        if alone:
+            state.compute_dtype = mp_policy.param_dtype
+            continue
+        fully_shard(
+            layer,
+            mesh=mesh["dp_replicate", "efsdp"] if plan.dp_replicate > 1 else mesh["efsdp"],
+            mp_policy=MixedPrecisionPolicy(
+                param_dtype=mp_policy.param_dtype,
+                reduce_dtype=mp_policy.reduce_dtype,
+                output_dtype=None,
+                cast_forward_inputs=False,
+            ),
+            reshard_after_forward=reshard_after_forward,
+            **({} if offload_policy is None else {"offload_policy": offload_policy}),
+        )
+    return layers if alone else []
 
 
 @torch.no_grad()

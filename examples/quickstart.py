@@ -63,7 +63,7 @@ def main() -> int:
     _, held_out_texts = read_texts(args.data, args.max_megabytes)
     held_out = tokenize(held_out_texts, tokenizer, SEQ_LEN, EVAL_SEQUENCES)
     reloaded = held_out_loss(model, held_out)
-    print(sample(model, tokenizer, "def "))
+    print(sample(model, tokenizer, "    def __init__(self, "))
 
     say(f"Done in {time.monotonic() - start_s:.0f} s")
     return report(read_metrics(trained), unigram_entropy(held_out), reloaded)

@@ -1,0 +1,266 @@
+"""One training step of the same model, three ways: our EP, accelerate FSDP2 with grouped_mm, transformers' own EP.
+
+    python examples/benchmarks/bench_train.py --gpus "1 2"                    # the scenarios in scenarios.yaml
+    python examples/benchmarks/bench_train.py --only mixtral_8x7b_2_layers --results examples/benchmarks/RESULTS.md
+
+Each (scenario, number of GPUs, way) runs in processes of its own: random weights from one seed, fp32 master weights,
+bf16 compute, fused AdamW, no clipping, no activation checkpointing, random tokens. Reported: the median time of a step
+between device synchronisations, tokens/s/GPU, the greatest peak memory of a rank over the timed steps, and the loss of
+the last step (alike for all ways, or something is wrong). The table is printed and, with --results, replaces this
+benchmark's section in that file. On a machine without a GPU it runs on gloo ranks, to try the script out.
+
+A way that this installation does not have, and one that runs out of memory, get a row that says so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+HERE = Path(__file__).resolve().parent
+WARMUP_STEPS = 4
+SECTION_BEGIN, SECTION_END = "<!-- bench_train:begin -->", "<!-- bench_train:end -->"
+OURS, FSDP2, TRANSFORMERS_EP = "accel_moe", "FSDP2 + grouped_mm", "transformers EP"
+GPU = torch.cuda.is_available()
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """One entry of the scenarios file."""
+
+    name: str
+    model_type: str
+    config: dict[str, Any]
+    batch_size: int
+    seq_len: int
+
+    def model_config(self):
+        from transformers import AutoConfig
+
+        return AutoConfig.for_model(self.model_type, **self.config)
+
+    @property
+    def tokens(self) -> int:
+        return self.batch_size * self.seq_len
+
+
+def read_scenarios(path: Path) -> dict[str, Scenario]:
+    return {name: Scenario(name, **fields) for name, fields in yaml.safe_load(path.read_text()).items()}
+
+
+# ---- The parent: starts ranks, collects, writes the table
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--gpus", default="2", help='numbers of GPUs to run on, such as "1 2" (default: %(default)s)')
+    parser.add_argument("--scenarios", type=Path, default=HERE / "scenarios.yaml", metavar="YAML")
+    parser.add_argument("--only", nargs="+", metavar="SCENARIO", help="some of the scenarios")
+    parser.add_argument("--ways", nargs="+", default=[OURS, FSDP2, TRANSFORMERS_EP], metavar="WAY")
+    parser.add_argument("--steps", type=int, default=12, help="timed steps (default: %(default)s)")
+    parser.add_argument("--results", type=Path, metavar="MARKDOWN", help="file to write the section into")
+    parser.add_argument("--worker", nargs=3, metavar=("WAY", "SCENARIO", "FOLDER"), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    scenarios = read_scenarios(args.scenarios)
+    if args.worker:
+        way, name, folder = args.worker
+        return work(way, scenarios[name], Path(folder), args.steps)
+
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        for name in args.only or scenarios:
+            for gpus in map(int, args.gpus.split()):
+                for way in args.ways:
+                    result = run_way(args, way, name, gpus, Path(folder))
+                    rows.append((name, gpus, way, result))
+                    print(f"{name}, {gpus} GPU(s), {way}: {result}", flush=True)
+    section = report(rows, scenarios, f"python {os.path.relpath(__file__)} {' '.join(map(quoted, sys.argv[1:]))}")
+    print(f"\n{section}")
+    if args.results:
+        replace_section(args.results, section)
+
+
+def run_way(args: argparse.Namespace, way: str, name: str, gpus: int, folder: Path) -> dict[str, Any]:
+    """Start the ranks of one way; what rank 0 measured, or {"why_not": …}."""
+    if way == TRANSFORMERS_EP and (why := no_transformers_ep(gpus)):
+        return {"why_not": why}
+    result = folder / "result.json"
+    result.unlink(missing_ok=True)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(gpus)]
+    command += [__file__, "--scenarios", str(args.scenarios), "--steps", str(args.steps)]
+    if way == TRANSFORMERS_EP and not (folder / name).exists():  # it trains only what it loads itself
+        write = [sys.executable, __file__, "--scenarios", str(args.scenarios), "--worker", "write", name, str(folder)]
+        subprocess.run(write, check=True)
+    done = subprocess.run([*command, "--worker", way, name, str(folder)], capture_output=True, text=True)
+    if result.exists() and done.returncode == 0:
+        return json.loads(result.read_text())
+    if "out of memory" in done.stderr.lower():
+        return {"why_not": "out of memory"}
+    print(done.stdout[-3000:] + done.stderr[-6000:], file=sys.stderr)
+    return {"why_not": f"failed with exit code {done.returncode}"}
+
+
+def no_transformers_ep(gpus: int) -> str | None:
+    if gpus == 1:
+        return "needs 2 GPUs"
+    try:
+        from transformers.distributed import DistributedConfig
+    except ImportError:
+        return "not in this transformers"
+    return None if "ep_size" in DistributedConfig.__dataclass_fields__ else "not in this transformers"
+
+
+def report(rows: list[tuple[str, int, str, dict[str, Any]]], scenarios: dict[str, Scenario], command: str) -> str:
+    """The Markdown section: how it was measured, then one row per way, with its ratio to FSDP2 + grouped_mm."""
+    import accelerate
+    import transformers
+
+    device = torch.cuda.get_device_name() if GPU else f"CPU ({platform.machine()}, gloo)"
+    versions = (
+        f"torch {torch.__version__}, transformers {transformers.__version__}, accelerate {accelerate.__version__}"
+    )
+    lines = [f"`{command}`", "", f"{device}; {versions}. fp32 master weights, bf16 compute, fused AdamW.", ""]
+    lines += ["| scenario | tokens a GPU | GPUs | way | ms/step | tokens/s/GPU | x FSDP2 | peak GiB | loss |"]
+    lines += ["|---|---|---|---|---|---|---|---|---|"]
+    yardstick = {(name, gpus): result.get("step_s") for name, gpus, way, result in rows if way == FSDP2}
+    for name, gpus, way, result in rows:
+        scenario = scenarios[name]
+        cells = [name, f"{scenario.batch_size} x {scenario.seq_len}", str(gpus), way]
+        if "why_not" in result:
+            cells += [result["why_not"], "", "", "", ""]
+        else:
+            step_s, other_s = result["step_s"], yardstick.get((name, gpus))
+            peak = f"{result['peak_bytes'] / 2**30:.1f}" if result["peak_bytes"] else "-"
+            ratio = f"{other_s / step_s:.2f}" if other_s else "-"
+            cells += [f"{step_s * 1e3:.0f}", f"{scenario.tokens / step_s:,.0f}", ratio, peak, f"{result['loss']:.3f}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def replace_section(path: Path, section: str) -> None:
+    text = path.read_text() if path.exists() else "# Results\n"
+    if SECTION_BEGIN not in text:
+        text = f"{text.rstrip()}\n\n## A training step (bench_train.py)\n\n{SECTION_BEGIN}\n{SECTION_END}\n"
+    before, rest = text.split(SECTION_BEGIN)
+    after = rest.split(SECTION_END)[1]
+    path.write_text(f"{before}{SECTION_BEGIN}\n{section}\n{SECTION_END}{after}")
+
+
+def quoted(word: str) -> str:
+    return f'"{word}"' if " " in word else word
+
+
+# ---- A rank: builds the model one way, trains it, measures
+
+
+def work(way: str, scenario: Scenario, folder: Path, steps: int) -> None:
+    """Run one way on this rank; rank 0 writes folder/result.json."""
+    if way == "write":
+        return random_model(scenario, "cuda" if GPU else "cpu").save_pretrained(folder / scenario.name)
+    if way == TRANSFORMERS_EP:
+        model, optimizer, backward, device = build_transformers_ep(folder / scenario.name)
+    else:
+        model, optimizer, backward, device = build_with_accelerate(scenario, ours=way == OURS)
+    generator = torch.Generator().manual_seed(int(os.environ["RANK"]))
+    vocabulary, shape = scenario.config["vocab_size"], (scenario.batch_size, scenario.seq_len)
+    batches = [torch.randint(vocabulary, shape, generator=generator).to(device) for _ in range(4)]
+    loss, times_s = torch.zeros(()), []
+    for step in range(WARMUP_STEPS + steps):
+        if step == WARMUP_STEPS and GPU:
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        synchronize()
+        start_s = time.perf_counter()
+        batch = batches[step % len(batches)]
+        loss = model(input_ids=batch, labels=batch, use_cache=False).loss
+        backward(loss)
+        optimizer.step()
+        optimizer.zero_grad()
+        synchronize()
+        times_s.append(time.perf_counter() - start_s)
+    peak_bytes = torch.cuda.max_memory_allocated() if GPU else 0
+    measured = torch.tensor([peak_bytes, statistics.median(times_s[WARMUP_STEPS:])], dtype=torch.double, device=device)
+    loss = loss.detach().double().to(device)
+    torch.distributed.all_reduce(measured, op=torch.distributed.ReduceOp.MAX)
+    torch.distributed.all_reduce(loss)
+    if torch.distributed.get_rank() == 0:
+        peak_bytes, step_s = measured.tolist()
+        result = {"step_s": step_s, "peak_bytes": peak_bytes, "loss": loss.item() / torch.distributed.get_world_size()}
+        (folder / "result.json").write_text(json.dumps(result))
+    torch.distributed.destroy_process_group()
+
+
+def synchronize() -> None:
+    if GPU:
+        torch.cuda.synchronize()
+
+
+def random_model(scenario: Scenario, device: torch.device | str) -> torch.nn.Module:
+    """The scenario's model in fp32, with the same random weights on every rank and in every way."""
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    with torch.device(device):
+        return AutoModelForCausalLM.from_config(
+            scenario.model_config(), dtype=torch.float32, attn_implementation="sdpa"
+        )
+
+
+def adamw(model: torch.nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True)
+
+
+def build_with_accelerate(scenario: Scenario, ours: bool):
+    from accelerate import Accelerator
+    from accelerate.utils import FullyShardedDataParallelPlugin
+
+    import accel_moe
+    import accel_moe.cpu
+
+    accel_moe.cpu.enable()
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy="transformer_based_wrap")
+    accelerator = Accelerator(mixed_precision="bf16", fsdp_plugin=plugin)
+    model = random_model(scenario, accelerator.device)
+    if ours:
+        accel_moe.prepare(model, moe_ep_degree=accelerator.num_processes)
+    else:
+        model.set_experts_implementation("grouped_mm")
+    model, optimizer = accelerator.prepare(model, adamw(model))
+    return model, optimizer, accelerator.backward, accelerator.device
+
+
+def build_transformers_ep(checkpoint: Path):
+    from transformers import AutoModelForCausalLM
+    from transformers.distributed import DistributedConfig
+
+    world, rank = int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_RANK"])
+    device = torch.device("cuda", rank) if GPU else torch.device("cpu")
+    if GPU:
+        torch.cuda.set_device(device)
+    torch.distributed.init_process_group("nccl" if GPU else "gloo")
+    model = AutoModelForCausalLM.from_pretrained(
+        checkpoint,
+        dtype=torch.float32,
+        attn_implementation="sdpa",
+        experts_implementation="grouped_mm",
+        distributed_config=DistributedConfig(ep_size=world, fsdp_size=world, fsdp_mixed_precision=True),
+    )
+    model.train()
+    return model, adamw(model), lambda loss: loss.backward(), device
+
+
+if __name__ == "__main__":
+    main()

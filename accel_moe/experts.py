@@ -18,6 +18,7 @@ What the module cannot know before the ranks exist (its dispatcher) is given by 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import os
@@ -117,6 +118,15 @@ class PreparedState:
         return self.resolved.config
 
 
+@dataclass(frozen=True)
+class LowRank:
+    """A change of one weight of all experts: scale * left @ right, left [E, a, r] and right [E, r, b], whole."""
+
+    left: torch.Tensor
+    right: torch.Tensor
+    scale: float
+
+
 @dataclass
 class LayerState:
     """One experts layer's own part of it."""
@@ -130,6 +140,8 @@ class LayerState:
     """Set where FSDP ignores the layer, and so does not cast its weights."""
     tokens_per_expert: torch.Tensor | None = field(default=None, repr=False)
     """[E] int64 on the layer's device: slots routed to each expert since the last `expert_load`."""
+    deltas: dict[str, list[LowRank]] = field(default_factory=dict, repr=False)
+    """LoRA on the experts, under ep: by parameter, what its PEFT wrapper lends for the length of a forward."""
 
     @property
     def ep(self) -> int:
@@ -201,6 +213,31 @@ class ScatterMoE(nn.Module):
         return f"{own}, {text}" if own else text
 
 
+class FoundExperts(dict[str, nn.Module]):
+    """Experts modules by name; `adapters` are the PEFT wrappers (LoRA `target_parameters`) around them."""
+
+    adapters: list[nn.Module]
+
+
+class LendsLowRank(nn.Module):
+    """Mixed into a PEFT wrapper of an experts parameter when ep > 1.
+
+    PEFT's own forward adds left @ right to the whole weight by parametrisation, which needs a plain tensor where there
+    is a shard. Instead the factors are lent to the layer, which adds the part of its own experts. Rank, alpha, scaling
+    and active adapters stay PEFT's; so do the names and shapes of lora_A and lora_B, which are dense weights.
+    """
+
+    @contextlib.contextmanager
+    def _activate_lora(self, active_adapters: list[str]) -> Iterator[None]:
+        deltas = self.get_base_layer()._accel_moe_layer.deltas
+        active = [self.get_delta_factors(a) for a in active_adapters if a in self.lora_A]
+        deltas[self.parameter_name] = [LowRank(*factors) for factors in active]
+        try:
+            yield
+        finally:
+            del deltas[self.parameter_name]
+
+
 def is_experts(module: nn.Module) -> bool:
     """True for an experts module on transformers' experts interface, or with a shim that fits it."""
     down = module._parameters.get("down_proj")
@@ -241,13 +278,14 @@ def _shim_answers(module: nn.Module, shim: Shim) -> dict[str, Any]:
     return answers
 
 
-def find_experts(model: nn.Module) -> dict[str, nn.Module]:
+def find_experts(model: nn.Module) -> FoundExperts:
     """Every experts module of `model` by name, swapped ones included.
 
     Raises:
         ValueError: the model has none.
     """
-    found = {name: module for name, module in model.named_modules() if is_experts(module)}
+    found = FoundExperts({name: module for name, module in model.named_modules() if is_experts(module)})
+    found.adapters = [m for m in model.modules() if hasattr(m, "parameter_name") and is_experts(_innermost(m))]
     if quantised := sorted({type(m).__name__ for m in model.modules() if _is_quantised_experts(m)}):
         raise ValueError(
             f"accel_moe.prepare() found quantised experts ({', '.join(quantised)}) in {_describe_model(model)}. "
@@ -406,11 +444,47 @@ def triton_can_run() -> bool:
 
 
 def swap(modules: dict[str, nn.Module], prepared: PreparedState) -> None:
-    """Give each module our forward, in place. Nothing else of it changes."""
+    """Give each module our forward, in place; and what PEFT wrapped around it, under ep, what `LendsLowRank` says.
+
+    Raises:
+        ValueError: an adapter on the experts that cannot be trained over several ranks.
+    """
+    adapters = getattr(modules, "adapters", []) if prepared.config.moe_ep_degree > 1 else []
+    for adapter in adapters:
+        _check_adapter(adapter)
+    for adapter in adapters:
+        adapter.__class__ = _lending_class(adapter.__class__)
     for module in modules.values():
         num_experts = as_interface(module).num_experts
         module._accel_moe_layer = LayerState(prepared, num_experts, prepared.kernel, shim_of(module))
         module.__class__ = _swapped_class(module.__class__)
+
+
+def _innermost(module: nn.Module) -> nn.Module:
+    while isinstance(inner := getattr(module, "base_layer", None), nn.Module):
+        module = inner
+    return module
+
+
+def _check_adapter(adapter: nn.Module) -> None:
+    """LoRA's ParamWrapper of peft 0.17 to 0.21, on a 3-D weight; anything else is refused."""
+    kind = f"{type(adapter).__name__} on {adapter.parameter_name}"
+    if not all(hasattr(adapter, name) for name in ("_activate_lora", "get_delta_factors", "lora_A", "lora_B")):
+        raise ValueError(f"moe_ep_degree > 1 with {kind} is not supported. Use LoRA (LoraConfig.target_parameters).")
+    if adapter.get_param().dim() != 3:
+        raise ValueError(
+            f"moe_ep_degree > 1 with LoRA on {adapter.parameter_name}, which is not a stack of matrices, is not "
+            "supported. Leave it out of target_parameters."
+        )
+
+
+@functools.cache
+def _lending_class(cls: type[nn.Module]) -> type[nn.Module]:
+    return (
+        cls
+        if issubclass(cls, LendsLowRank)
+        else type(cls.__name__, (LendsLowRank, cls), {"__module__": cls.__module__})
+    )
 
 
 def swapped_layers(model: nn.Module) -> Iterator[tuple[str, ScatterMoE]]:
@@ -456,7 +530,7 @@ def expert_load(model: nn.Module) -> dict[str, torch.Tensor]:
 
 def experts_function(kernel: str, module: nn.Module) -> Callable[..., torch.Tensor]:
     if kernel == "eager":
-        return _eager_forward(type(module))
+        return _eager_forward(next(c for c in type(module).__mro__ if ScatterMoE in c.__bases__))
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
     return ALL_EXPERTS_FUNCTIONS[kernel]
@@ -503,20 +577,30 @@ def _local_view(module: ScatterMoE, layer: LayerState, num_pairs: int, dtype: to
     large, and the gradient norm with them.
     """
     scale = 1.0 / layer.ep
-    names, local = [], []
-    for name, parameter in _floating_parameters(module):
-        names.append(name)
-        local.append((parameter.to_local() if isinstance(parameter, DTensor) else parameter).to(dtype))
+    weights = dict(_floating_parameters(module))
+    local = {n: (p.to_local() if isinstance(p, DTensor) else p).to(dtype) for n, p in weights.items()}
     answers: dict[str, Any] = _shim_answers(module, layer.shim) if layer.shim is not None else {}
     answers.update(num_experts=layer.num_local_experts, _is_expert_parallel=True)
-    answers.update(num_pairs=num_pairs, weight_grad_scale=scale)
-    if layer.kernel != "scattermoe":  # it applies the factor in the epilogue of its weight gradient
-        local = _ScaleWeightGradients.apply(scale, *local)
-    return ExpertsView(module, **answers, **dict(zip(names, local)))
+    trained = [name for name, weight in local.items() if weight.requires_grad]
+    if trained and (layer.deltas or layer.kernel != "scattermoe"):
+        local.update(zip(trained, _ScaleWeightGradients.apply(scale, *(local[name] for name in trained))))
+        scale = 1.0  # else our kernels apply the factor in the epilogue of their weight gradient
+    for name, changes in layer.deltas.items():
+        # lora_A and lora_B are dense: FSDP averages them over every rank, of which one per ep group has the gradient
+        # of an expert, summed over the group. That is the mean over ranks: no factor here.
+        first = weights[name].device_mesh.get_local_rank("ep") * layer.num_local_experts
+        own = slice(first, first + layer.num_local_experts)
+        for change in changes:
+            left, right = change.left[own].to(dtype), change.right[own].to(dtype)
+            local[name] = torch.baddbmm(local[name], left, right, alpha=change.scale)
+    answers.update(num_pairs=num_pairs, weight_grad_scale=1.0 if layer.deltas else scale)
+    return ExpertsView(module, **answers, **local)
 
 
 def _floating_parameters(module: nn.Module) -> list[tuple[str, torch.Tensor]]:
-    return [(name, p) for name, p in module._parameters.items() if p is not None]
+    """The weights as they read: with ep 1, PEFT parametrises them for the length of a forward."""
+    found = ((name, getattr(module, name, None)) for name in sorted(KNOWN_PARAMETERS))
+    return [(name, p) for name, p in found if isinstance(p, torch.Tensor)]
 
 
 def _compute_dtype(module: nn.Module, hidden_states: torch.Tensor) -> torch.dtype:

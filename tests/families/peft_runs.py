@@ -1,0 +1,188 @@
+"""A LoRA run on ranks and the same on one process with stock PEFT on the model's own loop."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from tests.tiny import batches, decoder_layer_names, tiny_model
+
+EXPERTS = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
+STEPS = 2
+
+
+@dataclass(frozen=True)
+class Case:
+    """One LoRA run.
+
+    Attributes:
+        modules, parameters: LoraConfig's target_modules and target_parameters.
+        kernel: moe_kernel.
+        mixed_precision: accelerate's; the model is then made in bf16.
+    """
+
+    world: int = 2
+    ep: int = 2
+    family: str = "qwen3_moe"
+    modules: tuple[str, ...] = ("q_proj", "v_proj")
+    parameters: tuple[str, ...] = ()
+    r: int = 4
+    alpha: int = 12
+    rslora: bool = False
+    kernel: str = "grouped_mm"
+    interpret: bool = False
+    checkpointing: bool = False
+    mixed_precision: str = "no"
+
+    @property
+    def name(self) -> str:
+        changed = [
+            f"{k}={getattr(self, k)}" for k in self.__dataclass_fields__ if getattr(self, k) != getattr(Case(), k)
+        ]
+        return " ".join([f"w{self.world} ep{self.ep}", *changed])
+
+
+@dataclass(frozen=True)
+class Run:
+    losses: list[float]
+    norms: list[float]
+    gradients: dict[str, torch.Tensor]
+    weights: dict[str, torch.Tensor]
+    facts: dict[str, object]
+
+
+def build(case: Case):
+    """A PEFT model whose lora_A and lora_B are both random: with B zero, as PEFT starts, A has no gradient."""
+    from peft import LoraConfig, get_peft_model
+
+    base = tiny_model(case.family)
+    base.name_or_path = f"tiny-{case.family}"
+    if case.mixed_precision == "bf16":
+        base = base.bfloat16()
+    config = LoraConfig(
+        r=case.r,
+        lora_alpha=case.alpha,
+        use_rslora=case.rslora,
+        target_modules=list(case.modules) or [],
+        target_parameters=list(case.parameters) or None,
+        lora_dropout=0.0,
+    )
+    model = get_peft_model(base, config)
+    randomise_adapter(model)
+    return model
+
+
+@torch.no_grad()
+def randomise_adapter(model: nn.Module) -> None:
+    generator = torch.Generator().manual_seed(3)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+
+
+def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1, momentum=0.9)
+
+
+def on_one_process(case: Case) -> Run:
+    """Stock PEFT, the family's own loop, the whole batch."""
+    model = build(case)
+    model.base_model.model.set_experts_implementation("eager")
+    optimizer = optimizer_of(model)
+    losses, norms, gradients = [], [], {}
+    for batch in batches(STEPS):
+        loss = model(input_ids=batch, labels=batch).loss
+        loss.backward()
+        gradients = gradients or {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+        norms.append(float(torch.nn.utils.clip_grad_norm_(trained(model), 1e6)))
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    weights = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+    return Run(losses, norms, gradients, weights, {})
+
+
+def trained(model: nn.Module) -> list[nn.Parameter]:
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+def on_rank(case: Case, folder: str | None = None) -> Run | None:
+    """The run on this rank under FSDP2. A Run on rank 0, None elsewhere; the adapter is saved in `folder`."""
+    from accelerate import Accelerator
+    from accelerate.utils import FullyShardedDataParallelPlugin
+
+    import accel_moe
+    import accel_moe.cpu
+
+    accel_moe.cpu.enable()
+    model = build(case)
+    accel_moe.prepare(model, moe_ep_degree=case.ep, moe_kernel=case.kernel)
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2,
+        auto_wrap_policy="transformer_based_wrap",
+        transformer_cls_names_to_wrap=decoder_layer_names(model.base_model.model),
+        activation_checkpointing=case.checkpointing,
+        state_dict_type="SHARDED_STATE_DICT",
+        cpu_ram_efficient_loading=False,
+    )
+    accelerator = Accelerator(fsdp_plugin=plugin, mixed_precision=case.mixed_precision)
+    optimizer = optimizer_of(model)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    rank, world = accelerator.process_index, accelerator.num_processes
+    losses, norms, gradients = [], [], {}
+    for batch in batches(STEPS):
+        own = batch.chunk(world)[rank]
+        loss = model(input_ids=own, labels=own).loss
+        accelerator.backward(loss)
+        if not gradients:
+            gradients = {clean(n): whole(p.grad) for n, p in model.named_parameters() if p.grad is not None}
+        norms.append(float(whole(accelerator.clip_grad_norm_(model.parameters(), 1e6))))
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(accelerator.reduce(loss.detach(), "mean").item())
+    weights = {clean(n): whole(p) for n, p in model.named_parameters() if p.requires_grad}
+    if folder is not None:
+        save_adapter(accelerator, model, folder)
+    frozen = [n for n, p in model.named_parameters() if not p.requires_grad]
+    facts = {
+        "frozen_with_gradient": [n for n, p in model.named_parameters() if n in frozen and p.grad is not None],
+        "frozen_dtypes": sorted({str(p.dtype) for n, p in model.named_parameters() if not p.requires_grad}),
+        "trained_dtypes": sorted({str(p.dtype) for n, p in model.named_parameters() if p.requires_grad}),
+        "optimizer_state": len(optimizer.state),
+        "trained": len(trained(model)),
+    }
+    return Run(losses, norms, gradients, weights, facts) if rank == 0 else None
+
+
+def save_adapter(accelerator, model: nn.Module, folder: str) -> None:
+    """As a PEFT script under FSDP2 does: gather the whole adapter, rank 0 writes it."""
+    state = {clean(n): whole(p) for n, p in model.named_parameters() if "lora_" in n}
+    if accelerator.is_main_process:
+        accelerator.unwrap_model(model).save_pretrained(folder, state_dict=state, is_main_process=True)
+    accelerator.wait_for_everyone()
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach().cpu().clone()
+
+
+def clean(name: str) -> str:
+    return name.replace("_checkpoint_wrapped_module.", "").replace("_orig_mod.", "")
+
+
+def differences(run: Run, oracle: Run, relative: float = 1e-4) -> list[str]:
+    """Every loss, norm, gradient and weight that is not the oracle's."""
+    wrong = [f"only one side has {n}" for n in sorted(run.gradients.keys() ^ oracle.gradients.keys())]
+    for what in ("gradients", "weights"):
+        ours, right = getattr(run, what), getattr(oracle, what)
+        for name in sorted(ours.keys() & right.keys()):
+            gap, largest = (ours[name] - right[name]).abs().max().item(), right[name].abs().max().item()
+            if not gap <= relative * largest + 1e-9:
+                wrong.append(f"{what[:-1]} of {name}: off by {gap:.1e}, largest {largest:.1e}")
+    for what in ("losses", "norms"):
+        for ours, right in zip(getattr(run, what), getattr(oracle, what)):
+            if not abs(ours - right) <= relative * abs(right):
+                wrong.append(f"{what}: {ours} for {right}")
+    return wrong

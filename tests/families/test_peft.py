@@ -1,0 +1,198 @@
+"""LoRA through PEFT: on attention and router with frozen experts, and on the experts themselves.
+
+The oracle is stock PEFT on one process, the model's own loop, the whole batch. Tolerance, float32: 1e-4 of each
+tensor's largest value, as in the parity table (sums over ranks in another order); weights after two SGD steps alike.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import replace
+
+import pytest
+import torch
+
+import accel_moe
+from accel_moe import experts
+from tests.families.peft_runs import EXPERTS, Case, build, differences, on_one_process, on_rank, randomise_adapter
+from tests.ranks import run_ranks
+from tests.tiny import batches, tiny_model
+
+pytest.importorskip("peft")
+
+ROUTER = ("mlp.gate.weight",)
+TABLE = [
+    Case(2, 1),
+    Case(2, 2),
+    Case(2, 2, parameters=ROUTER),
+    Case(2, 1, modules=(), parameters=EXPERTS),
+    Case(2, 2, modules=(), parameters=EXPERTS),
+    Case(4, 2, parameters=(*ROUTER, *EXPERTS), rslora=True),
+    Case(2, 2, modules=(), parameters=EXPERTS[1:], r=2, alpha=5),
+    Case(2, 2, modules=(), parameters=EXPERTS, kernel="scattermoe", interpret=True),
+    Case(2, 2, modules=("q_proj",), parameters=EXPERTS, checkpointing=True),
+]
+
+
+@functools.cache
+def oracle(case: Case):
+    return on_one_process(replace(case, world=1, ep=1, kernel="eager", interpret=False, checkpointing=False))
+
+
+@pytest.mark.parametrize("case", TABLE, ids=lambda case: case.name)
+def test_lora_training_equals_stock_peft_on_one_process(case):
+    run = run_ranks(on_rank, case.world, case, interpret=case.interpret)[0]
+    assert not (wrong := differences(run, oracle(case))), "\n".join(wrong)
+    assert run.facts["frozen_with_gradient"] == []
+    assert run.facts["optimizer_state"] == run.facts["trained"] > 0
+
+
+def test_frozen_experts_stay_in_bf16_under_mixed_precision():
+    case = Case(2, 2, mixed_precision="bf16")
+    run = run_ranks(on_rank, 2, case)[0]
+    assert run.facts["frozen_dtypes"] == ["torch.bfloat16"]
+    assert run.facts["trained_dtypes"] == ["torch.float32"]
+    # bf16 has 8 bits of mantissa, and the base is rounded to it too: the loss agrees to 2 %, no more can be asked
+    assert abs(run.losses[0] - oracle(Case()).losses[0]) <= 0.02 * oracle(Case()).losses[0]
+
+
+@pytest.mark.parametrize("kernel", ["grouped_mm", "eager", "scattermoe"])
+@pytest.mark.parametrize("parameters", [(), ROUTER, EXPERTS], ids=["attention", "router", "experts"])
+def test_lora_in_one_process_equals_stock_peft(kernel, parameters):
+    case = Case(1, 1, parameters=parameters, kernel=kernel)
+    model, stock = build(case), build(case)
+    stock.base_model.model.set_experts_implementation("eager")
+    accel_moe.prepare(model, moe_kernel=kernel)
+    batch = batches(1)[0]
+    for m in (model, stock):
+        m(input_ids=batch, labels=batch).loss.backward()
+    for (name, ours), (_, right) in zip(model.named_parameters(), stock.named_parameters()):
+        assert (ours.grad is None) == (right.grad is None), name
+        if right.grad is not None:  # another order of summation
+            torch.testing.assert_close(ours.grad, right.grad, rtol=0, atol=1e-4 * right.grad.abs().max().item())
+
+
+def test_frozen_experts_ask_the_experts_function_for_no_weight_gradient(monkeypatch):
+    asked = []
+    original = experts.experts_function
+
+    def watching(kernel, module):
+        function = original(kernel, module)
+
+        def watched(view, *inputs):
+            asked.append((view.gate_up_proj.requires_grad, view.down_proj.requires_grad))
+            return function(view, *inputs)
+
+        return watched
+
+    monkeypatch.setattr(experts, "experts_function", watching)
+    model = accel_moe.prepare(build(Case(1, 1)), moe_kernel="grouped_mm")
+    batch = batches(1)[0]
+    model(input_ids=batch, labels=batch).loss.backward()
+    assert asked == [(False, False)] * 2
+
+
+def count_exchanges(parameters: tuple[str, ...]) -> list[int]:
+    """On a rank: exchanges in the forward, and in the backward, of one step in which only `parameters` train."""
+    from accel_moe.dispatch import all_to_all
+
+    calls = [0]
+    original = all_to_all.exchange_rows
+
+    def counted(*args, **options):
+        calls[0] += 1
+        return original(*args, **options)
+
+    all_to_all.exchange_rows = counted
+    import accel_moe.cpu
+    from tests.distributed.parity import Case as Plain
+    from tests.distributed.parity import accelerator_for
+
+    accel_moe.cpu.enable()
+    model = tiny_model("qwen3_moe")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in parameters)
+    accel_moe.prepare(model, moe_ep_degree=2)
+    accelerator = accelerator_for(Plain(2, 2), model)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    own = batches(1)[0].chunk(2)[accelerator.process_index]
+    loss = model(input_ids=own, labels=own).loss
+    forward = calls[0]
+    accelerator.backward(loss)
+    return [forward, calls[0] - forward]
+
+
+@pytest.mark.parametrize(
+    ("trained", "backward"),
+    [
+        # 2 layers; a forward sends rows, sends slots, brings rows home; each has its backward where it is needed
+        ("lm_head.weight", 0),
+        ("model.layers.1.mlp.gate.weight", 2),  # layer 1: home, and the routing weights' way back
+        ("model.layers.1.self_attn.q_proj.weight", 3),
+        ("model.embed_tokens.weight", 6),
+    ],
+)
+def test_no_gradient_passes_through_the_exchange_that_nobody_needs(trained, backward):
+    assert run_ranks(count_exchanges, 2, (trained,)) == [[6, backward]] * 2
+
+
+@pytest.mark.parametrize("parameters", [(), EXPERTS], ids=["attention", "experts"])
+def test_stock_peft_loads_the_adapter_that_two_ranks_trained(parameters, tmp_path):
+    from peft import PeftModel
+
+    case = Case(2, 2, parameters=parameters)
+    run = run_ranks(on_rank, 2, case, str(tmp_path))[0]
+    base = tiny_model(case.family)
+    base.set_experts_implementation("eager")
+    loaded = PeftModel.from_pretrained(base, str(tmp_path), is_trainable=True)
+    assert loaded.peft_config["default"].lora_alpha == case.alpha
+    found = {n: p for n, p in loaded.named_parameters() if "lora_" in n}
+    assert found.keys() == run.weights.keys()
+    for name, weight in run.weights.items():
+        torch.testing.assert_close(found[name].detach(), weight, rtol=0, atol=0)
+    # and it computes what the oracle computes with its own trained adapter
+    trained = build(case)
+    trained.load_state_dict(oracle(case).weights, strict=False)
+    trained.base_model.model.set_experts_implementation("eager")
+    batch = batches(1, seed=9)[0]
+    with torch.no_grad():
+        ours, right = loaded(input_ids=batch).logits, trained(input_ids=batch).logits
+    torch.testing.assert_close(ours, right, rtol=0, atol=1e-4 * right.abs().max().item())
+
+
+def test_dropout_on_experts_is_refused_by_peft_and_on_attention_is_applied():
+    from peft import LoraConfig, get_peft_model
+
+    with pytest.raises(ValueError, match="lora_dropout != 0"):
+        get_peft_model(tiny_model(), LoraConfig(target_modules=[], target_parameters=list(EXPERTS), lora_dropout=0.1))
+    config = LoraConfig(target_modules=["q_proj", "v_proj"], lora_dropout=0.5)
+    outputs = []
+    for own in (False, True):
+        model = get_peft_model(tiny_model(), config)
+        randomise_adapter(model)
+        model.base_model.model.set_experts_implementation("eager")
+        if own:
+            accel_moe.prepare(model, moe_kernel="grouped_mm")
+        torch.manual_seed(2)
+        outputs.append(model.train()(input_ids=batches(1)[0]).logits)
+    torch.testing.assert_close(outputs[1], outputs[0], rtol=0, atol=1e-4 * outputs[0].abs().max().item())
+
+
+def test_lora_on_an_experts_bias_is_refused_over_several_ranks():
+    from peft import LoraConfig, get_peft_model
+
+    from tests.families import tiny_families
+
+    model = tiny_families.tiny("gpt_oss").build()
+    config = LoraConfig(target_modules=[], target_parameters=["mlp.experts.down_proj_bias"])
+    with pytest.raises(ValueError, match="LoRA on down_proj_bias, which is not a stack of matrices"):
+        accel_moe.prepare(get_peft_model(model, config), moe_ep_degree=2)
+
+
+def test_a_second_prepare_of_a_peft_model_changes_nothing():
+    model = build(Case(1, 1, parameters=EXPERTS))
+    accel_moe.prepare(model)
+    classes = [type(m) for m in model.modules()]
+    assert accel_moe.prepare(model) is model
+    assert [type(m) for m in model.modules()] == classes

@@ -296,9 +296,9 @@ def _match_checkpoint(checkpoint: Checkpoint, converter: HubConverter, base: Bas
     return converter.groups
 
 
-def read_source(plan_reader: TensorReader, name: str, aliases: Mapping[str, str]) -> torch.Tensor:
-    """A parameter's tensor; a tied one that the checkpoint stored once is read under its other name."""
-    return plan_reader.read(name if name in plan_reader.tensors else aliases[name])
+def stored_name(reader: TensorReader, name: str, aliases: Mapping[str, str]) -> str:
+    """The name that a parameter is stored under; a tied one may have been stored once, under its other name."""
+    return name if name in reader.tensors else aliases[name]
 
 
 # --- writing
@@ -316,12 +316,13 @@ class _GroupWriter:
             self._offsets |= header_bytes(tensors)[1]
         self._descriptors: dict[str, int] = {}
         self._aliases = plan.converter.tied_aliases()
+        self._memory: dict[int, torch.Tensor] = {}
 
     def write(self, index: int) -> int:
         """Reads, converts and writes group `index`; returns the bytes written. Raises CheckpointError,
         OSError."""
         group = self.plan.groups[index]
-        tensors = {name: read_source(self.plan.checkpoint.reader, name, self._aliases) for name in group.sources}
+        tensors = {name: self._read(slot, name) for slot, name in enumerate(group.sources)}
         converted = self.plan.converter.convert(group, tensors)
         del tensors
         written = 0
@@ -332,6 +333,15 @@ class _GroupWriter:
             self._write_at(output, memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
             written += output.size_bytes
         return written
+
+    def _read(self, slot: int, name: str) -> torch.Tensor:
+        """A parameter in this slot's memory, which the next group's parameter in the slot will overwrite."""
+        reader = self.plan.checkpoint.reader
+        stored = stored_name(reader, name, self._aliases)
+        size_bytes = reader.size_bytes(stored)
+        if slot not in self._memory or len(self._memory[slot]) < size_bytes:
+            self._memory[slot] = torch.empty(size_bytes, dtype=torch.uint8)
+        return reader.read(stored, self._memory[slot])
 
     def write_raw(self, key: str, data: bytes) -> int:
         self._write_at(self.plan.outputs[key], memoryview(data))
@@ -588,7 +598,8 @@ def verify_export(plan: ExportPlan, folder: Path, *, on_bytes: Callable[[int], N
         loaded = converter.load(group, hub)
         stored_as = next(iter(hub.values())).dtype
         for name, tensor in loaded.items():
-            expected = read_source(plan.checkpoint.reader, name, aliases).to(stored_as).to(tensor.dtype)
+            source = plan.checkpoint.reader.read(stored_name(plan.checkpoint.reader, name, aliases))
+            expected = source.to(stored_as).to(tensor.dtype)
             if _hash(tensor) != _hash(expected):
                 problems.append(f"{name} loads with other values than the checkpoint has ({', '.join(group.targets)})")
         if on_bytes is not None:

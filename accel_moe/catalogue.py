@@ -37,6 +37,7 @@ TESTS = ("ep", "consolidate", "load")
 OVER_RANKS = (
     "qwen3_moe", "mixtral", "olmoe", "granitemoe", "deepseek_v3", "glm4_moe",
     "deepseek_v4", "gpt_oss", "openai_privacy_filter", "nemotron_h", "step3p7", "gemma4", "ernie4_5_vl_moe", "zaya",
+    "aria",
 )  # fmt: skip
 """Families that the tests train with expert parallelism over gloo ranks in the default run."""
 
@@ -47,7 +48,6 @@ class Source:
 
     Attributes:
         name: the folder under transformers.models, which is the model_type of most families.
-        modules: dotted modules that hold the classes.
         decorated: (module, class) of each class on the experts interface.
         lookalikes: classes off it that are named like experts.
     """

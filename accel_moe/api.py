@@ -108,7 +108,8 @@ def _refuse_wrapped(model: nn.Module) -> None:
     if wrapped or getattr(model, "_is_accelerate_prepared", False):
         raise ValueError(
             "accel_moe.prepare() was called on a model that has been through accelerator.prepare() "
-            f"({type(model).__name__}). Call accel_moe.prepare(model) first, accelerator.prepare(model, optimizer) then."
+            f"({type(model).__name__}). Call accel_moe.prepare(model) first, accelerator.prepare(model, optimizer) "
+            "then."
         )
 
 

@@ -119,7 +119,7 @@ def deferred(environ: Mapping[str, str]) -> bool:
     if environ.get("ACCELERATE_USE_DEEPSPEED", "") == "true" or environ.get("ACCELERATE_USE_MEGATRON_LM", "") == "true":
         return False
     if environ.get("ACCELERATE_USE_FSDP", "").lower() in ("true", "1"):
-        return environ.get("FSDP_VERSION", "1") == "2"
+        return environ.get("FSDP_VERSION", "2") == "2"  # the launcher always says; Trainer sets no version here
     return int(environ.get("WORLD_SIZE", 1)) > 1  # the Accelerator may still be given an FSDP2 plugin
 
 
@@ -401,6 +401,20 @@ def _fill(model: nn.Module, plan: LoadPlan, device: torch.device) -> LoadReport:
     started = time.perf_counter()
     _allocate(model, device)
     places = {name: Place.of(tensor) for name, tensor in _named_tensors(model).items()}
+    read_bytes = read_into(places, plan, model)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    left = [name for name, tensor in _named_tensors(model).items() if tensor.is_meta]
+    assert not left, f"no values for {left}"
+    owned = {place.local.data_ptr(): place.local.nbytes for place in places.values() if place.local.numel()}
+    return LoadReport(read_bytes, sum(owned.values()), time.perf_counter() - started)
+
+
+def read_into(places: Mapping[str, Place], plan: LoadPlan, model: nn.Module) -> int:
+    """Give the places of every planned parameter and buffer their values; the bytes that were read.
+
+    `model` is only asked for its config and its parameters' whole shapes, by transforms that need them.
+    """
     copies: list[Copy] = []
     conversions: list[LoadGroup] = []
     for group in plan.groups:
@@ -412,7 +426,7 @@ def _fill(model: nn.Module, plan: LoadPlan, device: torch.device) -> LoadReport:
             conversions.append(group)
     copies = _joined(sorted(copies, key=lambda c: (c.file, c.start)))
     expected = sum(c.size_bytes for c in copies) + sum(_bytes_of_conversion(g, places) for g in conversions)
-    with Reader(expected, plan.name) as reader, ThreadPoolExecutor(_threads()) as pool:
+    with Reader(expected) as reader, ThreadPoolExecutor(_threads()) as pool:
         running = [pool.submit(c.run, reader) for c in copies]
         try:
             for group in sorted(conversions, key=_first_byte):
@@ -422,12 +436,7 @@ def _fill(model: nn.Module, plan: LoadPlan, device: torch.device) -> LoadReport:
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    left = [name for name, tensor in _named_tensors(model).items() if tensor.is_meta]
-    assert not left, f"no values for {left}"
-    owned = {place.local.data_ptr(): place.local.nbytes for place in places.values() if place.local.numel()}
-    return LoadReport(reader.read_bytes, sum(owned.values()), time.perf_counter() - started)
+    return reader.read_bytes
 
 
 def _allocate(model: nn.Module, device: torch.device) -> None:
@@ -625,12 +634,12 @@ def _threads() -> int:
 class Reader:
     """Reads parts of files into tensors, counts the bytes, and shows progress. Safe to use from several threads."""
 
-    def __init__(self, total_bytes: int = 0, name: str = ""):
+    def __init__(self, total_bytes: int = 0):
         self.read_bytes = 0
         self._open: dict[str, int] = {}
         self._lock = threading.Lock()
         self._staging = threading.local()
-        self._bar = _progress_bar(total_bytes, name) if total_bytes else None
+        self._bar = _progress_bar(total_bytes) if total_bytes else None
 
     def __enter__(self) -> Reader:
         return self
@@ -680,7 +689,7 @@ class Reader:
             return self._open[file]
 
 
-def _progress_bar(total_bytes: int, name: str) -> Any:
+def _progress_bar(total_bytes: int) -> Any:
     from transformers.utils import logging as transformers_logging
 
     if _rank() or not transformers_logging.is_progress_bar_enabled():

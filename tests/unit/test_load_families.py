@@ -1,0 +1,78 @@
+"""Every family's checkpoint, read into shards without ranks: the rows of each of four, against plain from_pretrained.
+
+Everything is compared at 0.0: the same bytes are read and cast once, on both roads.
+"""
+
+import pytest
+import torch
+
+from accel_moe import hooks, load
+from tests.families import tiny_families
+
+FAMILIES = [source.name for source in tiny_families.families()]
+RANKS = 4
+
+
+def planned(model_class, folder, **options):
+    with load.quiet_but_rank_0(), hooks.planning_loads():
+        return model_class.from_pretrained(folder, **options)
+
+
+def named(model):
+    return {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
+
+
+def rows_of_rank(tensor, rank, ranks=RANKS):
+    return load.own_rows(tensor.shape[0], [torch.distributed.tensor.Shard(0)], [ranks], [rank])
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(request, tmp_path_factory):
+    """(class, folder, the model that plain from_pretrained makes of it)"""
+    try:
+        tiny = tiny_families.tiny(request.param)
+    except ValueError as error:
+        pytest.skip(str(error))
+    folder = str(tmp_path_factory.mktemp(request.param))
+    tiny.build().save_pretrained(folder, max_shard_size="40KB")
+    return tiny.model_class, folder, tiny.model_class.from_pretrained(folder, dtype="float32")
+
+
+def test_a_planned_model_filled_whole_is_the_plain_one(family):
+    model_class, folder, plain = family
+    model = planned(model_class, folder, dtype="float32")
+    report = load.fill(model, torch.device("cpu"))
+    ours, expected = named(model), named(plain)
+    assert ours.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert ours[name].dtype == tensor.dtype and torch.equal(ours[name], tensor), name
+        assert ours[name].requires_grad == tensor.requires_grad, name
+    ties = {(a, b) for a in expected for b in expected if expected[a] is expected[b]}
+    assert ties == {(a, b) for a in ours for b in ours if ours[a] is ours[b]}
+    assert report.read_bytes <= sum(t.nbytes for t in {id(t): t for t in expected.values()}.values())
+
+
+def test_each_rank_s_rows_are_the_plain_model_s(family):
+    model_class, folder, plain = family
+    model = planned(model_class, folder, dtype="float32")
+    plan, expected = load.pending(model).plan, named(plain)
+    for rank in range(RANKS):
+        places = {}
+        for name in plan.dtypes:
+            whole = expected[name]
+            first, count = rows_of_rank(whole, rank) if whole.dim() else (0, 1)
+            shape = (count, *whole.shape[1:]) if whole.dim() else ()
+            places[name] = load.Place(torch.full(shape, float("nan")).to(whole.dtype), first, count)
+        load.read_into(places, plan, model)
+        for name, place in places.items():
+            rows = expected[name].detach()
+            rows = rows[place.first : place.first + place.count] if rows.dim() else rows
+            assert torch.equal(place.local, rows), (rank, name)
+
+
+def test_experts_are_read_by_the_rows_a_rank_owns(family):
+    model_class, folder, _ = family
+    plan = load.pending(planned(model_class, folder, dtype="float32")).plan
+    roads = {name: group.road for group in plan.groups for name in group.targets if ".experts." in name}
+    whole = {name for name, road in roads.items() if road == "whole"}
+    assert not whole, f"{model_class.__name__} reads whole layers of experts: {sorted(whole)[:2]}"

@@ -41,6 +41,9 @@ OVER_RANKS = (
 )  # fmt: skip
 """Families that the tests train with expert parallelism over gloo ranks in the default run."""
 
+ROUND_TRIP = ("qwen3_moe", "mixtral", "granitemoe", "gpt_oss", "nemotron_h", "qwen3_vl_moe")
+"""Families that the default test run reads into shards, trains, saves, consolidates and reads back."""
+
 
 @dataclass(frozen=True)
 class Source:

@@ -48,18 +48,11 @@ def layer_classes(model: nn.Module) -> list[str]:
     return sorted(set(model._no_split_modules or ()) & present)
 
 
-def on_rank(family: str, kernel: str, ep: int, ours: bool = True) -> Run | None:
-    """A forward and backward of `family` on this rank. A Run on rank 0, None elsewhere. A collective."""
+def accelerator_for(model: nn.Module):
+    """An FSDP2 Accelerator that wraps the decoder layers of this model."""
     from accelerate import Accelerator
     from accelerate.utils import FullyShardedDataParallelPlugin
 
-    import accel_moe
-    import accel_moe.cpu
-
-    accel_moe.cpu.enable()
-    model = tiny_families.tiny(family).build()
-    if ours:
-        accel_moe.prepare(model, moe_ep_degree=ep, moe_kernel=kernel)
     plugin = FullyShardedDataParallelPlugin(
         fsdp_version=2,
         auto_wrap_policy="transformer_based_wrap",
@@ -67,7 +60,19 @@ def on_rank(family: str, kernel: str, ep: int, ours: bool = True) -> Run | None:
         state_dict_type="SHARDED_STATE_DICT",
         cpu_ram_efficient_loading=False,
     )
-    accelerator = Accelerator(fsdp_plugin=plugin)
+    return Accelerator(fsdp_plugin=plugin)
+
+
+def on_rank(family: str, kernel: str, ep: int, ours: bool = True) -> Run | None:
+    """A forward and backward of `family` on this rank. A Run on rank 0, None elsewhere. A collective."""
+    import accel_moe
+    import accel_moe.cpu
+
+    accel_moe.cpu.enable()
+    model = tiny_families.tiny(family).build()
+    if ours:
+        accel_moe.prepare(model, moe_ep_degree=ep, moe_kernel=kernel)
+    accelerator = accelerator_for(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     model, optimizer = accelerator.prepare(model, optimizer)
     rank, world = accelerator.process_index, accelerator.num_processes

@@ -205,10 +205,9 @@ def make_plan(
             "to accel_moe.prepare(model)."
         )
     stored = hub_loading.stored_tensors([str(f) for f in files])
-    groups = hub_loading.load_groups(model, stored, load_config.weight_mapping or [])
     info, offload = hub_loading.plan_load(original, model, stored, load_config)
-    if not load_config.ignore_mismatched_sizes:
-        _refuse_mismatched(name, model, info)
+    _refuse_mismatched(name, info, load_config.ignore_mismatched_sizes)
+    groups = hub_loading.load_groups(model, stored, load_config.weight_mapping or [])
     _untie_different(model, groups, info)
     absent = set(info.missing_keys) | {mismatch[0] for mismatch in info.mismatched_keys}
     tensors = _named_tensors(model)
@@ -242,7 +241,7 @@ def _not_loaded(module: nn.Module, args: Any) -> None:
     )
 
 
-def _refuse_mismatched(name: str, model: Any, info: Any) -> None:
+def _refuse_mismatched(name: str, info: Any, ignore_mismatched_sizes: bool) -> None:
     if info.conversion_errors:
         key, error = next(iter(info.conversion_errors.items()))
         raise ValueError(
@@ -256,7 +255,7 @@ def _refuse_mismatched(name: str, model: Any, info: Any) -> None:
             lines.append(f"{key} has {found[0]} experts in the checkpoint, {wanted[0]} in the config")
         else:
             lines.append(f"{key} has shape {found} in the checkpoint, {wanted} by the config")
-    if lines:
+    if lines and not ignore_mismatched_sizes:
         more = len(info.mismatched_keys) - len(lines)
         raise ValueError(
             f"{name} does not fit its config: {'; '.join(lines)}{f' (and {more} more)' if more > 0 else ''}. Give the "

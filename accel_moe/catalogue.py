@@ -65,13 +65,13 @@ class Family:
     """One row of the table.
 
     Attributes:
-        status: "supported", "own gate" (supported; the gate runs through the module's own `_apply_gate`), "shim"
-            (supported, off the interface) or "refused".
+        status: "supported", "own gate" (supported; the gate or activation is the module's own function, run between
+            two GEMMs), "shim" (supported, off the interface) or "refused".
         maths: the kind, in words: gate, activation, layout.
         kernel: what `moe_kernel: auto` takes on a GPU.
         note: why it is refused, or why not scattermoe; "" if there is nothing to say.
         hub_keys: how the Hub stores its experts: "per expert", "fused" or "as in memory".
-        tested: of "ep", "consolidate", "load", what this package's tests run for it.
+        tested: for each of `TESTS`, "yes", "nightly" or "no"; empty for a refused family.
     """
 
     name: str
@@ -161,9 +161,16 @@ def _defaults(classes: list[type]) -> Iterator:
         yield config
 
 
-def tests_of(family: str) -> tuple[str, ...]:
-    """Of `TESTS`, those that this package's default test run has for the family."""
-    return ("ep",) if family in OVER_RANKS else ()
+def tests_of(family: str, limited: bool = False) -> tuple[str, ...]:
+    """For each of `TESTS`: "yes" (the default test run), "nightly" (with --slow) or "no".
+
+    Args:
+        limited: the family runs with moe_ep_degree 1 only.
+    """
+    if limited:
+        return ("no", "no", "yes")
+    over_ranks = "yes" if family in OVER_RANKS else "nightly"
+    return (over_ranks, "yes" if family in ROUND_TRIP else "nightly", "yes")
 
 
 def families(names: Iterable[str] | None = None) -> list[Family]:
@@ -173,12 +180,11 @@ def families(names: Iterable[str] | None = None) -> list[Family]:
 
 
 def _row(source: Source) -> Family:
-    tested = tests_of(source.name)
     classes = tuple(name for _, name in source.decorated)
     shims = tuple((module, name) for module, name in source.lookalikes if name in experts.SHIMS)
     if not classes and not shims:
         note = experts.OFF_INTERFACE.get(source.name, "its experts are not on transformers' experts interface")
-        return Family(source.name, tuple(n for _, n in source.lookalikes), "refused", "", "", note, "", tested)
+        return Family(source.name, tuple(n for _, n in source.lookalikes), "refused", "", "", note, "", ())
     layers, problems = [], []
     for module, name in source.decorated or shims:
         try:
@@ -188,18 +194,19 @@ def _row(source: Source) -> Family:
             problems.append(str(error))
     classes = classes or tuple(name for _, name in shims)
     if not layers:
-        return Family(source.name, classes, "refused", "", "", problems[0], "", tested)
+        return Family(source.name, classes, "refused", "", "", problems[0], "", ())
     refusals = [why for layer in layers if (why := experts.refusal(layer, kernel="auto", ep_degree=1))]
     not_ours = [why for layer in layers if (why := experts.not_scattermoe(layer))]
     maths = "; ".join(dict.fromkeys(describe_maths(layer) for layer in layers))
     keys = hub_key_style(source.name)
     if refusals:
-        return Family(source.name, classes, "refused", maths, "", refusals[0], keys, tested)
-    status = "shim" if shims and not source.decorated else "own gate" if _own_gate(layers[0]) else "supported"
+        return Family(source.name, classes, "refused", maths, "", refusals[0], keys, ())
+    own_gate = any(_own_gate(m) or scattermoe.activation_name(getattr(m, "act_fn", None)) is None for m in layers)
+    status = "shim" if not source.decorated else "own gate" if own_gate else "supported"
     kernel = "grouped_mm" if not_ours else "scattermoe"
     limits = experts.limits(layers[0])
     note = "; ".join(filter(None, [limits, not_ours[0] if not_ours else ""]))
-    return Family(source.name, classes, status, maths, kernel, note, keys, tested)
+    return Family(source.name, classes, status, maths, kernel, note, keys, tests_of(source.name, bool(limits)))
 
 
 def describe_maths(module: nn.Module) -> str:
@@ -253,7 +260,7 @@ def hub_key_style(family: str) -> str:
             patterns, targets = _patterns(transform, "source_patterns"), _patterns(transform, "target_patterns")
             if not any(re.search(r"(down|gate_up|up)_proj", target) for target in targets):
                 continue
-            if shown := next((p for p in patterns if "expert" in p or "moe" in p.lower()), None):
+            if shown := next((p for p in patterns if re.search(r"(?<!shared_)experts?\b|(?i:moe)", p)), None):
                 plain = shown.replace("\\", "").strip(".^$")
                 return f"per expert ({plain})" if re.search(r"experts\.+\*", plain) else f"fused ({plain})"
     return "as in memory"

@@ -1,0 +1,58 @@
+"""`python -m accel_moe.families`: the table says what `prepare()` does, for every family there is."""
+
+from __future__ import annotations
+
+import csv
+import io
+
+import pytest
+
+from accel_moe import catalogue, families
+from tests.families import tiny_families
+
+
+def rows_of(capsys, *arguments: str) -> list[dict[str, str]]:
+    assert families.main(["--tsv", *arguments]) == 0
+    return list(csv.DictReader(io.StringIO(capsys.readouterr().out), delimiter="\t"))
+
+
+def test_every_family_with_experts_has_one_row(capsys):
+    rows = rows_of(capsys)
+    assert [row["family"] for row in rows] == [source.name for source in catalogue.sources()]
+    assert {row["family"] for row in rows if row["status"] != "refused"} == {s.name for s in tiny_families.families()}
+
+
+def test_every_row_has_a_reason_or_a_kernel(capsys):
+    for row in rows_of(capsys):
+        assert row["note"] if row["status"] == "refused" else row["kernel"] and row["maths"] and row["Hub keys"]
+        assert (row["kernel"] == "grouped_mm") <= bool(row["note"]), row
+
+
+def test_the_claims_about_tests_are_those_tests_families(capsys):
+    from tests.families import test_over_ranks, test_round_trip
+
+    for row in rows_of(capsys):
+        if row["status"] == "refused":
+            continue
+        ep, consolidate, load = row["tested: ep / consolidate / load"].split(" / ")
+        name = row["family"]
+        assert (ep == "yes") == (name in test_over_ranks.DEFAULT)
+        assert (consolidate == "yes") == (name in test_round_trip.DEFAULT)
+        assert (ep == consolidate == "no") == (name in test_over_ranks.ONE_RANK_ONLY)
+        assert load == "yes"  # tests/unit/test_load_families.py has all
+
+
+def test_one_family_can_be_asked_for_and_an_unknown_one_is_an_error(capsys):
+    assert [row["family"] for row in rows_of(capsys, "gpt_oss")] == ["gpt_oss"]
+    with pytest.raises(SystemExit) as stopped:
+        families.main(["qwen33_moe"])
+    assert stopped.value.code == 2
+    assert "no such family of the installed transformers: qwen33_moe" in capsys.readouterr().err
+
+
+def test_the_markdown_has_the_same_rows_and_counts_them(capsys):
+    names = ["dbrx", "qwen3_moe"]
+    assert families.main(["--markdown", *names]) == 0
+    out = capsys.readouterr().out
+    assert [line.split(" | ")[0].strip("| ") for line in out.splitlines()[2:4]] == names
+    assert "2 families with experts, 1 supported" in out

@@ -1,54 +1,77 @@
-"""What the backward keeps and which gradients it computes: the custom ops of launch.py joined under
-torch.autograd.
+"""What the backward keeps and which gradients it computes: the ops of ops.py joined under torch.autograd.
 
-Saved: x, both weights and top_k_weights (held by others anyway), the pre-activation h [P, 2I], and the
-routing as int32.
+Fused, saved are x, the weights and top_k_weights (held by others anyway), the pre-activation h [P, 2I] and the
+routing as int32. In two halves, what the gate's own torch operations save comes on top: h, its output a [P, I], and
+their like.
 """
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from . import launch
+from . import launch, ops
+
+
+def _where_needed(gradients: tuple[Tensor, ...], needs: list[bool]) -> list[Tensor | None]:
+    return [g if need else None for g, need in zip(gradients, needs, strict=True)]
 
 
 class _Experts(torch.autograd.Function):
+    """The whole layer, fused."""
+
     @staticmethod
-    def forward(ctx, x, w1, w2, index, weights, act, num_pairs, weight_grad_scale):
-        out, h, *routing = launch.experts_forward(x, w1, w2, index, weights, act, num_pairs, True)
+    def forward(ctx, x, w1, w2, index, weights, act, gated, transposed, num_pairs, scale):
+        out, h, *routing = ops.experts_forward(x, w1, w2, index, weights, act, gated, transposed, num_pairs, True)
         ctx.save_for_backward(x, w1, w2, weights, h, *routing)
-        ctx.act, ctx.weight_grad_scale = act, weight_grad_scale
+        ctx.kind, ctx.scale = (act, gated, transposed), scale
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dout):
-        x, w1, w2, weights, h, row_slot, slot_row, expert_offsets = ctx.saved_tensors
         need_x, need_w1, need_w2, _, need_weights, *_ = ctx.needs_input_grad
         needs = [need_x, need_w1, need_w2, need_weights]
-        dx, dw1, dw2, dweights = launch.experts_backward(
-            dout,
-            x,
-            w1,
-            w2,
-            weights,
-            h,
-            row_slot,
-            slot_row,
-            expert_offsets,
-            ctx.act,
-            ctx.weight_grad_scale,
-            needs,
-        )
-        return (
-            dx if need_x else None,
-            dw1 if need_w1 else None,
-            dw2 if need_w2 else None,
-            None,
-            dweights if need_weights else None,
-            None,
-            None,
-            None,
-        )
+        gradients = ops.experts_backward(dout, *ctx.saved_tensors, *ctx.kind, ctx.scale, needs)
+        dx, dw1, dw2, dweights = _where_needed(gradients, needs)
+        return dx, dw1, dw2, None, dweights, None, None, None, None, None
+
+
+class _UpHalf(torch.autograd.Function):
+    """x -> h, in rows."""
+
+    @staticmethod
+    def forward(ctx, x, w1, w2, b1, row_slot, slot_row, expert_offsets, gated, transposed, scale):
+        ctx.save_for_backward(x, w1, w2, b1, row_slot, slot_row, expert_offsets)
+        ctx.kind, ctx.scale = (gated, transposed), scale
+        return ops.up_half(x, w1, w2, b1, row_slot, slot_row, expert_offsets, gated, transposed)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dh):
+        need_x, need_w1, _, need_b1, *_ = ctx.needs_input_grad
+        needs = [need_x, need_w1, need_b1]
+        dx, dw1, db1 = _where_needed(ops.up_half_backward(dh, *ctx.saved_tensors, *ctx.kind, ctx.scale, needs), needs)
+        return dx, dw1, None, db1, None, None, None, None, None, None
+
+
+class _DownHalf(torch.autograd.Function):
+    """a, in rows, -> out."""
+
+    @staticmethod
+    def forward(ctx, a, w1, w2, b2, weights, row_slot, slot_row, expert_offsets, gated, transposed, scale):
+        ctx.save_for_backward(a, w1, w2, b2, weights, row_slot, slot_row, expert_offsets)
+        ctx.kind, ctx.scale = (gated, transposed), scale
+        return ops.down_half(a, w1, w2, b2, weights, row_slot, slot_row, expert_offsets, gated, transposed)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dout):
+        need_a, _, need_w2, need_b2, need_weights, *_ = ctx.needs_input_grad
+        needs = [need_a, need_w2, need_b2, need_weights]
+        gradients = ops.down_half_backward(dout, *ctx.saved_tensors, *ctx.kind, ctx.scale, needs)
+        da, dw2, db2, dweights = _where_needed(gradients, needs)
+        return da, None, dw2, db2, dweights, None, None, None, None, None, None
 
 
 def experts(
@@ -58,19 +81,47 @@ def experts(
     index: Tensor,
     weights: Tensor,
     act: str,
+    *,
+    gated: bool = True,
+    transposed: bool = False,
     num_pairs: int | None = None,
     weight_grad_scale: float = 1.0,
 ) -> Tensor:
-    """The experts layer with gradients: x[T,H], w1[E,2I,H], w2[E,H,I], index[T,K], weights[T,K] -> [T,H] in
-    x's dtype.
+    """The fused layer with gradients: x[T,H], index[T,K], weights[T,K] -> [T,H] in x's dtype.
 
-    act is one of launch.ACTIVATIONS. Slots with index >= E are sentinels; num_pairs is the number of the
-    others where the host knows it. weight_grad_scale multiplies the gradients of w1 and w2 and nothing else.
-    Raises ValueError on what does not fit together.
+    w1 is [E,2I,H] ([E,I,H] not gated) and w2 [E,H,I], the last two dimensions of both swapped if transposed. act is
+    one of launch.ACTIVATIONS; gated, the first half of w1's rows is the gate. Slots with index >= E are sentinels;
+    num_pairs is the number of the others where the host knows it. weight_grad_scale multiplies the gradients of w1
+    and w2 and nothing else. Raises ValueError on what does not fit together.
     """
-    launch.check_inputs(x, w1, w2, index, weights)
+    launch.check_inputs(x, w1, w2, index, weights, launch.Layer.of(w1, w2, gated, transposed))
     pairs = -1 if num_pairs is None else num_pairs
     if torch.is_grad_enabled() and (x.requires_grad or w1.requires_grad or w2.requires_grad or weights.requires_grad):
-        return _Experts.apply(x, w1, w2, index, weights, act, pairs, weight_grad_scale)
-    out, *_ = launch.experts_forward(x, w1, w2, index, weights, act, pairs, False)
+        return _Experts.apply(x, w1, w2, index, weights, act, gated, transposed, pairs, weight_grad_scale)
+    out, *_ = ops.experts_forward(x, w1, w2, index, weights, act, gated, transposed, pairs, False)
     return out
+
+
+def experts_in_halves(
+    x: Tensor,
+    w1: Tensor,
+    w2: Tensor,
+    b1: Tensor | None,
+    b2: Tensor | None,
+    index: Tensor,
+    weights: Tensor,
+    gate: Callable[[Tensor], Tensor],
+    *,
+    gated: bool = True,
+    transposed: bool = False,
+    num_pairs: int | None = None,
+    weight_grad_scale: float = 1.0,
+) -> Tensor:
+    """As `experts`, for any gate: a function of rows, [P, 2I] (or [P, I] not gated) -> [P, I], each row by itself.
+
+    b1 [E, 2I] and b2 [E, H] are biases or None; their gradients carry weight_grad_scale too.
+    """
+    launch.check_inputs(x, w1, w2, index, weights, launch.Layer.of(w1, w2, gated, transposed))
+    routing = ops.sort_rows(index, w1.shape[0], -1 if num_pairs is None else num_pairs)
+    h = _UpHalf.apply(x, w1, w2, b1, *routing, gated, transposed, weight_grad_scale)
+    return _DownHalf.apply(gate(h), w1, w2, b2, weights, *routing, gated, transposed, weight_grad_scale)

@@ -281,10 +281,12 @@ def activation(x, ACT: tl.constexpr):
         return 0.5 * x * (1.0 + t), 0.5 * (1.0 + t) + 0.5 * x * (1.0 - t * t) * slope
     elif ACT == "relu":
         return tl.maximum(x, 0.0), tl.where(x > 0.0, 1.0, 0.0)
-    else:
-        tl.static_assert(ACT == "relu2", "unknown activation")
+    elif ACT == "relu2":
         positive = tl.maximum(x, 0.0)
         return positive * positive, 2.0 * positive
+    else:
+        tl.static_assert(ACT == "identity", "unknown activation")
+        return x, tl.full(x.shape, 1.0, tl.float32)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -296,6 +298,7 @@ def activation(x, ACT: tl.constexpr):
 def up_projection(
     x_src,
     w_src,
+    bias_ptr,
     h_ptr,
     a_ptr,
     row_slot_ptr,
@@ -312,7 +315,10 @@ def up_projection(
     stride_wk,
     group_p,
     ACT: tl.constexpr,
+    GATED: tl.constexpr,
+    BIAS: tl.constexpr,
     STORE_H: tl.constexpr,
+    STORE_A: tl.constexpr,
     GATHER: tl.constexpr,
     USE_TMA: tl.constexpr,
     K_CONTIGUOUS: tl.constexpr,
@@ -323,7 +329,11 @@ def up_projection(
     BLOCK_K: tl.constexpr,
     PAD: tl.constexpr,
 ):
-    """h[row] = x[token(row)] @ W1[e].T, [P, 2I];  a = act(gate) * up, [P, I]. x is gathered by the loads."""
+    """h[row] = x[token(row)] @ W1[e].T (+ bias[e]), and a = act(h), gated: act(gate) * up. x is gathered by the
+    loads.
+
+    h is [P, 2I] gated and [P, I] if not; a is [P, I]. Whichever is not asked for is neither computed nor touched.
+    """
     pid = tl.program_id(0)
     num_col_tiles = tl.cdiv(intermediate, BLOCK_I)
     expert = tl.load(tile_expert_ptr + pid // num_col_tiles)
@@ -345,57 +355,88 @@ def up_projection(
     x_rows = point_at_rows(x_src, token, stride_xt, not GATHER, BLOCK_K)
     col0 = col_tile * BLOCK_I
 
-    acc = tl.zeros((BLOCK_P, 2 * BLOCK_I), tl.float32)
+    WIDTH: tl.constexpr = 2 * BLOCK_I if GATED else BLOCK_I
+    acc = tl.zeros((BLOCK_P, WIDTH), tl.float32)
     for k in range(0, hidden, BLOCK_K):
         x = load_rows(x_src, x_row0, x_rows, k, hidden, not GATHER, EVEN, BLOCK_K)
-        w = load_gate_up(
-            w_src,
-            expert,
-            col0,
-            k,
-            intermediate,
-            hidden,
-            stride_we,
-            stride_wn,
-            stride_wk,
-            USE_TMA,
-            K_CONTIGUOUS,
-            EVEN,
-            BLOCK_I,
-            BLOCK_K,
-        )
+        if GATED:
+            w = load_gate_up(
+                w_src,
+                expert,
+                col0,
+                k,
+                intermediate,
+                hidden,
+                stride_we,
+                stride_wn,
+                stride_wk,
+                USE_TMA,
+                K_CONTIGUOUS,
+                EVEN,
+                BLOCK_I,
+                BLOCK_K,
+            )
+        else:
+            w = load_weight(
+                w_src,
+                expert,
+                col0,
+                k,
+                intermediate,
+                hidden,
+                stride_we,
+                stride_wn,
+                stride_wk,
+                USE_TMA,
+                K_CONTIGUOUS,
+                EVEN,
+                BLOCK_I,
+                BLOCK_K,
+            )
         acc = tl.dot(x, w, acc, input_precision=PRECISION)
 
-    gate, up = split_columns(acc, BLOCK_P, 2 * BLOCK_I)
     lane = tl.arange(0, BLOCK_P)[:, None]
     cols = col0 + tl.arange(0, BLOCK_I)[None, :]
     mask = (lane < row_end - row0) & (cols < intermediate)
     # From the tile's first row on, offsets fit 32 bits.
     first = row0.to(tl.int64) * intermediate
     dtype = a_ptr.dtype.element_ty
-    if STORE_H:
-        h_tile = h_ptr + 2 * first + (lane * (2 * intermediate) + cols)
-        tl.store(h_tile, gate.to(dtype), mask=mask)
-        tl.store(h_tile + intermediate, up.to(dtype), mask=mask)
-    activated, _ = activation(gate, ACT)
-    tl.store(a_ptr + first + (lane * intermediate + cols), (activated * up).to(dtype), mask=mask)
+    if GATED:
+        tl.static_assert(not BIAS, "gated experts with biases take the road of two halves (ops.py)")
+        gate, up = split_columns(acc, BLOCK_P, WIDTH)
+        if STORE_H:
+            h_tile = h_ptr + 2 * first + (lane * (2 * intermediate) + cols)
+            tl.store(h_tile, gate.to(dtype), mask=mask)
+            tl.store(h_tile + intermediate, up.to(dtype), mask=mask)
+        activated, _ = activation(gate, ACT)
+        activated *= up
+    else:
+        if BIAS:
+            bias = tl.load(bias_ptr + expert.to(tl.int64) * intermediate + cols, mask=cols < intermediate, other=0.0)
+            acc += bias.to(tl.float32)
+        if STORE_H:
+            tl.store(h_ptr + first + (lane * intermediate + cols), acc.to(dtype), mask=mask)
+        activated, _ = activation(acc, ACT)
+    if STORE_A:
+        tl.store(a_ptr + first + (lane * intermediate + cols), activated.to(dtype), mask=mask)
 
 
 @triton.jit
 def grouped_rows(
     a_src,
     w_src,
+    bias_ptr,
     y_ptr,
     tile_expert_ptr,
     tile_offset_ptr,
     expert_offset_ptr,
-    num_rows,
     depth,
     width,
     stride_we,
     stride_wn,
     stride_wk,
     group_p,
+    BIAS: tl.constexpr,
     USE_TMA: tl.constexpr,
     K_CONTIGUOUS: tl.constexpr,
     EVEN: tl.constexpr,
@@ -404,7 +445,9 @@ def grouped_rows(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """y[row] = a[row] @ weight[e], rows already grouped: the down-projection, and dh @ W1 of the backward."""
+    """y[row] = a[row] @ weight[e] (+ bias[e]), rows already grouped: the down-projection, and dh @ W1 of the
+    backward.
+    """
     pid = tl.program_id(0)
     num_col_tiles = tl.cdiv(width, BLOCK_N)
     expert = tl.load(tile_expert_ptr + pid // num_col_tiles)
@@ -442,6 +485,9 @@ def grouped_rows(
     lane = tl.arange(0, BLOCK_P)[:, None]
     cols = col0 + tl.arange(0, BLOCK_N)[None, :]
     mask = (lane < row_end - row0) & (cols < width)
+    if BIAS:
+        bias = tl.load(bias_ptr + expert.to(tl.int64) * width + cols, mask=cols < width, other=0.0)
+        acc += bias.to(tl.float32)
     y_tile = y_ptr + row0.to(tl.int64) * width + (lane * width + cols)
     tl.store(y_tile, acc.to(y_ptr.dtype.element_ty), mask=mask)
 
@@ -527,6 +573,7 @@ def activation_backward(
     col0,
     intermediate,
     ACT: tl.constexpr,
+    GATED: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_I: tl.constexpr,
 ):
@@ -538,17 +585,24 @@ def activation_backward(
     lane = tl.arange(0, BLOCK_P)[:, None]
     cols = col0 + tl.arange(0, BLOCK_I)[None, :]
     mask = (lane < rows_left) & (cols < intermediate)
-    h_offset = lane * (2 * intermediate) + cols
-    gate = tl.load(h_tile + h_offset, mask=mask, other=0.0).to(tl.float32)
-    up = tl.load(h_tile + h_offset + intermediate, mask=mask, other=0.0).to(tl.float32)
-    act, slope = activation(gate, ACT)
-    a = act * up
-    ds = tl.sum(da * a, axis=1)
     dtype = sa_tile.dtype.element_ty
+    if GATED:
+        h_offset = lane * (2 * intermediate) + cols
+        gate = tl.load(h_tile + h_offset, mask=mask, other=0.0).to(tl.float32)
+        up = tl.load(h_tile + h_offset + intermediate, mask=mask, other=0.0).to(tl.float32)
+        act, slope = activation(gate, ACT)
+        a = act * up
+    else:
+        h_offset = lane * intermediate + cols
+        a, slope = activation(tl.load(h_tile + h_offset, mask=mask, other=0.0).to(tl.float32), ACT)
+    ds = tl.sum(da * a, axis=1)
     tl.store(sa_tile + lane * intermediate + cols, (a * scale[:, None]).to(dtype), mask=mask)
     da = da * scale[:, None]
-    tl.store(dh_tile + h_offset, (da * slope * up).to(dtype), mask=mask)
-    tl.store(dh_tile + h_offset + intermediate, (da * act).to(dtype), mask=mask)
+    if GATED:
+        tl.store(dh_tile + h_offset, (da * slope * up).to(dtype), mask=mask)
+        tl.store(dh_tile + h_offset + intermediate, (da * act).to(dtype), mask=mask)
+    else:
+        tl.store(dh_tile + h_offset, (da * slope).to(dtype), mask=mask)
     return ds
 
 
@@ -563,6 +617,7 @@ def activation_backward_halves(
     col0,
     intermediate,
     ACT: tl.constexpr,
+    GATED: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_I: tl.constexpr,
 ):
@@ -571,9 +626,11 @@ def activation_backward_halves(
     """
     HALF: tl.constexpr = BLOCK_I // 2
     left, right = split_columns(da, BLOCK_P, BLOCK_I)
-    ds = activation_backward(left, scale, h_tile, dh_tile, sa_tile, rows_left, col0, intermediate, ACT, BLOCK_P, HALF)
+    ds = activation_backward(
+        left, scale, h_tile, dh_tile, sa_tile, rows_left, col0, intermediate, ACT, GATED, BLOCK_P, HALF
+    )
     return ds + activation_backward(
-        right, scale, h_tile, dh_tile, sa_tile, rows_left, col0 + HALF, intermediate, ACT, BLOCK_P, HALF
+        right, scale, h_tile, dh_tile, sa_tile, rows_left, col0 + HALF, intermediate, ACT, GATED, BLOCK_P, HALF
     )
 
 
@@ -599,6 +656,7 @@ def down_backward(
     stride_wk,
     group_p,
     ACT: tl.constexpr,
+    GATED: tl.constexpr,
     USE_TMA: tl.constexpr,
     K_CONTIGUOUS: tl.constexpr,
     EVEN: tl.constexpr,
@@ -609,7 +667,7 @@ def down_backward(
     PAD: tl.constexpr,
     CHUNKS: tl.constexpr,
 ):
-    """da = dout[token] @ W2[e], kept in registers, dout as gather_rows left it; writes dh [P, 2I], sa [P, I] and ds
+    """da = dout[token] @ W2[e], kept in registers, dout as gather_rows left it; writes dh as h, sa [P, I] and ds
     partials [column tiles, P].
     """
     pid = tl.program_id(0)
@@ -652,24 +710,25 @@ def down_backward(
 
     scale = tl.load(weight_ptr + slot, mask=in_expert, other=0.0).to(tl.float32)
     first = row0.to(tl.int64) * intermediate
-    h_tile, dh_tile, sa_tile = h_ptr + 2 * first, dh_ptr + 2 * first, sa_ptr + first
+    h_first = 2 * first if GATED else first
+    h_tile, dh_tile, sa_tile = h_ptr + h_first, dh_ptr + h_first, sa_ptr + first
     rows_left = row_end - row0
     if CHUNKS == 1:
         ds = activation_backward(
-            da, scale, h_tile, dh_tile, sa_tile, rows_left, col0, intermediate, ACT, BLOCK_P, BLOCK_I
+            da, scale, h_tile, dh_tile, sa_tile, rows_left, col0, intermediate, ACT, GATED, BLOCK_P, BLOCK_I
         )
     elif CHUNKS == 2:
         ds = activation_backward_halves(
-            da, scale, h_tile, dh_tile, sa_tile, rows_left, col0, intermediate, ACT, BLOCK_P, BLOCK_I
+            da, scale, h_tile, dh_tile, sa_tile, rows_left, col0, intermediate, ACT, GATED, BLOCK_P, BLOCK_I
         )
     else:
         HALF: tl.constexpr = BLOCK_I // 2
         left, right = split_columns(da, BLOCK_P, BLOCK_I)
         ds = activation_backward_halves(
-            left, scale, h_tile, dh_tile, sa_tile, rows_left, col0, intermediate, ACT, BLOCK_P, HALF
+            left, scale, h_tile, dh_tile, sa_tile, rows_left, col0, intermediate, ACT, GATED, BLOCK_P, HALF
         )
         ds += activation_backward_halves(
-            right, scale, h_tile, dh_tile, sa_tile, rows_left, col0 + HALF, intermediate, ACT, BLOCK_P, HALF
+            right, scale, h_tile, dh_tile, sa_tile, rows_left, col0 + HALF, intermediate, ACT, GATED, BLOCK_P, HALF
         )
     tl.store(ds_ptr + col_tile.to(tl.int64) * num_rows + rows, ds, mask=in_expert)
 
@@ -801,3 +860,77 @@ def weight_grad(
     mask = (m0 + lane < left_width) & (cols < right_width)
     dw = dw_ptr + (expert.to(tl.int64) * left_width + m0) * right_width + (lane * right_width + cols)
     tl.store(dw, (acc * scale).to(dw_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def sum_expert_rows(
+    src_ptr,
+    weight_ptr,
+    out_ptr,
+    row_slot_ptr,
+    expert_offset_ptr,
+    width,
+    stride,
+    top_k,
+    scale,
+    WEIGHTED: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """A bias gradient: out[e] = scale * sum of src over e's rows, top to bottom.
+
+    WEIGHTED: src is [T, width], read at each row's token and multiplied by its routing weight; else src is [P,
+    width].
+    """
+    expert = tl.program_id(0)
+    cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    end = tl.load(expert_offset_ptr + expert + 1)
+    acc = tl.zeros((BLOCK,), tl.float32)
+    for start in range(tl.load(expert_offset_ptr + expert), end, ROWS):
+        rows = start + tl.arange(0, ROWS)
+        used = rows < end
+        if WEIGHTED:
+            slot = tl.load(row_slot_ptr + rows, mask=used, other=0)
+            rows = slot // top_k
+        mask = used[:, None] & (cols < width)[None, :]
+        value = tl.load(src_ptr + rows.to(tl.int64)[:, None] * stride + cols[None, :], mask=mask, other=0.0)
+        value = value.to(tl.float32)
+        if WEIGHTED:
+            value *= tl.load(weight_ptr + slot, mask=used, other=0.0).to(tl.float32)[:, None]
+        acc += tl.sum(value, axis=0)
+    out = out_ptr + expert.to(tl.int64) * width + cols
+    tl.store(out, (acc * scale).to(out_ptr.dtype.element_ty), mask=cols < width)
+
+
+@triton.jit
+def dot_bias(
+    dout_ptr,
+    bias_ptr,
+    ds_ptr,
+    row_slot_ptr,
+    tile_expert_ptr,
+    tile_offset_ptr,
+    expert_offset_ptr,
+    width,
+    stride,
+    top_k,
+    BLOCK_P: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """ds[row] = dout[token] . bias[e]: what the down-projection's bias adds to the gradient of the routing weight."""
+    tile = tl.program_id(0)
+    expert = tl.load(tile_expert_ptr + tile)
+    if expert < 0:
+        return
+    start = tl.load(expert_offset_ptr + expert) + (tile - tl.load(tile_offset_ptr + expert)) * BLOCK_P
+    rows = start + tl.arange(0, BLOCK_P)
+    used = rows < tl.load(expert_offset_ptr + expert + 1)
+    token = tl.load(row_slot_ptr + rows, mask=used, other=0) // top_k
+    acc = tl.zeros((BLOCK_P,), tl.float32)
+    for col in range(0, width, BLOCK):
+        cols = col + tl.arange(0, BLOCK)
+        bias = tl.load(bias_ptr + expert.to(tl.int64) * width + cols, mask=cols < width, other=0.0).to(tl.float32)
+        source = dout_ptr + token.to(tl.int64)[:, None] * stride + cols[None, :]
+        value = tl.load(source, mask=used[:, None] & (cols < width)[None, :], other=0.0).to(tl.float32)
+        acc += tl.sum(value * bias[None, :], axis=1)
+    tl.store(ds_ptr + rows, acc, mask=used)

@@ -1,9 +1,6 @@
-"""Launches: from tensors to grids. Checks, buffers, configurations, and the two torch custom ops that the
-rest calls.
+"""Launches: from tensors to grids. One function per kernel: checks, buffers, descriptors, configuration.
 
-`experts_forward` and `experts_backward` are opaque to torch.compile and have fake kernels, so that a compiled
-layer has no graph break. They only compute: autograd.py says what is saved and which gradients are asked for.
-No host sync anywhere.
+ops.py joins them into the layer's forward and backward. No host sync anywhere.
 """
 
 import contextlib
@@ -18,10 +15,10 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import gemm, tuning
-from .routing import Routing, Tiles, list_tiles, sort_slots
+from .routing import Routing, Tiles, list_tiles
 from .tuning import Config, Problem
 
-ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2")
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2")  # the branches of gemm.activation
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -37,24 +34,46 @@ def check_runnable(x: Tensor) -> None:
         )
 
 
-def check_inputs(x: Tensor, w1: Tensor, w2: Tensor, index: Tensor, weights: Tensor) -> None:
-    """Raises ValueError when shapes, dtypes or devices do not fit together. x[T,H], w1[E,2I,H], w2[E,H,I],
-    [T,K] twice.
-    """
+@dataclass(frozen=True)
+class Layer:
+    """The kind and the size of an experts layer, read off its weights."""
+
+    num_experts: int
+    hidden: int
+    intermediate: int
+    gated: bool
+    transposed: bool  # weights stored [E, in, out], as in gpt_oss, not [E, out, in]
+
+    @classmethod
+    def of(cls, w1: Tensor, w2: Tensor, gated: bool, transposed: bool) -> "Layer":
+        """From the up-projection [E, 2I or I, H] and the down-projection [E, H, I]; the last two swapped if
+        transposed.
+
+        Raises ValueError when they do not fit together.
+        """
+        up, down = (w.transpose(1, 2) if transposed and w.ndim == 3 else w for w in (w1, w2))
+        width = 2 if gated else 1
+        if w1.ndim != 3 or w2.ndim != 3 or up.shape != (down.shape[0], width * down.shape[2], down.shape[1]):
+            form = "[E,H,2I] and down_proj[E,I,H]" if transposed else "[E,2I,H] and down_proj[E,H,I]"
+            raise ValueError(
+                f"scattermoe needs the up-projection{form if gated else form.replace('2I', 'I')}; found "
+                f"{tuple(w1.shape)} and {tuple(w2.shape)}."
+            )
+        return cls(down.shape[0], down.shape[1], down.shape[2], gated, transposed)
+
+
+def check_inputs(x: Tensor, w1: Tensor, w2: Tensor, index: Tensor, weights: Tensor, layer: Layer) -> None:
+    """Raises ValueError when x[T,H], index[T,K] and weights[T,K] do not fit together or with the weights."""
     check_runnable(x)
     if x.dtype not in DTYPES or w1.dtype != x.dtype or w2.dtype != x.dtype:
         raise ValueError(
             f"scattermoe needs hidden_states and both weights in one dtype of float32, bfloat16 or float16; "
-            f"found hidden_states {x.dtype}, gate_up_proj {w1.dtype}, down_proj {w2.dtype}. Cast them, or use "
+            f"found hidden_states {x.dtype}, up-projection {w1.dtype}, down_proj {w2.dtype}. Cast them, or use "
             f"torch.autocast."
         )
-    num_experts, two_i, hidden = w1.shape
-    if x.dim() != 2 or x.shape[1] != hidden or tuple(w2.shape) != (num_experts, hidden, two_i // 2) or two_i % 2:
-        raise ValueError(
-            f"scattermoe needs hidden_states[T,H], gate_up_proj[E,2I,H], down_proj[E,H,I]; found {tuple(x.shape)}, "
-            f"{tuple(w1.shape)}, {tuple(w2.shape)}."
-        )
-    if index.dim() != 2 or index.shape != weights.shape or index.shape[0] != x.shape[0]:
+    if x.ndim != 2 or x.shape[1] != layer.hidden:
+        raise ValueError(f"scattermoe needs hidden_states[T,{layer.hidden}]; found {tuple(x.shape)}.")
+    if index.ndim != 2 or index.shape != weights.shape or index.shape[0] != x.shape[0]:
         raise ValueError(
             f"scattermoe needs top_k_index[T,K] and top_k_weights[T,K] with T = {x.shape[0]}; found "
             f"{tuple(index.shape)} and {tuple(weights.shape)}."
@@ -63,7 +82,7 @@ def check_inputs(x: Tensor, w1: Tensor, w2: Tensor, index: Tensor, weights: Tens
         raise ValueError(f"scattermoe needs top_k_index in int32 or int64; found {index.dtype}.")
 
 
-def _on_device(x: Tensor):
+def on_device(x: Tensor):
     """Triton launches on the current device, which need not be the tensors'."""
     return torch.cuda.device(x.device) if x.device.type == "cuda" else contextlib.nullcontext()
 
@@ -73,11 +92,10 @@ def _precision(x: Tensor) -> str:
     return "tf32" if x.device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32 else "ieee"
 
 
-def _tuned(kernel: str, w2: Tensor, num_rows: int, launch: Callable[[Config], _Result]) -> _Result:
-    """Launches one GEMM of the layer with the configuration that suits it."""
-    num_experts, hidden, intermediate = w2.shape
-    capability = (0, 0) if _INTERPRETED else torch.cuda.get_device_capability(w2.device)
-    problem = Problem(kernel, num_rows, num_experts, hidden, intermediate, w2.dtype, capability)
+def tuned(kernel: str, layer: Layer, rows: int, x: Tensor, launch: Callable[[Config], _Result]) -> _Result:
+    """Launches one GEMM of the layer with the configuration that suits it; x only names dtype and device."""
+    capability = (0, 0) if _INTERPRETED else torch.cuda.get_device_capability(x.device)
+    problem = Problem(kernel, rows, layer.num_experts, layer.hidden, layer.intermediate, x.dtype, capability)
     return launch(tuning.choose(problem, launch))
 
 
@@ -100,7 +118,7 @@ def _descriptor(t: Tensor, block: list[int]) -> TensorDescriptor:
     return TensorDescriptor(t, list(t.shape), list(t.stride()), block)
 
 
-class _Weight:
+class Weight:
     """A weight [E, width, depth] as a GEMM reads it: a strided view, and how to hand it to a kernel."""
 
     def __init__(self, weight: Tensor, depth_last: bool):
@@ -130,7 +148,7 @@ class _Weight:
         return self.view.stride()
 
 
-class _TileLists:
+class TileLists:
     """Tile lists by height, built once per op call."""
 
     def __init__(self, routing: Routing):
@@ -143,7 +161,7 @@ class _TileLists:
 
 
 @dataclass(frozen=True)
-class _Padded:
+class Padded:
     """x[token] by rows, each expert's padded with zero rows to a multiple of `tiles.block_p` (gemm.gather_rows)."""
 
     data: Tensor  # [tiles.max_tiles * tiles.block_p, H]
@@ -153,7 +171,7 @@ class _Padded:
 PAD = 64  # rows; weight_grad's blocks must divide it
 
 
-def _gather(x: Tensor, routing: Routing, tiles: _TileLists) -> _Padded:
+def gather_rows(x: Tensor, routing: Routing, tiles: TileLists) -> Padded:
     """x [T, H] -> each row's token, padded per expert."""
     pad, width = tiles[PAD], x.shape[1]
     out = x.new_empty(pad.max_tiles * PAD, width)
@@ -174,23 +192,37 @@ def _gather(x: Tensor, routing: Routing, tiles: _TileLists) -> _Padded:
             BLOCK=min(triton.next_power_of_2(width), 512),
             num_warps=8,
         )
-    return _Padded(out, pad)
+    return Padded(out, pad)
 
 
-def _up(x: Tensor, w1: Tensor, routing: Routing, tiles: _TileLists, config: Config, act: str, save: bool):
-    """-> h [P, 2I] (empty unless save), a [P, I]."""
-    intermediate, hidden = w1.shape[1] // 2, w1.shape[2]
-    a = x.new_empty(routing.num_rows, intermediate)
-    h = x.new_empty(routing.num_rows if save else 0, 2 * intermediate)
-    weight, rows = _Weight(w1, depth_last=True), tiles[config.block_p]
-    tma = _tma_fits(weight.gate_up)
+def up_projection(
+    x: Tensor,
+    weight: Weight,
+    bias: Tensor | None,
+    routing: Routing,
+    tiles: TileLists,
+    config: Config,
+    act: str,
+    gated: bool,
+    save: bool,
+    activate: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """-> h [P, 2I or I] (0 rows unless save), a [P, I] (0 rows unless activate)."""
+    width, hidden = weight.view.shape[1:]
+    intermediate = width // 2 if gated else width
+    a = x.new_empty(routing.num_rows if activate else 0, intermediate)
+    h = x.new_empty(routing.num_rows if save else 0, width)
+    rows = tiles[config.block_p]
+    tma = _tma_fits(weight.gate_up if gated else weight.stored)
     gather = config.gather or not tma
-    padded = None if gather else _gather(x, routing, tiles)
+    padded = None if gather else gather_rows(x, routing, tiles)
+    source = weight.gate_up_source if gated else weight.source
     grid = (rows.max_tiles * triton.cdiv(intermediate, config.block_n),)
     if grid[0]:
         gemm.up_projection[grid](
             _descriptor(padded.data, [config.block_p, config.block_k]) if padded else x,
-            weight.gate_up_source(tma, config.block_n, config.block_k),
+            source(tma, config.block_n, config.block_k),
+            x if bias is None else bias,
             h,
             a,
             routing.row_slot,
@@ -205,7 +237,10 @@ def _up(x: Tensor, w1: Tensor, routing: Routing, tiles: _TileLists, config: Conf
             *weight.strides,
             config.group,
             ACT=act,
+            GATED=gated,
+            BIAS=bias is not None,
             STORE_H=save,
+            STORE_A=activate,
             GATHER=gather,
             USE_TMA=tma,
             K_CONTIGUOUS=weight.k_contiguous,
@@ -221,8 +256,10 @@ def _up(x: Tensor, w1: Tensor, routing: Routing, tiles: _TileLists, config: Conf
     return h, a
 
 
-def _grouped(a: Tensor, weight: _Weight, routing: Routing, tiles: _TileLists, config: Config) -> Tensor:
-    """a [P, depth] times each expert's weight -> [P, width]."""
+def grouped_rows(
+    a: Tensor, weight: Weight, bias: Tensor | None, routing: Routing, tiles: TileLists, config: Config
+) -> Tensor:
+    """a [P, depth] times each expert's weight (+ bias [E, width]) -> [P, width]."""
     width, depth = weight.view.shape[1:]
     y = a.new_empty(routing.num_rows, width)
     rows = tiles[config.block_p]
@@ -232,15 +269,16 @@ def _grouped(a: Tensor, weight: _Weight, routing: Routing, tiles: _TileLists, co
         gemm.grouped_rows[grid](
             _descriptor(a, [config.block_p, config.block_k]) if tma else a,
             weight.source(tma, config.block_n, config.block_k),
+            a if bias is None else bias,
             y,
             rows.tile_expert,
             rows.tile_offsets,
             routing.expert_offsets,
-            routing.num_rows,
             depth,
             width,
             *weight.strides,
             config.group,
+            BIAS=bias is not None,
             USE_TMA=tma,
             K_CONTIGUOUS=weight.k_contiguous,
             EVEN=depth % config.block_k == 0 and (tma or width % config.block_n == 0),
@@ -254,7 +292,7 @@ def _grouped(a: Tensor, weight: _Weight, routing: Routing, tiles: _TileLists, co
     return y
 
 
-def _sum_slots(y: Tensor, routing: Routing, weights: Tensor | None, num_tokens: int) -> Tensor:
+def sum_slots(y: Tensor, routing: Routing, weights: Tensor | None, num_tokens: int) -> Tensor:
     """y [P, H] -> [T, H]: each token's rows, weighted or plain, k ascending."""
     hidden = y.shape[1]
     out = y.new_empty(num_tokens, hidden)
@@ -274,25 +312,25 @@ def _sum_slots(y: Tensor, routing: Routing, weights: Tensor | None, num_tokens: 
     return out
 
 
-def _down_backward(
-    dout: _Padded,
-    w2: Tensor,
+def down_backward(
+    dout: Padded,
+    weight: Weight,
     h: Tensor,
     weights: Tensor,
     routing: Routing,
-    tiles: _TileLists,
+    tiles: TileLists,
     config: Config,
     act: str,
+    gated: bool,
+    extra_parts: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """-> dh [P, 2I], sa [P, I], ds partials [parts, P] in fp32. dout is [T, H], or [P, H] if gathered
-    already.
-    """
-    _, hidden, intermediate = w2.shape
+    """-> dh as h, sa [P, I], ds partials [parts, P] in fp32, of which the last extra_parts are left to the caller."""
+    intermediate, hidden = weight.view.shape[1:]
     num_rows = routing.num_rows
     dh, sa = torch.empty_like(h), h.new_empty(num_rows, intermediate)
     parts = triton.cdiv(intermediate, config.block_n)
-    ds = torch.empty(parts, num_rows, dtype=torch.float32, device=h.device)
-    weight, rows = _Weight(w2, depth_last=False), tiles[config.block_p]
+    ds = torch.empty(parts + extra_parts, num_rows, dtype=torch.float32, device=h.device)
+    rows = tiles[config.block_p]
     tma = _tma_fits(weight.stored, dout.data)
     if rows.max_tiles:
         gemm.down_backward[(rows.max_tiles * parts,)](
@@ -314,6 +352,7 @@ def _down_backward(
             *weight.strides,
             config.group,
             ACT=act,
+            GATED=gated,
             USE_TMA=tma,
             K_CONTIGUOUS=weight.k_contiguous,
             EVEN=hidden % config.block_k == 0 and (tma or intermediate % config.block_n == 0),
@@ -329,7 +368,7 @@ def _down_backward(
     return dh, sa, ds
 
 
-def _zero_tail(first: Tensor, second: Tensor, routing: Routing, tail: int) -> None:
+def zero_tail(first: Tensor, second: Tensor, routing: Routing, tail: int) -> None:
     gemm.zero_tail[(tail,)](
         first,
         second,
@@ -342,7 +381,7 @@ def _zero_tail(first: Tensor, second: Tensor, routing: Routing, tail: int) -> No
     )
 
 
-def _routing_grad(ds: Tensor, routing: Routing, like: Tensor) -> Tensor:
+def routing_grad(ds: Tensor, routing: Routing, like: Tensor) -> Tensor:
     """ds partials [parts, P] -> the gradient of top_k_weights [T, K], in its dtype."""
     out, block = torch.empty_like(like, memory_format=torch.contiguous_format), 256
     if out.numel():
@@ -351,12 +390,12 @@ def _routing_grad(ds: Tensor, routing: Routing, like: Tensor) -> Tensor:
     return out
 
 
-def _weight_grad(
-    left: Tensor | _Padded, right: Tensor | _Padded, routing: Routing, config: Config, scale: float
+def weight_grad(
+    left: Tensor | Padded, right: Tensor | Padded, routing: Routing, config: Config, scale: float
 ) -> Tensor:
     """scale * left.T @ right per expert, [E, left width, right width]; exactly one operand is padded."""
-    padded = left if isinstance(left, _Padded) else right
-    left_data, right_data = (t.data if isinstance(t, _Padded) else t for t in (left, right))
+    padded = left if isinstance(left, Padded) else right
+    left_data, right_data = (t.data if isinstance(t, Padded) else t for t in (left, right))
     m, n = left_data.shape[1], right_data.shape[1]
     dw = left_data.new_empty(routing.num_experts, m, n)
     tma = _tma_fits(left_data, right_data)
@@ -387,101 +426,49 @@ def _weight_grad(
     return dw
 
 
-def _num_rows(index: Tensor, num_pairs: int) -> int:
-    return index.numel() if num_pairs < 0 else num_pairs
-
-
-def _row_major(t: Tensor) -> Tensor:
-    return t if t.stride(-1) == 1 and t.stride(0) >= t.shape[1] else t.contiguous()
-
-
-@torch.library.custom_op("accel_moe::experts_forward", mutates_args=())
-def experts_forward(
-    x: Tensor, w1: Tensor, w2: Tensor, index: Tensor, weights: Tensor, act: str, num_pairs: int, save: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The layer's forward: x[T,H], w1[E,2I,H], w2[E,H,I], index and weights [T,K].
-
-    num_pairs: slots that are not sentinels, or -1 when unknown. save: whether a backward will follow.
-    -> out [T,H], h [P,2I] (0 rows unless save), then the routing: row_slot [P], slot_row [T*K],
-    expert_offsets [E+1].
+def bias_grad(src: Tensor, weights: Tensor | None, routing: Routing, like: Tensor, scale: float) -> Tensor:
+    """The gradient of a bias [E, width]: src [P, width] summed per expert, or src [T, width] at each row's token
+    times its routing weight.
     """
-    with _on_device(x):
-        x, weights = _row_major(x), weights.contiguous()
-        num_experts, num_rows = w1.shape[0], _num_rows(index, num_pairs)
-        routing = sort_slots(index, num_experts, num_rows)
-        tiles = _TileLists(routing)
-        h, a = _tuned("up", w2, num_rows, lambda c: _up(x, w1, routing, tiles, c, act, save))
-        y = _tuned("down", w2, num_rows, lambda c: _grouped(a, _Weight(w2, depth_last=True), routing, tiles, c))
-        out = _sum_slots(y, routing, weights, x.shape[0])
-    return out, h, routing.row_slot, routing.slot_row, routing.expert_offsets
-
-
-@experts_forward.register_fake
-def _(x, w1, w2, index, weights, act, num_pairs, save):
-    num_rows = _num_rows(index, num_pairs)
-    integers = {"dtype": torch.int32, "device": x.device}
-    return (
-        x.new_empty(x.shape),
-        x.new_empty(num_rows if save else 0, w1.shape[1]),
-        torch.empty(num_rows, **integers),
-        torch.empty(index.numel(), **integers),
-        torch.empty(w1.shape[0] + 1, **integers),
+    out = torch.empty_like(like, memory_format=torch.contiguous_format)
+    width, block = like.shape[1], 128
+    gemm.sum_expert_rows[(routing.num_experts, triton.cdiv(width, block))](
+        src,
+        src if weights is None else weights,
+        out,
+        routing.row_slot,
+        routing.expert_offsets,
+        width,
+        src.stride(0),
+        routing.top_k,
+        scale,
+        WEIGHTED=weights is not None,
+        ROWS=16,
+        BLOCK=block,
     )
+    return out
 
 
-@torch.library.custom_op("accel_moe::experts_backward", mutates_args=())
-def experts_backward(
-    dout: Tensor,
-    x: Tensor,
-    w1: Tensor,
-    w2: Tensor,
-    weights: Tensor,
-    h: Tensor,
-    row_slot: Tensor,
-    slot_row: Tensor,
-    expert_offsets: Tensor,
-    act: str,
-    weight_grad_scale: float,
-    needs: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """-> gradients of x, w1, w2 and weights; a zero-element tensor for each that `needs` (four, that order)
-    leaves out.
-
-    Both weight gradients are multiplied by weight_grad_scale before they are rounded to the weights' dtype.
-    """
-    need_x, need_w1, need_w2, need_weights = needs
-    with _on_device(x):
-        dout, x, weights = _row_major(dout), _row_major(x), weights.contiguous()
-        routing = Routing(row_slot, slot_row, expert_offsets, top_k=weights.shape[1])
-        tiles = _TileLists(routing)
-        num_rows, scale = routing.num_rows, weight_grad_scale
-        dout_rows = _gather(dout, routing, tiles)
-        dh, sa, ds = _tuned(
-            "down_backward", w2, num_rows, lambda c: _down_backward(dout_rows, w2, h, weights, routing, tiles, c, act)
+def dot_bias(dout: Tensor, bias: Tensor, ds: Tensor, routing: Routing, tiles: TileLists) -> None:
+    """ds [P] = each row's dout[token] . bias[expert]."""
+    rows = tiles[PAD]
+    if rows.max_tiles:
+        gemm.dot_bias[(rows.max_tiles,)](
+            dout,
+            bias,
+            ds,
+            routing.row_slot,
+            rows.tile_expert,
+            rows.tile_offsets,
+            routing.expert_offsets,
+            dout.shape[1],
+            dout.stride(0),
+            routing.top_k,
+            BLOCK_P=PAD,
+            BLOCK=64,
         )
-        dx, dw1, dw2, dweights = (x.new_empty(0) for _ in range(4))  # four: an op's outputs may not alias
-        if need_weights:
-            dweights = _routing_grad(ds, routing, weights)
-        ds = None
-        if need_w1 or need_w2:
-            _zero_tail(dh, sa, routing, PAD)
-        # Each buffer of P rows is freed as soon as its last reader is launched: they decide the peak.
-        if need_w2:
-            dw2 = _tuned("down_weight_grad", w2, num_rows, lambda c: _weight_grad(dout_rows, sa, routing, c, scale))
-        sa = dout_rows = None
-        if need_w1:
-            x_rows = _gather(x, routing, tiles)
-            dw1 = _tuned("up_weight_grad", w2, num_rows, lambda c: _weight_grad(dh, x_rows, routing, c, scale))
-            x_rows = None
-        if need_x:
-            weight = _Weight(w1, depth_last=False)
-            dx_rows = _tuned("up_backward", w2, num_rows, lambda c: _grouped(dh, weight, routing, tiles, c))
-            dh = None
-            dx = _sum_slots(dx_rows, routing, None, x.shape[0])
-    return dx, dw1, dw2, dweights
 
 
-@experts_backward.register_fake
-def _(dout, x, w1, w2, weights, h, row_slot, slot_row, expert_offsets, act, weight_grad_scale, needs):
-    likes = (x, w1, w2, weights)
-    return tuple(like.new_empty(like.shape if need else (0,)) for like, need in zip(likes, needs, strict=True))
+def row_major(t: Tensor) -> Tensor:
+    """t with its last dimension contiguous and rows that do not overlap; a copy where it is not so."""
+    return t if t.stride(-1) == 1 and t.stride(0) >= t.shape[1] else t.contiguous()

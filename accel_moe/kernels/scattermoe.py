@@ -45,37 +45,41 @@ def unsupported_reason(module) -> str | None:
     missing = [a for a in ("has_gate", "has_bias", "is_transposed", "is_concatenated") if not hasattr(module, a)]
     if missing:
         return f"{name} is not an experts module of transformers v5: it has no {', '.join(missing)}"
-    if not module.has_gate:
-        return f"{name} has no gate (has_gate=False)"
-    if module.has_bias:
-        return f"{name} has biases (has_bias=True)"
-    if module.is_transposed:
-        return f"{name} stores its weights transposed (is_transposed=True)"
-    if not module.is_concatenated:
-        return f"{name} interleaves gate and up columns (is_concatenated=False)"
     if getattr(module, "has_post_expert_norm", False):
         return f"{name} normalises each expert's output (has_post_expert_norm=True)"
-    gate = getattr(module, "_apply_gate", None)
-    if getattr(gate, "__name__", "_default_apply_gate") != "_default_apply_gate":
-        return f"{name} has a gate of its own ({name}._apply_gate)"
-    if activation_name(getattr(module, "act_fn", None)) is None:
-        act = getattr(module, "act_fn", None)
-        return f"{name} uses the activation {act}; known are silu, gelu, gelu_tanh, relu, relu2"
-    for weight in ("gate_up_proj", "down_proj"):
-        if getattr(getattr(module, weight, None), "ndim", None) != 3:
-            return f"{name}.{weight} is not one 3-dimensional tensor"
+    up = "gate_up_proj" if module.has_gate else "up_proj"
+    for weight, dims in ((up, 3), ("down_proj", 3), (f"{up}_bias", 2), ("down_proj_bias", 2)):
+        if dims == 2 and not module.has_bias:
+            continue
+        if getattr(getattr(module, weight, None), "ndim", None) != dims:
+            return f"{name}.{weight} is not one {dims}-dimensional tensor"
+    if module.has_gate and not module.is_concatenated and _has_default_gate(module):
+        return f"{name} interleaves gate and up columns (is_concatenated=False) and has no _apply_gate that says how"
     return None
 
 
+def _has_default_gate(module) -> bool:
+    """Whether its gate is the one of transformers' decorator: act_fn(first half) * second half."""
+    gate = getattr(module, "_apply_gate", None)
+    return getattr(gate, "__name__", "_default_apply_gate") == "_default_apply_gate"
+
+
+def _fused_activation(module) -> str | None:
+    """The kernels' name for the module's activation if the fused road can take the module, else None."""
+    if module.has_bias or (module.has_gate and not _has_default_gate(module)):
+        return None
+    return activation_name(getattr(module, "act_fn", None))
+
+
 def scattermoe_experts_forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    """The experts layer, [T,H] in hidden_states' dtype, differentiable in hidden_states, both weights and
+    """The experts layer, [T,H] in hidden_states' dtype, differentiable in hidden_states, parameters and
     top_k_weights.
 
     self: an experts module, or a view that answers its attributes; a view may also have `weight_grad_scale`
-    (multiplies both weight gradients, default 1.0) and `num_pairs` (how many slots are not sentinels, where
-    the host knows; buffers are then of that size). A slot with top_k_index >= num_experts is a sentinel: no
-    work, no contribution, gradient exactly 0. No host sync, no collective. Raises ValueError for a module
-    that unsupported_reason refuses and for tensors that do not fit.
+    (multiplies the gradient of every expert parameter, default 1.0) and `num_pairs` (how many slots are not
+    sentinels, where the host knows; buffers are then of that size). A slot with top_k_index >= num_experts is a
+    sentinel: no work, no contribution, gradient exactly 0. No host sync, no collective. Raises ValueError for a
+    module that unsupported_reason refuses and for tensors that do not fit.
     """
     reason = unsupported_reason(self)
     if reason is not None:
@@ -83,24 +87,27 @@ def scattermoe_experts_forward(self, hidden_states: Tensor, top_k_index: Tensor,
             f"scattermoe does not support this experts layer: {reason}. Choose "
             f"experts_implementation='grouped_mm' (or 'eager')."
         )
-    from .autograd import experts  # the first call imports Triton
+    from .autograd import experts, experts_in_halves  # the first call imports Triton
 
-    w1, w2 = self.gate_up_proj, self.down_proj
-    dtype, device = hidden_states.dtype, hidden_states.device.type
-    x = hidden_states
+    up = "gate_up_proj" if self.has_gate else "up_proj"
+    names = [up, "down_proj"] + ([f"{up}_bias", "down_proj_bias"] if self.has_bias else [])
+    tensors = [hidden_states, *(getattr(self, name) for name in names)]
+    device = hidden_states.device.type
     if torch.is_autocast_enabled(device):
-        # As F.linear would under autocast; the casts are differentiable, gradients return in the parameters'
-        # dtype.
-        compute = torch.get_autocast_dtype(device)
-        x, w1, w2 = x.to(compute), w1.to(compute), w2.to(compute)
-    out = experts(
-        x,
-        w1,
-        w2,
-        top_k_index,
-        top_k_weights,
-        activation_name(self.act_fn),
-        getattr(self, "num_pairs", None),
-        getattr(self, "weight_grad_scale", 1.0),
-    )
-    return out.to(dtype)
+        # As F.linear would under autocast; the casts are differentiable, gradients return in the parameters' dtype.
+        tensors = [t.to(torch.get_autocast_dtype(device)) for t in tensors]
+    x, w1, w2, *biases = tensors
+    options = {
+        "gated": self.has_gate,
+        "transposed": self.is_transposed,
+        "num_pairs": getattr(self, "num_pairs", None),
+        "weight_grad_scale": getattr(self, "weight_grad_scale", 1.0),
+    }
+    act = _fused_activation(self)
+    if act is not None:
+        out = experts(x, w1, w2, top_k_index, top_k_weights, act, **options)
+    else:
+        b1, b2 = biases or (None, None)
+        gate = self._apply_gate if self.has_gate else self.act_fn
+        out = experts_in_halves(x, w1, w2, b1, b2, top_k_index, top_k_weights, gate, **options)
+    return out.to(hidden_states.dtype)

@@ -56,7 +56,7 @@ class Config:
 class Problem:
     """What a configuration is chosen by: one grouped GEMM of one layer."""
 
-    kernel: str  # up | down | down_backward | down_weight_grad | up_weight_grad | up_backward
+    kernel: str  # up | up_plain (not gated) | down | down_backward | down_weight_grad | up_weight_grad | up_backward
     rows: int  # P
     num_experts: int
     hidden: int
@@ -134,6 +134,8 @@ def candidates(problem: Problem) -> list[Config]:
     """What to measure: the rule's choice first, then what has won on some shape."""
     first = rule(problem)
     others = [replace(first, group=1), replace(first, group=16)]
+    if problem.kernel == "up_plain":
+        others.append(replace(first, gather=False))
     if problem.capability[0] >= 9 and problem.rows_per_expert > 128 and problem.dtype != torch.float32:
         wide, tall = Config(128, 256, 64, 8, 3), Config(256, 128, 64, 8, 4)
         if problem.kernel == "up":
@@ -142,7 +144,7 @@ def candidates(problem: Problem) -> list[Config]:
                 replace(first, gather=False),
                 replace(first, gather=False, group=16),
             ]
-        elif problem.kernel in ("down", "up_backward"):
+        elif problem.kernel in ("up_plain", "down", "up_backward"):
             others += [wide, tall, replace(wide, num_stages=4), Config(128, 128, 64, 4, 3)]
         elif problem.kernel == "down_backward":
             others += [replace(first, num_stages=3), Config(128, 128, 64, 8, 4, chunks=4)]

@@ -25,6 +25,8 @@ def view(**changes):
         is_transposed=False,
         is_concatenated=True,
     )
+    module._apply_gate = lambda h: module.act_fn(h.chunk(2, -1)[0]) * h.chunk(2, -1)[1]
+    module._apply_gate.__name__ = "_default_apply_gate"
     for name, value in changes.items():
         setattr(module, name, value)
     return module
@@ -39,13 +41,10 @@ def test_importing_the_registered_forward_does_not_import_triton():
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"has_gate": False}, "has no gate"),
-        ({"has_bias": True}, "has biases"),
-        ({"is_transposed": True}, "transposed"),
         ({"is_concatenated": False}, "interleaves"),
         ({"has_post_expert_norm": True}, "normalises"),
-        ({"_apply_gate": lambda x: x}, "_apply_gate"),
-        ({"act_fn": torch.nn.Softplus()}, "Softplus"),
+        ({"has_gate": False}, "up_proj"),
+        ({"has_bias": True}, "gate_up_proj_bias"),
         ({"down_proj": torch.zeros(2, 2)}, "3-dimensional"),
     ],
 )
@@ -54,6 +53,129 @@ def test_an_unknown_kind_of_experts_is_refused_by_what_was_found(changes, reason
     assert reason in unsupported_reason(module)
     with pytest.raises(ValueError, match=reason):
         scattermoe_experts_forward(module, torch.zeros(1, 16), torch.zeros(1, 1).long(), torch.zeros(1, 1))
+
+
+def eager(module, x, index, weights):
+    """Every family's meaning: up, gate, down, each as the module's attributes say."""
+    out = torch.zeros_like(x)
+    up = "gate_up_proj" if module.has_gate else "up_proj"
+    for e in range(module.num_experts):
+        token, k = torch.where(index == e)
+        w1, w2 = getattr(module, up)[e], module.down_proj[e]
+        w1, w2 = (w1, w2) if module.is_transposed else (w1.T, w2.T)
+        h = x[token] @ w1 + (getattr(module, f"{up}_bias")[e] if module.has_bias else 0)
+        if not module.has_gate:
+            a = module.act_fn(h)
+        else:
+            a = module._apply_gate(h)
+        y = a @ w2 + (module.down_proj_bias[e] if module.has_bias else 0)
+        out = out.index_add(0, token, y * weights[token, k, None])
+    return out
+
+
+def interleaved_clamped(h):
+    gate, up = h[..., ::2].clamp(max=1.5), h[..., 1::2].clamp(-1.5, 1.5)
+    return (up + 1) * gate * torch.sigmoid(1.7 * gate)
+
+
+def clamped(h):
+    gate, up = h.chunk(2, -1)
+    return torch.nn.functional.silu(gate.clamp(max=1.5)) * up.clamp(-1.5, 1.5)
+
+
+def _biased(**more):
+    gen = torch.Generator().manual_seed(3)
+    biases = torch.randn(3, 48, generator=gen).to(DEVICE), torch.randn(3, 16, generator=gen).to(DEVICE)
+    return {"has_bias": True, "gate_up_proj_bias": biases[0], "down_proj_bias": biases[1], **more}
+
+
+def _transposed(**more):
+    plain = view()
+    weights = {n: getattr(plain, n).transpose(1, 2).contiguous() for n in ("gate_up_proj", "down_proj")}
+    return {"is_transposed": True, **weights, **more}
+
+
+def relu2(h):
+    return torch.relu(h) ** 2
+
+
+relu2.__name__ = "ReLUSquaredActivation"
+
+
+KINDS = {
+    "plain": {},
+    "unknown activation": {"act_fn": torch.nn.Tanh()},
+    "clamped": {"_apply_gate": clamped},
+    "transposed": _transposed(),
+    "transposed, clamped, interleaved, biased": _transposed(
+        **_biased(_apply_gate=interleaved_clamped, is_concatenated=False)
+    ),
+    "biased": _biased(),
+    "not gated": {"has_gate": False, "up_proj": view().gate_up_proj[:, :24].contiguous(), "act_fn": relu2},
+    "not gated, unknown activation": {
+        "has_gate": False,
+        "up_proj": view().gate_up_proj[:, :24].contiguous(),
+        "act_fn": torch.nn.Tanh(),
+    },
+}
+
+
+@pytest.mark.parametrize("sentinels", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_experts_equals_the_loop_in_output_and_gradients(kind, sentinels):
+    """fp32; 1e-5 of the largest value is some 80 roundings."""
+    module = view(**KINDS[kind])
+    names = ["gate_up_proj" if module.has_gate else "up_proj", "down_proj"]
+    names += ["gate_up_proj_bias", "down_proj_bias"] if module.has_bias else []
+    gen = torch.Generator().manual_seed(1)
+    x, dout = torch.randn(23, 16, generator=gen).to(DEVICE), torch.randn(23, 16, generator=gen).to(DEVICE)
+    weights, index = (t.to(DEVICE) for t in torch.rand(23, 3, generator=gen).topk(2))
+    if sentinels:
+        index[::2, 0] = 3
+        index[index == 1] = 3  # an expert with no token besides
+    results = []
+    for function in (scattermoe_experts_forward, eager):
+        leaves = [getattr(module, n).detach().requires_grad_() for n in names]
+        own = view(**KINDS[kind])
+        for name, leaf in zip(names, leaves, strict=True):
+            setattr(own, name, leaf)
+        if sentinels:
+            own.num_pairs = int((index < 3).sum())
+        inputs = [x.clone().requires_grad_(), weights.clone().requires_grad_()]
+        out = function(own, inputs[0], index, inputs[1])
+        results.append([out, *torch.autograd.grad(out, [*inputs, *leaves], dout)])
+    for name, a, e in zip(("out", "dx", "dweights", *names), *results, strict=True):
+        assert (a - e).abs().max() <= 1e-5 * max(1, e.abs().max()), name
+
+
+def test_bias_gradients_carry_the_weight_gradient_scale():
+    gradients = []
+    for scale in (1.0, 0.25):
+        module = view(**_biased(), weight_grad_scale=scale)
+        module.gate_up_proj_bias.requires_grad_(), module.down_proj_bias.requires_grad_()
+        biases = [module.gate_up_proj_bias, module.down_proj_bias]
+        index = torch.tensor([[0], [1], [2]], device=DEVICE)
+        out = scattermoe_experts_forward(
+            module, torch.ones(3, 16, device=DEVICE), index, torch.ones(3, 1, device=DEVICE)
+        )
+        gradients.append(torch.autograd.grad(out.sum(), biases))
+    for plain, scaled in zip(*gradients, strict=True):
+        assert torch.equal(plain * 0.25, scaled)
+
+
+def test_gpt_oss_experts_of_transformers_give_their_eager_output():
+    modeling = pytest.importorskip("transformers.models.gpt_oss.modeling_gpt_oss")
+    config = modeling.GptOssConfig(hidden_size=16, intermediate_size=24, num_local_experts=3)
+    config._experts_implementation = "eager"
+    module = modeling.GptOssExperts(config).to(DEVICE)
+    torch.manual_seed(0)
+    for parameter in module.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    assert unsupported_reason(module) is None
+    x = torch.randn(11, 16, device=DEVICE)
+    weights, index = torch.rand(11, 3, device=DEVICE).topk(2)
+    expected = module(x, index, weights)
+    torch.testing.assert_close(scattermoe_experts_forward(module, x, index, weights), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_a_module_that_is_no_experts_module_is_refused():

@@ -1,0 +1,323 @@
+"""The layer as torch custom ops: opaque to torch.compile, each with a fake kernel, so that no graph breaks.
+
+Two roads, both on the launches of launch.py:
+
+- *fused*, for experts without biases whose activation gemm.activation knows: `experts_forward`, `experts_backward`.
+- *in two halves*, for every other gate (clamped, interleaved, with biases): `sort_rows`, then `up_half`, then the
+module's own
+  gate as plain torch on the rows, then `down_half`; each half with its backward. The gather, the biases, the weighted
+  sum and the routing weights' gradient stay fused with the GEMMs.
+
+They only compute: autograd.py says what is saved and which gradients are asked for. Weights come as the module stores
+them: w1 is [E, 2I, H] ([E, I, H] not gated), w2 is [E, H, I], and `transposed` swaps the last two dimensions of both.
+The routing travels as three int32 tensors, row_slot [P], slot_row [T*K] and expert_offsets [E+1] (routing.Routing). A
+gradient that is not needed comes back with no elements. `scale` multiplies the gradient of every expert parameter and
+nothing else.
+"""
+
+import torch
+from torch import Tensor
+
+from . import launch
+from .launch import PAD, Layer, TileLists, Weight
+from .routing import Routing, sort_slots
+
+
+def _num_rows(index: Tensor, num_pairs: int) -> int:
+    return index.numel() if num_pairs < 0 else num_pairs
+
+
+def _like_if(like: Tensor | None, needed: bool) -> Tensor:
+    return like.new_empty(like.shape) if needed else like.new_empty(0)
+
+
+# ---- Fused
+
+
+@torch.library.custom_op("accel_moe::experts_forward", mutates_args=())
+def experts_forward(
+    x: Tensor,
+    w1: Tensor,
+    w2: Tensor,
+    index: Tensor,
+    weights: Tensor,
+    act: str,
+    gated: bool,
+    transposed: bool,
+    num_pairs: int,
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """x[T,H], index[T,K], weights[T,K] -> out [T,H], h [P, 2I or I] (0 rows unless save), then the routing.
+
+    num_pairs: slots that are not sentinels, or -1 when unknown. save: whether a backward will follow.
+    """
+    with launch.on_device(x):
+        x, weights = launch.row_major(x), weights.contiguous()
+        layer = Layer.of(w1, w2, gated, transposed)
+        rows = _num_rows(index, num_pairs)
+        routing = sort_slots(index, layer.num_experts, rows)
+        tiles = TileLists(routing)
+        up, down = Weight(w1, depth_last=not transposed), Weight(w2, depth_last=not transposed)
+        h, a = launch.tuned(
+            "up" if gated else "up_plain",
+            layer,
+            rows,
+            x,
+            lambda c: launch.up_projection(x, up, None, routing, tiles, c, act, gated, save),
+        )
+        y = launch.tuned("down", layer, rows, x, lambda c: launch.grouped_rows(a, down, None, routing, tiles, c))
+        out = launch.sum_slots(y, routing, weights, x.shape[0])
+    return out, h, routing.row_slot, routing.slot_row, routing.expert_offsets
+
+
+@experts_forward.register_fake
+def _(x, w1, w2, index, weights, act, gated, transposed, num_pairs, save):
+    rows, integers = _num_rows(index, num_pairs), {"dtype": torch.int32, "device": x.device}
+    return (
+        x.new_empty(x.shape),
+        x.new_empty(rows if save else 0, w1.shape[2 if transposed else 1]),
+        torch.empty(rows, **integers),
+        torch.empty(index.numel(), **integers),
+        torch.empty(w1.shape[0] + 1, **integers),
+    )
+
+
+@torch.library.custom_op("accel_moe::experts_backward", mutates_args=())
+def experts_backward(
+    dout: Tensor,
+    x: Tensor,
+    w1: Tensor,
+    w2: Tensor,
+    weights: Tensor,
+    h: Tensor,
+    row_slot: Tensor,
+    slot_row: Tensor,
+    expert_offsets: Tensor,
+    act: str,
+    gated: bool,
+    transposed: bool,
+    scale: float,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """-> gradients of x, w1, w2 and weights, those that `needs` (four, in that order) asks for."""
+    need_x, need_w1, need_w2, need_weights = needs
+    with launch.on_device(x):
+        dout, x, weights = launch.row_major(dout), launch.row_major(x), weights.contiguous()
+        layer = Layer.of(w1, w2, gated, transposed)
+        routing = Routing(row_slot, slot_row, expert_offsets, top_k=weights.shape[1])
+        tiles, rows = TileLists(routing), routing.num_rows
+        dout_rows, down = launch.gather_rows(dout, routing, tiles), Weight(w2, depth_last=transposed)
+        dh, sa, ds = launch.tuned(
+            "down_backward",
+            layer,
+            rows,
+            x,
+            lambda c: launch.down_backward(dout_rows, down, h, weights, routing, tiles, c, act, gated),
+        )
+        dweights = launch.routing_grad(ds, routing, weights) if need_weights else weights.new_empty(0)
+        if need_w1 or need_w2:
+            launch.zero_tail(dh, sa, routing, PAD)
+        # Each buffer of P rows is dropped as soon as its last reader is launched: they decide the peak.
+        dw2 = _weight_grad("down_weight_grad", layer, dout_rows, sa, transposed, routing, scale, need_w2)
+        ds = sa = dout_rows = None
+        dw1 = _up_weight_grad(layer, x, dh, routing, tiles, scale, need_w1)
+        dx = _input_grad(layer, x, w1, dh, routing, tiles, need_x)
+    return dx, dw1, dw2, dweights
+
+
+@experts_backward.register_fake
+def _(dout, x, w1, w2, weights, h, row_slot, slot_row, expert_offsets, act, gated, transposed, scale, needs):
+    return tuple(_like_if(like, need) for like, need in zip((x, w1, w2, weights), needs, strict=True))
+
+
+def _weight_grad(kernel, layer: Layer, left, right, swap: bool, routing: Routing, scale: float, needed: bool) -> Tensor:
+    """scale * left.T @ right per expert, or its transpose; one of the two is launch.Padded."""
+    plain = right if isinstance(left, launch.Padded) else left
+    if not needed:
+        return plain.new_empty(0)
+    if swap:
+        left, right = right, left
+    run = lambda c: launch.weight_grad(left, right, routing, c, scale)  # noqa: E731
+    return launch.tuned(kernel, layer, routing.num_rows, plain, run)
+
+
+def _up_weight_grad(layer: Layer, x: Tensor, dh: Tensor, routing: Routing, tiles: TileLists, scale, needed) -> Tensor:
+    """dh.T @ x[token] per expert, as w1 is stored."""
+    if not needed:
+        return x.new_empty(0)
+    x_rows = launch.gather_rows(x, routing, tiles)
+    return _weight_grad("up_weight_grad", layer, dh, x_rows, layer.transposed, routing, scale, True)
+
+
+def _input_grad(layer: Layer, x: Tensor, w1: Tensor, dh: Tensor, routing: Routing, tiles: TileLists, needed) -> Tensor:
+    """sum_k (dh @ w1)[row(t, k)]."""
+    if not needed:
+        return x.new_empty(0)
+    up = Weight(w1, depth_last=layer.transposed)
+    run = lambda c: launch.grouped_rows(dh, up, None, routing, tiles, c)  # noqa: E731
+    return launch.sum_slots(launch.tuned("up_backward", layer, routing.num_rows, x, run), routing, None, x.shape[0])
+
+
+# ---- In two halves
+
+
+@torch.library.custom_op("accel_moe::sort_rows", mutates_args=())
+def sort_rows(index: Tensor, num_experts: int, num_pairs: int) -> tuple[Tensor, Tensor, Tensor]:
+    """index[T,K] -> the routing; num_pairs as in experts_forward."""
+    with launch.on_device(index):
+        routing = sort_slots(index, num_experts, _num_rows(index, num_pairs))
+    return routing.row_slot, routing.slot_row, routing.expert_offsets
+
+
+@sort_rows.register_fake
+def _(index, num_experts, num_pairs):
+    sizes = _num_rows(index, num_pairs), index.numel(), num_experts + 1
+    return tuple(torch.empty(size, dtype=torch.int32, device=index.device) for size in sizes)
+
+
+@torch.library.custom_op("accel_moe::up_half", mutates_args=())
+def up_half(
+    x: Tensor,
+    w1: Tensor,
+    w2: Tensor,
+    b1: Tensor | None,
+    row_slot: Tensor,
+    slot_row: Tensor,
+    expert_offsets: Tensor,
+    gated: bool,
+    transposed: bool,
+) -> Tensor:
+    """h [P, 2I or I] = x[token] @ w1 + b1, columns in w1's own order. w2 only tells the layer's shape."""
+    with launch.on_device(x):
+        x = launch.row_major(x)
+        layer = Layer.of(w1, w2, gated, transposed)
+        routing = Routing(row_slot, slot_row, expert_offsets, top_k=slot_row.numel() // max(1, x.shape[0]))
+        tiles, up = TileLists(routing), Weight(w1, depth_last=not transposed)
+        bias = None if b1 is None else b1.contiguous()
+        h, _ = launch.tuned(
+            "up_plain",
+            layer,
+            routing.num_rows,
+            x,
+            lambda c: launch.up_projection(x, up, bias, routing, tiles, c, "identity", False, True, activate=False),
+        )
+        # Rows past the used ones pass through the gate and its derivative and then meet zeros: they must be finite.
+        launch.zero_tail(h, h, routing, PAD)
+    return h
+
+
+@up_half.register_fake
+def _(x, w1, w2, b1, row_slot, slot_row, expert_offsets, gated, transposed):
+    return x.new_empty(row_slot.shape[0], w1.shape[2 if transposed else 1])
+
+
+@torch.library.custom_op("accel_moe::up_half_backward", mutates_args=())
+def up_half_backward(
+    dh: Tensor,
+    x: Tensor,
+    w1: Tensor,
+    w2: Tensor,
+    b1: Tensor | None,
+    row_slot: Tensor,
+    slot_row: Tensor,
+    expert_offsets: Tensor,
+    gated: bool,
+    transposed: bool,
+    scale: float,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dh [P, 2I or I] -> gradients of x, w1 and b1."""
+    need_x, need_w1, need_b1 = needs
+    with launch.on_device(x):
+        dh, x = launch.row_major(dh), launch.row_major(x)
+        layer = Layer.of(w1, w2, gated, transposed)
+        routing = Routing(row_slot, slot_row, expert_offsets, top_k=slot_row.numel() // max(1, x.shape[0]))
+        tiles = TileLists(routing)
+        db1 = launch.bias_grad(dh, None, routing, b1, scale) if need_b1 and b1 is not None else x.new_empty(0)
+        dw1 = _up_weight_grad(layer, x, dh, routing, tiles, scale, need_w1)
+        dx = _input_grad(layer, x, w1, dh, routing, tiles, need_x)
+    return dx, dw1, db1
+
+
+@up_half_backward.register_fake
+def _(dh, x, w1, w2, b1, row_slot, slot_row, expert_offsets, gated, transposed, scale, needs):
+    return _like_if(x, needs[0]), _like_if(w1, needs[1]), _like_if(x if b1 is None else b1, needs[2] and b1 is not None)
+
+
+@torch.library.custom_op("accel_moe::down_half", mutates_args=())
+def down_half(
+    a: Tensor,
+    w1: Tensor,
+    w2: Tensor,
+    b2: Tensor | None,
+    weights: Tensor,
+    row_slot: Tensor,
+    slot_row: Tensor,
+    expert_offsets: Tensor,
+    gated: bool,
+    transposed: bool,
+) -> Tensor:
+    """out [T,H] = sum_k weights[t,k] * (a @ w2 + b2)[row(t,k)] for a [P, I]. w1 only tells the layer's shape."""
+    with launch.on_device(a):
+        a, weights = launch.row_major(a), weights.contiguous()
+        layer = Layer.of(w1, w2, gated, transposed)
+        routing = Routing(row_slot, slot_row, expert_offsets, top_k=weights.shape[1])
+        tiles, down = TileLists(routing), Weight(w2, depth_last=not transposed)
+        bias = None if b2 is None else b2.contiguous()
+        run = lambda c: launch.grouped_rows(a, down, bias, routing, tiles, c)  # noqa: E731
+        y = launch.tuned("down", layer, routing.num_rows, a, run)
+        return launch.sum_slots(y, routing, weights, weights.shape[0])
+
+
+@down_half.register_fake
+def _(a, w1, w2, b2, weights, row_slot, slot_row, expert_offsets, gated, transposed):
+    return a.new_empty(weights.shape[0], w2.shape[2 if transposed else 1])
+
+
+@torch.library.custom_op("accel_moe::down_half_backward", mutates_args=())
+def down_half_backward(
+    dout: Tensor,
+    a: Tensor,
+    w1: Tensor,
+    w2: Tensor,
+    b2: Tensor | None,
+    weights: Tensor,
+    row_slot: Tensor,
+    slot_row: Tensor,
+    expert_offsets: Tensor,
+    gated: bool,
+    transposed: bool,
+    scale: float,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """-> gradients of a (always: it carries the others), w2, b2 and weights."""
+    _, need_w2, need_b2, need_weights = needs
+    with launch.on_device(a):
+        dout, a, weights = launch.row_major(dout), launch.row_major(a), weights.contiguous()
+        layer = Layer.of(w1, w2, gated, transposed)
+        routing = Routing(row_slot, slot_row, expert_offsets, top_k=weights.shape[1])
+        tiles, down = TileLists(routing), Weight(w2, depth_last=transposed)
+        dout_rows, biased = launch.gather_rows(dout, routing, tiles), int(b2 is not None)
+        # With the identity for an activation, h is a, dh is the gradient of a.
+        da, sa, ds = launch.tuned(
+            "down_backward",
+            layer,
+            routing.num_rows,
+            a,
+            lambda c: launch.down_backward(
+                dout_rows, down, a, weights, routing, tiles, c, "identity", False, extra_parts=biased
+            ),
+        )
+        if b2 is not None:
+            launch.dot_bias(dout, b2.contiguous(), ds[-1], routing, tiles)
+        dweights = launch.routing_grad(ds, routing, weights) if need_weights else weights.new_empty(0)
+        launch.zero_tail(da, sa, routing, PAD)
+        dw2 = _weight_grad("down_weight_grad", layer, dout_rows, sa, transposed, routing, scale, need_w2)
+        db2 = launch.bias_grad(dout, weights, routing, b2, scale) if need_b2 and b2 is not None else a.new_empty(0)
+    return da, dw2, db2, dweights
+
+
+@down_half_backward.register_fake
+def _(dout, a, w1, w2, b2, weights, row_slot, slot_row, expert_offsets, gated, transposed, scale, needs):
+    db2 = _like_if(a if b2 is None else b2, needs[2] and b2 is not None)
+    return a.new_empty(a.shape), _like_if(w2, needs[1]), db2, _like_if(weights, needs[3])

@@ -17,9 +17,11 @@ A checkpoint keeps the model under "model.<parameter>" in `pytorch_model_fsdp_<i
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import math
 import os
+import pickle
 import struct
 import sys
 import zipfile
@@ -32,10 +34,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint.filesystem import FileSystem
+from torch.distributed.checkpoint import DefaultSavePlanner, FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION, FileSystem
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
-from torch.distributed.checkpoint.planner import LoadPlan
+from torch.distributed.checkpoint.planner import LoadPlan, SavePlan
+from torch.distributed.checkpoint.storage import WriteResult
 
 from accel_moe.checkpoint.manifest import (
     CheckpointError,
@@ -114,17 +117,67 @@ class _ChecksumFileSystem(FileSystem):
             self.written[str(new_path)] = self.written.pop(str(path))
 
 
+class NodePlanner(DefaultSavePlanner):
+    """DCP's planner, for nodes with disks of their own: what several ranks hold is written once on each node.
+
+    DCP writes a replicated value (the optimizer's step counts, HSDP's second copy) on one rank of the world, and a
+    node without that rank could not resume from its own disk. `leaders[r]` tells the ranks of one node apart.
+    """
+
+    def __init__(self, leaders: Sequence[int]) -> None:
+        super().__init__()
+        self._leaders = leaders
+
+    def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
+        plans, metadata = super().create_global_plan(all_plans)
+        self.global_plan = with_node_copies(all_plans, plans, self._leaders)
+        return self.global_plan, metadata
+
+
+def with_node_copies(wanted: Sequence[SavePlan], plans: Sequence[SavePlan], leaders: Sequence[int]) -> list[SavePlan]:
+    """`plans` (deduplicated over the world) and, per node, what its ranks `wanted` and none of them kept."""
+    items = [list(plan.items) for plan in plans]
+    for leader in set(leaders):
+        members = [r for r, other in enumerate(leaders) if other == leader]
+        kept = {item.index for r in members for item in items[r]}
+        for r in members:
+            for item in wanted[r].items:
+                if item.index not in kept:
+                    items[r].append(item)
+                    kept.add(item.index)
+    return [dataclasses.replace(plan, items=own) for plan, own in zip(plans, items)]
+
+
 class ChecksumWriter(FileSystemWriter):
     """FileSystemWriter whose `file_entries()` says what this rank wrote: {file name: FileEntry}.
 
-    Files are fsynced before DCP's write step ends. The checksum is computed from the bytes on their way to
-    the disk, by `pool`'s threads, not by reading the file back: what it vouches for is what the program
-    meant to write.
+    Files are fsynced before DCP's write step ends. The checksum is computed from the bytes on their way to the
+    disk, by `pool`'s threads, not by reading the file back: what it vouches for is what the program meant to write.
+
+    `leaders[r]` tells the ranks of one disk apart. With several disks the coordinator's `node_metadata` has, by
+    leader, the `.metadata` for each other disk: the same but for the files of values that each node wrote a copy of.
     """
 
-    def __init__(self, path: str | os.PathLike, algorithm: str, pool: ThreadPoolExecutor) -> None:
+    def __init__(
+        self, path: str | os.PathLike, algorithm: str, pool: ThreadPoolExecutor, leaders: Sequence[int] = (0,)
+    ) -> None:
         super().__init__(path, sync_files=True, overwrite=False)
         self.fs = _ChecksumFileSystem(algorithm, pool)
+        self._leaders = leaders
+        self.node_metadata: dict[int, bytes] = {}
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        several = len(set(self._leaders)) > 1
+        for leader in sorted(set(self._leaders), reverse=True):  # rank 0's disk comes last, and stays in `metadata`
+            # of two results for one value DCP takes the later one: the ranks of this disk are put last
+            order = sorted(range(len(results)), key=lambda r: several and self._leaders[r] == leader)
+            if leader == self._leaders[0]:
+                super().finish(metadata, [results[r] for r in order])
+            else:
+                storage = {written.index: written.storage_data for r in order for written in results[r]}
+                other = dataclasses.replace(metadata, storage_data=storage, storage_meta=self.storage_meta())
+                other.version = CURRENT_DCP_VERSION
+                self.node_metadata[leader] = pickle.dumps(other)
 
     def storage_meta(self) -> StorageMeta:
         return StorageMeta(save_id=self.save_id, modules=[MANIFEST_MARK])
@@ -223,6 +276,18 @@ def tensors_of(metadata: Metadata) -> dict[str, TensorEntry]:
         dtype = str(meta.properties.dtype).removeprefix("torch.")
         entries[name] = TensorEntry(tuple(meta.size), dtype, tuple(chunks))
     return entries
+
+
+def same_layout(stored: dict[str, TensorEntry], recorded: dict[str, TensorEntry]) -> bool:
+    """Whether two descriptions are of the same tensors in the same chunks.
+
+    Which file has a chunk may differ: between nodes, for a value that each of them wrote.
+    """
+
+    def layout(tensors: dict[str, TensorEntry]) -> dict[str, Any]:
+        return {n: (t.shape, t.dtype, {(c.offsets, c.sizes) for c in t.chunks}) for n, t in tensors.items()}
+
+    return layout(stored) == layout(recorded)
 
 
 def was_written_with_manifest(metadata: Metadata) -> bool:

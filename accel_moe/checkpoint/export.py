@@ -35,6 +35,7 @@ from accel_moe.checkpoint.dcp import (
     METADATA_NAME,
     MODEL_FOLDER,
     TensorReader,
+    same_layout,
     tensors_of,
     was_written_with_manifest,
 )
@@ -141,7 +142,7 @@ def check_checkpoint(
     recorded = manifest.tensors.get(checkpoint.dcp_folder, {})
     stored = tensors_of(checkpoint.reader.metadata)
     for name in sorted(set(recorded) | set(stored)):
-        if recorded.get(name) != stored.get(name):
+        if name not in stored or name not in recorded or not same_layout({name: stored[name]}, {name: recorded[name]}):
             problems.append(
                 f"{name} is not what the manifest says: {METADATA_NAME} was changed or belongs to another save"
             )

@@ -148,7 +148,7 @@ HOOKED = (
     Hooked(
         "transformers.Trainer._load_optimizer_and_scheduler",
         ("self", "checkpoint"),
-        loading.wrap_load_from_checkpoint,
+        loading.wrap_load_optimizer_and_scheduler,
         "The last step of a resume: what another world size could not restore is said there.",
         _TRAINER,
     ),

@@ -35,6 +35,7 @@ from accel_moe.checkpoint.dcp import (
     FolderReader,
     check_metadata,
     plain_name,
+    same_layout,
     tensors_of,
     was_written_with_manifest,
 )
@@ -138,7 +139,7 @@ def _check_dcp(folder: Path, manifest: Manifest | None, models: list[Any]) -> No
         if problems := check_metadata(metadata):
             raise CheckpointError(f"{dcp_folder} is incomplete: {problems[0]}. Use another checkpoint.")
         stored = tensors_of(metadata)
-        if manifest is not None and stored != manifest.tensors.get(dcp_folder.name):
+        if manifest is not None and not same_layout(stored, manifest.tensors.get(dcp_folder.name, {})):
             raise CheckpointError(
                 f"{dcp_folder}/.metadata is not the one that the manifest describes: files of two saves are "
                 f"mixed. Use "
@@ -256,7 +257,10 @@ def wrap_load_state(original: Callable[..., Any]) -> Callable[..., Any]:
         manifest = verify(folder, list(self._models))
         _verified[str(folder)] = manifest
         try:
-            result = original(self, str(folder), load_kwargs, **load_model_func_kwargs)
+            # together: a file that only one rank misses (a scheduler's, on a node of its own) must not leave it alone
+            result = ranks.together(
+                f"loading {folder}", lambda: original(self, str(folder), load_kwargs, **load_model_func_kwargs)
+            )
         finally:
             _verified.pop(str(folder), None)
         # a rank that did not exist then has no file with its step count, and would accumulate out of turn
@@ -384,17 +388,18 @@ def _read_dcp(folder: Path, dcp_folder: str, state: dict[str, Any], manifest: Ma
     ranks.together(f"loading {folder}", load)
 
 
-def wrap_load_from_checkpoint(original: Callable[..., Any]) -> Callable[..., Any]:
+def wrap_load_optimizer_and_scheduler(original: Callable[..., Any]) -> Callable[..., Any]:
     """For transformers.Trainer._load_optimizer_and_scheduler: the last step of a resume; forgets what was
     verified."""
 
     @functools.wraps(original)
     def _load_optimizer_and_scheduler(self, checkpoint):
-        result = original(self, checkpoint)
-        if checkpoint is not None and prepared_models([self.model]):
-            folder = Path(os.path.abspath(checkpoint))
-            if str(folder) in _verified:
-                _tell_what_is_lost(folder, _verified.pop(str(folder)))
+        if checkpoint is None or not prepared_models([self.model]):
+            return original(self, checkpoint)
+        result = ranks.together(f"loading {checkpoint}", lambda: original(self, checkpoint))
+        folder = Path(os.path.abspath(checkpoint))
+        if str(folder) in _verified:
+            _tell_what_is_lost(folder, _verified.pop(str(folder)))
         return result
 
     return _load_optimizer_and_scheduler

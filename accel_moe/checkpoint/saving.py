@@ -46,6 +46,7 @@ from accel_moe.checkpoint.dcp import (
     MODEL_FOLDER,
     OPTIMIZER_FOLDER,
     ChecksumWriter,
+    NodePlanner,
     check_metadata,
     tensors_of,
 )
@@ -88,6 +89,7 @@ class Save:
     writes: list[Callable[[], None]] = field(default_factory=list)
     entries: dict[str, FileEntry] = field(default_factory=dict)
     metadata: dict[str, Any] = field(default_factory=dict)
+    node_metadata: dict[str, dict[int, bytes]] = field(default_factory=dict)
     after_commit: list[Callable[[], None]] = field(default_factory=list)
     algorithm: str = field(default_factory=default_algorithm)
 
@@ -196,7 +198,8 @@ def write_dcp(save: Save, folder: str, state_dict: dict[str, Any]) -> None:
 
 def _write_dcp(save: Save, folder: str, state_dict: dict[str, Any]) -> None:
     with hashing_pool() as pool:
-        writer = ChecksumWriter(save.work / folder, save.algorithm, pool)
+        writer = ChecksumWriter(save.work / folder, save.algorithm, pool, save.leaders)
+        one_disk = len(set(save.leaders)) == 1
 
         def write() -> None:
             with warnings.catch_warnings():
@@ -204,12 +207,13 @@ def _write_dcp(save: Save, folder: str, state_dict: dict[str, Any]) -> None:
                 save.metadata[folder] = dist_cp.save(
                     state_dict,
                     storage_writer=writer,
-                    planner=dist_cp.DefaultSavePlanner(),
+                    planner=dist_cp.DefaultSavePlanner() if one_disk else NodePlanner(save.leaders),
                     process_group=ranks.group(),
                     no_dist=not ranks.distributed(),
                 )
 
         ranks.together(f"saving {save.final}", write)
+    save.node_metadata[folder] = writer.node_metadata
     save.entries |= {f"{folder}/{name}": entry for name, entry in writer.file_entries().items()}
 
 
@@ -281,22 +285,16 @@ def _seal_and_commit(save: Save) -> None:
 
 
 def _share_metadata(save: Save) -> None:
-    """Puts rank 0's `.metadata` into the folders of other nodes: reading needs it, and DCP wrote it once."""
+    """Puts a `.metadata` into the folders of other nodes: reading needs one, and DCP wrote rank 0's."""
     if len(set(save.leaders)) == 1:
         return
-
-    def read() -> dict[str, bytes]:
-        if ranks.rank() != 0:
-            return {}
-        return {f: (save.work / f / METADATA_NAME).read_bytes() for f in save.metadata}
-
-    contents = ranks.from_rank0(ranks.together(f"saving {save.final}", read))
+    contents = ranks.from_rank0(save.node_metadata)
 
     def write() -> None:
         if save.is_leader and ranks.rank() != 0:
-            for folder, content in contents.items():
+            for folder, by_leader in contents.items():
                 (save.work / folder).mkdir(exist_ok=True)
-                (save.work / folder / METADATA_NAME).write_bytes(content)
+                (save.work / folder / METADATA_NAME).write_bytes(by_leader[ranks.rank()])
 
     ranks.together(f"saving {save.final}", write)
 

@@ -171,10 +171,13 @@ class ChecksumWriter(FileSystemWriter):
         for leader in sorted(set(self._leaders), reverse=True):  # rank 0's disk comes last, and stays in `metadata`
             # of two results for one value DCP takes the later one: the ranks of this disk are put last
             order = sorted(range(len(results)), key=lambda r: several and self._leaders[r] == leader)
+            storage = {written.index: written.storage_data for r in order for written in results[r]}
             if leader == self._leaders[0]:
                 super().finish(metadata, [results[r] for r in order])
+                # torch 2.11 fills in a copy of what dist_cp.save returns
+                metadata.storage_data = storage
+                metadata.storage_meta = self.storage_meta()
             else:
-                storage = {written.index: written.storage_data for r in order for written in results[r]}
                 other = dataclasses.replace(metadata, storage_data=storage, storage_meta=self.storage_meta())
                 other.version = CURRENT_DCP_VERSION
                 self.node_metadata[leader] = pickle.dumps(other)

@@ -124,6 +124,8 @@ def _shares_of(folder: Path, manifest: Manifest | None) -> tuple[int, int]:
 
 
 def _check_dcp(folder: Path, manifest: Manifest | None, models: list[Any]) -> None:
+    from accelerate.utils.modeling import is_peft_model
+
     for index, model in enumerate(models):
         dcp_folder = folder / f"{MODEL_FOLDER}_{index}"
         if not dcp_folder.is_dir():
@@ -145,7 +147,8 @@ def _check_dcp(folder: Path, manifest: Manifest | None, models: list[Any]) -> No
                 f"mixed. Use "
                 "another checkpoint, or restore the folder."
             )
-        _check_model(folder, stored, model, manifest)
+        if not is_peft_model(model):  # whose checkpoint may hold the adapters alone
+            _check_model(folder, stored, model, manifest)
 
 
 def _explain_missing(folder: Path, dcp_folder: Path, manifest: Manifest | None) -> None:

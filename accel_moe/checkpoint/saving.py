@@ -46,6 +46,7 @@ from accel_moe.checkpoint.dcp import (
     MODEL_FOLDER,
     OPTIMIZER_FOLDER,
     ChecksumWriter,
+    FolderReader,
     NodePlanner,
     check_metadata,
     tensors_of,
@@ -59,6 +60,7 @@ from accel_moe.checkpoint.manifest import (
     hashing_pool,
     write_manifest,
 )
+from accel_moe.experts import prepared_state
 
 _VERSIONED = ("accel_moe", "torch", "accelerate", "transformers")
 
@@ -109,15 +111,8 @@ def prepared_models(models: Iterable[Any]) -> list[Any]:
 
 
 def state_of(model: Any) -> Any:
-    """The PreparedState of a model, wrapped or not, or None."""
-    while True:
-        state = getattr(model, "_accel_moe", None)
-        if state is not None:
-            return state
-        inner = getattr(model, "module", None) or getattr(model, "_orig_mod", None)
-        if inner is None or inner is model:
-            return None
-        model = inner
+    """The PreparedState of a model, however it was wrapped since, or None."""
+    return getattr(model, "_accel_moe", None) or prepared_state(model)
 
 
 def option(models: Sequence[Any], name: str, default: Any) -> Any:
@@ -319,6 +314,10 @@ def _seal(save: Save) -> Manifest:
     def describe() -> Manifest | None:
         if ranks.rank() != 0:
             return None
+        # what accelerate wrote with DCP itself (PEFT's adapters alone) is described like the rest
+        for path in save.work.glob(f"*/{METADATA_NAME}"):
+            if path.parent.name not in save.metadata:
+                save.metadata[path.parent.name] = FolderReader([path.parent]).read_metadata()
         for folder, metadata in save.metadata.items():
             if problems := check_metadata(metadata):
                 raise CheckpointError(f"DCP planned an incomplete {folder}: {problems[0]}. Please report this.")

@@ -449,15 +449,24 @@ def swap(modules: dict[str, nn.Module], prepared: PreparedState) -> None:
     Raises:
         ValueError: an adapter on the experts that cannot be trained over several ranks.
     """
-    adapters = getattr(modules, "adapters", []) if prepared.config.moe_ep_degree > 1 else []
-    for adapter in adapters:
-        _check_adapter(adapter)
-    for adapter in adapters:
-        adapter.__class__ = _lending_class(adapter.__class__)
+    if prepared.config.moe_ep_degree > 1 and isinstance(modules, FoundExperts):
+        adopt_adapters(modules)
     for module in modules.values():
         num_experts = as_interface(module).num_experts
         module._accel_moe_layer = LayerState(prepared, num_experts, prepared.kernel, shim_of(module))
         module.__class__ = _swapped_class(module.__class__)
+
+
+def adopt_adapters(found: FoundExperts) -> None:
+    """Let the PEFT wrappers around experts work with shards (ep > 1). A second call changes nothing.
+
+    Raises:
+        ValueError: one of them cannot be trained over several ranks; none is changed then.
+    """
+    for adapter in found.adapters:
+        _check_adapter(adapter)
+    for adapter in found.adapters:
+        adapter.__class__ = _lending_class(adapter.__class__)
 
 
 def _innermost(module: nn.Module) -> nn.Module:

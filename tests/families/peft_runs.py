@@ -145,12 +145,16 @@ def on_rank(case: Case, folder: str | None = None) -> Run | None:
     weights = {clean(n): whole(p) for n, p in model.named_parameters() if p.requires_grad}
     if folder is not None:
         save_adapter(accelerator, model, folder)
+    own = batches(1)[0].chunk(world)[rank]
+    with model.disable_adapter(), torch.no_grad():
+        without = accelerator.reduce(model(input_ids=own, labels=own).loss, "mean").item()
     frozen = [n for n, p in model.named_parameters() if not p.requires_grad]
     facts = {
         "frozen_with_gradient": [n for n, p in model.named_parameters() if n in frozen and p.grad is not None],
         "frozen_dtypes": sorted({str(p.dtype) for n, p in model.named_parameters() if not p.requires_grad}),
         "trained_dtypes": sorted({str(p.dtype) for n, p in model.named_parameters() if p.requires_grad}),
         "optimizer_state": len(optimizer.state),
+        "loss_without_adapter": without,
         "trained": len(trained(model)),
     }
     return Run(losses, norms, gradients, weights, facts) if rank == 0 else None

@@ -622,7 +622,7 @@ def activation_backward_halves(
     BLOCK_I: tl.constexpr,
 ):
     """As activation_backward, one half of the columns after the other: the accumulator, h and their products at once
-    are more than the registers hold (1.8 kB of spills a thread at 128 x 128 on 8 warps).
+    are more than the registers hold (1.4 kB of spills a thread at 128 x 128 on 8 warps).
     """
     HALF: tl.constexpr = BLOCK_I // 2
     left, right = split_columns(da, BLOCK_P, BLOCK_I)

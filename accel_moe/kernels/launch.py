@@ -4,6 +4,7 @@ ops.py joins them into the layer's forward and backward. No host sync anywhere.
 """
 
 import contextlib
+import functools
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -92,9 +93,14 @@ def _precision(x: Tensor) -> str:
     return "tf32" if x.device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32 else "ieee"
 
 
+@functools.cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return (0, 0) if _INTERPRETED else torch.cuda.get_device_capability(device)
+
+
 def tuned(kernel: str, layer: Layer, rows: int, x: Tensor, launch: Callable[[Config], _Result]) -> _Result:
     """Launches one GEMM of the layer with the configuration that suits it; x only names dtype and device."""
-    capability = (0, 0) if _INTERPRETED else torch.cuda.get_device_capability(x.device)
+    capability = _capability(x.device)
     problem = Problem(kernel, rows, layer.num_experts, layer.hidden, layer.intermediate, x.dtype, capability)
     return launch(tuning.choose(problem, launch))
 
@@ -103,7 +109,7 @@ def _tma_fits(*tensors: Tensor) -> bool:
     """Whether the chip has a copy engine and each tensor meets its rules: 16-byte aligned, innermost
     dimension contiguous.
     """
-    if _INTERPRETED or torch.cuda.get_device_capability(tensors[0].device)[0] < 9:
+    if _capability(tensors[0].device)[0] < 9:
         return False
     return all(
         t.data_ptr() % 16 == 0

@@ -29,6 +29,7 @@ import triton
 logger = logging.getLogger(__name__)
 
 WAIT_S = 20.0
+MIN_ROWS = 16  # per expert: fewer is generation, where the number of tokens changes from call to call
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _Result = TypeVar("_Result")
 
@@ -113,7 +114,8 @@ def rule(problem: Problem) -> Config:
     if weight_grad:
         if hopper and not few:
             return Config(block_p=64, block_n=256, block_k=128, num_warps=8, num_stages=3)
-        return Config(block_p=min(height, 32), block_n=128, block_k=128, num_warps=8 if hopper else 4, num_stages=3)
+        # Few rows: the time goes into writing the gradient, so several programs must share a multiprocessor.
+        return Config(block_p=min(height, 32), block_n=128, block_k=128, num_warps=4, num_stages=2 if few else 3)
     if few:
         width = 64 if problem.kernel == "up" else 128
         return Config(block_p=height, block_n=width, block_k=64, num_warps=4, num_stages=3)
@@ -150,7 +152,11 @@ def candidates(problem: Problem) -> list[Config]:
             others += [replace(first, num_stages=3), Config(128, 128, 64, 8, 4, chunks=4)]
         else:
             others += [Config(32, 256, 128, 8, 6), Config(64, 128, 256, 8, 4)]
-    elif problem.dtype != torch.float32 and not problem.kernel.endswith("_weight_grad"):
+    elif problem.dtype != torch.float32 and problem.kernel.endswith("_weight_grad"):
+        others = [replace(first, num_warps=8), Config(32, 128, 64, 4, 2)]
+        if problem.capability[0] >= 9:
+            others += [Config(64, 128, 128, 4, 3), Config(64, 256, 128, 8, 3), Config(32, 256, 128, 8, 3)]
+    elif problem.dtype != torch.float32:
         others += [replace(first, num_stages=4), replace(first, block_n=first.block_n * 2)]
     return list(dict.fromkeys([first, *others]))
 
@@ -161,7 +167,7 @@ _measured: dict[str, Config] = {}
 
 
 def _worth_measuring(problem: Problem) -> bool:
-    if os.environ.get("ACCEL_MOE_AUTOTUNE", "1") == "0" or problem.rows_per_expert < 64:
+    if os.environ.get("ACCEL_MOE_AUTOTUNE", "1") == "0" or problem.rows_per_expert < MIN_ROWS:
         return False
     return not torch.cuda.is_current_stream_capturing()
 

@@ -148,6 +148,22 @@ def test_every_kind_of_experts_equals_the_loop_in_output_and_gradients(kind, sen
         assert (a - e).abs().max() <= 1e-5 * max(1, e.abs().max()), name
 
 
+def test_the_road_of_two_halves_compiles_without_a_graph_break():
+    module = view(**KINDS["transposed, clamped, interleaved, biased"])
+    x, index = torch.randn(7, 16, device=DEVICE), torch.tensor([[0, 1]] * 7, device=DEVICE)
+    weights = torch.rand(7, 2, device=DEVICE)
+    module.gate_up_proj.requires_grad_(), module.down_proj_bias.requires_grad_()
+    leaves = [module.gate_up_proj, module.down_proj_bias]
+
+    def layer(x, weights):
+        return scattermoe_experts_forward(module, x, index, weights)
+
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    results = [[out, *torch.autograd.grad(out.sum(), leaves)] for out in (compiled(x, weights), layer(x, weights))]
+    for a, e in zip(*results, strict=True):
+        torch.testing.assert_close(a, e, rtol=1e-5, atol=1e-5)
+
+
 def test_bias_gradients_carry_the_weight_gradient_scale():
     gradients = []
     for scale in (1.0, 0.25):

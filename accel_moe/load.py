@@ -21,6 +21,7 @@ planner, here by transformers' renaming, so that every family it can load can be
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import threading
@@ -425,7 +426,7 @@ def read_into(places: Mapping[str, Place], plan: LoadPlan, model: nn.Module) -> 
             conversions.append(group)
     copies = _joined(sorted(copies, key=lambda c: (c.file, c.start)))
     expected = sum(c.size_bytes for c in copies) + sum(_bytes_of_conversion(g, places) for g in conversions)
-    with Reader(expected) as reader, ThreadPoolExecutor(_threads()) as pool:
+    with Reader(expected) as reader, ThreadPoolExecutor(_threads(), initializer=_same_gpu(places)) as pool:
         running = [pool.submit(c.run, reader) for c in copies]
         try:
             for group in sorted(conversions, key=_first_byte):
@@ -630,6 +631,12 @@ def _threads() -> int:
     return max(1, min(4, (os.cpu_count() or 1) // local_world_size))
 
 
+def _same_gpu(places: Mapping[str, Place]) -> Callable[[], None]:
+    """For each reading thread: a new thread starts on GPU 0, and pinning memory there would open a context on it."""
+    devices = {place.local.device for place in places.values() if place.local.device.type == "cuda"}
+    return functools.partial(torch.cuda.set_device, devices.pop()) if devices else lambda: None
+
+
 class Reader:
     """Reads parts of files into tensors, counts the bytes, and shows progress. Safe to use from several threads."""
 
@@ -655,7 +662,7 @@ class Reader:
         descriptor = self._descriptor(file)
         done = 0
         while done < len(memory):
-            count = os.preadv(descriptor, [memory[done:]], start + done)
+            count = _read_at(descriptor, memory[done:], start + done)
             if count <= 0:
                 raise OSError(f"{file} ended at byte {start + done}, and {len(memory) - done} more were expected.")
             done += count
@@ -686,6 +693,15 @@ class Reader:
             if file not in self._open:
                 self._open[file] = os.open(file, os.O_RDONLY)
             return self._open[file]
+
+
+def _read_at(descriptor: int, memory: memoryview, start: int) -> int:
+    """As os.preadv, which macOS's Python may lack. The number of bytes read."""
+    if hasattr(os, "preadv"):
+        return os.preadv(descriptor, [memory], start)
+    data = os.pread(descriptor, min(len(memory), STAGING_BYTES), start)
+    memory[: len(data)] = data
+    return len(data)
 
 
 def _progress_bar(total_bytes: int) -> Any:

@@ -51,6 +51,12 @@ def test_shards_and_a_step_equal_those_of_plain_from_pretrained(case, how, tmp_p
     check(case, how, save(case, tmp_path))
 
 
+def test_one_process_under_fsdp2_reads_into_its_shards_too(tmp_path):
+    case, launched = Case(1, 1), {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+    (wrong,) = run_ranks(compare_roads, 1, case, Load(), save(case, tmp_path), env=launched)
+    assert not wrong, wrong
+
+
 @pytest.mark.core
 def test_an_optimizer_with_two_groups_survives_where_ranks_own_no_expert(tmp_path):
     case = Case(8, 2, num_experts=4, two_groups=True)  # 2 experts per ep rank on efsdp 4

@@ -36,7 +36,7 @@ TESTS = ("ep", "consolidate", "load")
 
 OVER_RANKS = (
     "qwen3_moe", "mixtral", "olmoe", "granitemoe", "deepseek_v3", "glm4_moe",
-    "deepseek_v4", "gpt_oss", "openai_privacy_filter", "nemotron_h", "step3p7", "gemma4", "ernie4_5_vl_moe", "zaya",
+    "deepseek_v4", "gpt_oss", "openai_privacy_filter", "nemotron_h", "step3p7", "gemma4", "inkling", "zaya",
     "aria",
 )  # fmt: skip
 """Families that the tests train with expert parallelism over gloo ranks in the default run."""

@@ -66,6 +66,12 @@ OFF_INTERFACE = {
 """Why a family that has experts is not on the interface. Only words: the refusal itself needs no list."""
 
 
+CALLED_FOR_SOME_BATCHES = {
+    "Ernie4_5_VLMoeMoeExperts": "its vision experts run only for a batch that has images or video",
+}
+"""Experts that a family's block calls or not, depending on the batch: under ep, ranks that disagree would hang."""
+
+
 @dataclass(frozen=True)
 class Shim:
     """A family off the interface whose parameters and call fit it: what the decorator would have said.
@@ -363,6 +369,11 @@ def refusal(module: nn.Module, *, kernel: str, ep_degree: int) -> str | None:
             return (
                 f"{name} has {parameter.shape[0]} rows on dim 0, where num_experts={module.num_experts} says otherwise"
             )
+    if ep_degree > 1 and (why := CALLED_FOR_SOME_BATCHES.get(type(own).__name__)):
+        return (
+            f"{why}, and with moe_ep_degree={ep_degree} a rank without any would leave the others waiting for ever in "
+            "their exchange. Use moe_ep_degree: 1"
+        )
     if module.num_experts % ep_degree:
         degrees = ", ".join(str(d) for d in range(1, module.num_experts + 1) if module.num_experts % d == 0)
         return (
@@ -398,6 +409,8 @@ def limits(module: nn.Module) -> str:
         return "moe_ep_degree 1 only: one norm that all experts share"
     if (shim := shim_of(module)) is not None and shim.identity_experts:
         return "moe_ep_degree 1 only: identity experts without weights"
+    if why := CALLED_FOR_SOME_BATCHES.get(type(module).__name__):
+        return f"moe_ep_degree 1 only: {why}"
     return ""
 
 

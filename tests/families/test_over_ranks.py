@@ -15,7 +15,7 @@ from tests.ranks import run_ranks
 
 INSTALLED = [source.name for source in tiny_families.families()]
 DEFAULT = [name for name in catalogue.OVER_RANKS if name in INSTALLED]
-ONE_RANK_ONLY = {"longcat_flash", "muse_spark"}
+ONE_RANK_ONLY = {"ernie4_5_vl_moe", "longcat_flash", "muse_spark"}
 
 
 def check(family: str, families_table: list[Row], kernel: str = "grouped_mm") -> None:

@@ -118,6 +118,13 @@ def test_identity_experts_run_on_one_rank_and_are_refused_over_several():
         accel_moe.prepare(model, moe_ep_degree=2)
 
 
+def test_experts_that_only_some_batches_call_are_refused_over_several_ranks():
+    """ernie4_5_vl_moe's block asks `moe_mm_token_type_ids.any()`: ranks with and without images would part."""
+    model = tiny_families.tiny("ernie4_5_vl_moe").build()
+    with pytest.raises(ValueError, match=r"vision experts run only for a batch that has images.*moe_ep_degree=2"):
+        accel_moe.prepare(model, moe_ep_degree=2)
+
+
 def test_a_norm_after_the_experts_is_refused_over_several_ranks():
     """On transformers that have muse_spark, and there only: see the sweep for one rank."""
     if "muse_spark" not in {s.name for s in tiny_families.families()}:

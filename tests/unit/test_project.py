@@ -48,7 +48,11 @@ def test_readme_tree_has_every_file_of_the_package_and_nothing_else():
     in_readme = {path for path, _ in tree_paths()}
     shown = ("accel_moe/", "accelerate_configs/", "examples/")
     files = {path for path in committed_files() if path.startswith(shown)}
-    files -= {path for path in files if path.endswith(("/__init__.py", "py.typed")) and path != "accel_moe/__init__.py"}
+    files -= {
+        path
+        for path in files
+        if path.endswith(("/__init__.py", "py.typed", ".png")) and path != "accel_moe/__init__.py"
+    }
     missing = sorted(files - in_readme)
     gone = sorted(path for path in in_readme if not (REPOSITORY / path).exists())
     assert not missing and not gone, f"README's file tree lacks {missing}, and has {gone}, which do not exist"

@@ -1,4 +1,4 @@
-"""Train a Mixture-of-Experts language model with accelerate. Two lines of it are accel_moe's; the rest is the loop
+"""Train a Mixture-of-Experts language model with accelerate. Three lines of it are accel_moe's; the rest is the loop
 that any accelerate user has.
 
     accelerate launch --config_file accelerate_configs/ep8.yaml examples/train.py --model Qwen/Qwen3-30B-A3B \
@@ -25,7 +25,7 @@ from accelerate.utils import DataLoaderConfiguration, is_tensorboard_available, 
 from text import add_data_arguments, losses_of_rows, read_texts, tokenize
 from torch.utils.data import DataLoader
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, get_constant_schedule_with_warmup
+from transformers import AutoTokenizer, get_constant_schedule_with_warmup
 
 import accel_moe
 import accel_moe.cpu
@@ -84,7 +84,7 @@ def main() -> None:
     train_loader = DataLoader(tokenize(train_texts, tokenizer, args.seq_len), args.batch_size, shuffle=True)
     eval_loader = DataLoader(tokenize(held_out_texts, tokenizer, args.seq_len, args.eval_sequences), args.batch_size)
 
-    model = AutoModelForCausalLM.from_pretrained(args.model)
+    model = accel_moe.from_pretrained(args.model)  # the weights are read into the shards, in accelerator.prepare
     model = accel_moe.prepare(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr)
     # accelerate steps a prepared scheduler once per process

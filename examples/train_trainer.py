@@ -13,7 +13,7 @@ import argparse
 
 from accelerate.utils import is_tensorboard_available
 from text import add_data_arguments, read_texts, tokenize
-from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
+from transformers import AutoTokenizer, Trainer, TrainingArguments
 
 import accel_moe
 import accel_moe.cpu
@@ -70,7 +70,7 @@ def main() -> None:
     )
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     train_texts, held_out_texts = read_texts(args.data, args.max_megabytes)
-    model = AutoModelForCausalLM.from_pretrained(args.model)
+    model = accel_moe.from_pretrained(args.model)
     model.config.use_cache = False  # with activation checkpointing a layer runs twice, and must not fill a cache
     model = accel_moe.prepare(model)
     trainer = TrainerWithExpertLoad(

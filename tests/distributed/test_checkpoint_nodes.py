@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,9 +17,11 @@ from accel_moe import consolidate
 from accel_moe.checkpoint.manifest import read_manifest
 from tests.distributed import node_runs as runs
 from tests.distributed.parity import Case, build
-from tests.ranks import run_ranks
+from tests.ranks import free_port, run_ranks
+from tests.tiny import tiny_model
 
 CASE = Case(4, 2)
+REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["at once", "in the background"])
@@ -82,3 +89,54 @@ def test_consolidate_reads_the_folders_of_both_nodes_and_names_the_one_that_is_m
     assert consolidate.main([folders[0], str(tmp_path / "half"), str(tmp_path / "base")]) == 1
     told = capsys.readouterr().err
     assert "written by node 1" in told and not (tmp_path / "half").exists()
+
+
+YAML = """\
+compute_environment: LOCAL_MACHINE
+distributed_type: FSDP
+num_machines: 2
+num_processes: 2
+machine_rank: 0
+main_process_ip: 127.0.0.1
+mixed_precision: 'no'
+fsdp_config:
+  fsdp_version: 2
+  fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP
+  fsdp_transformer_layer_cls_to_wrap: Qwen3MoeDecoderLayer
+  fsdp_state_dict_type: SHARDED_STATE_DICT
+parallelism_config:
+  parallelism_config_dp_shard_size: 2
+  moe_ep_degree: 2
+"""
+
+
+def launch_on_two_nodes(root, what: str) -> None:
+    """Two launchers, one for each machine rank, as on two machines; the ranks share experts across them."""
+    port = free_port()
+    (root / "config.yaml").write_text(YAML)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(REPOSITORY), *sys.path]), "OMP_NUM_THREADS": "1"}
+    launchers = []
+    for node in (0, 1):
+        (root / f"node{node}").mkdir(exist_ok=True)
+        command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(root / "config.yaml")]
+        command += ["--machine_rank", str(node), "--main_process_port", str(port)]
+        command += [str(REPOSITORY / "tests/distributed/node_script.py"), str(root / f"node{node}"), what]
+        launchers.append(
+            subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        )
+    said = [launcher.communicate(timeout=300)[0] for launcher in launchers]
+    for node, launcher in enumerate(launchers):
+        assert launcher.returncode == 0, f"node {node}:\n{said[node][-4000:]}"
+
+
+@pytest.mark.launch
+def test_two_launchers_save_resume_and_consolidate(tmp_path):
+    launch_on_two_nodes(tmp_path, "save")
+    for node in (0, 1):  # the first of two checkpoints is gone, on each disk
+        assert [p.name for p in (tmp_path / f"node{node}" / "checkpoints").iterdir()] == ["checkpoint_1"]
+    launch_on_two_nodes(tmp_path, "resume")
+    saved, resumed = (json.loads((tmp_path / "node0" / f"{what}-0.json").read_text()) for what in ("save", "resume"))
+    assert resumed["losses"] == saved["losses"][2:] and resumed["lr"] == saved["lr"]
+    tiny_model().save_pretrained(tmp_path / "base")
+    folders = [str(tmp_path / f"node{node}" / "checkpoints" / "checkpoint_1") for node in (1, 0)]
+    assert consolidate.main(["--verify", *folders, str(tmp_path / "out"), str(tmp_path / "base")]) == 0

@@ -460,14 +460,29 @@ def swap(modules: dict[str, nn.Module], prepared: PreparedState) -> None:
     """Give each module our forward, in place; and what PEFT wrapped around it, under ep, what `LendsLowRank` says.
 
     Raises:
-        ValueError: an adapter on the experts that cannot be trained over several ranks.
+        ValueError: ep > 1, and an adapter on the experts that cannot be trained over several ranks, or two layers that
+            share a weight.
     """
+    if prepared.config.moe_ep_degree > 1:
+        _refuse_tied(modules)
     if prepared.config.moe_ep_degree > 1 and isinstance(modules, FoundExperts):
         adopt_adapters(modules)
     for module in modules.values():
         num_experts = as_interface(module).num_experts
         module._accel_moe_layer = LayerState(prepared, num_experts, prepared.kernel, shim_of(module))
         module.__class__ = _swapped_class(module.__class__)
+
+
+def _refuse_tied(modules: dict[str, nn.Module]) -> None:
+    """Each layer's experts become shards of its own: a weight that two layers share would silently become two."""
+    owner: dict[int, str] = {}
+    for layer, module in modules.items():
+        for name, parameter in module.named_parameters():
+            if (first := owner.setdefault(id(parameter), f"{layer}.{name}")) != f"{layer}.{name}":
+                raise ValueError(
+                    f"{first} and {layer}.{name} are one weight (tied experts), which moe_ep_degree > 1 cannot keep "
+                    "tied. Use moe_ep_degree: 1."
+                )
 
 
 def adopt_adapters(found: FoundExperts) -> None:

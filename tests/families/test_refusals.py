@@ -125,6 +125,31 @@ def test_experts_that_only_some_batches_call_are_refused_over_several_ranks():
         accel_moe.prepare(model, moe_ep_degree=2)
 
 
+def test_experts_that_two_layers_share_are_refused_over_several_ranks_and_stay_shared_on_one():
+    """As diffusion_gemma ties its encoder's to its decoder's."""
+    model = tiny_model("qwen3_moe")
+    first, second = (layer.mlp.experts for layer in model.model.layers)
+    second.down_proj = first.down_proj
+    with pytest.raises(
+        ValueError, match=r"layers.0.mlp.experts.down_proj and .*layers.1.mlp.experts.down_proj are one"
+    ):
+        accel_moe.prepare(model, moe_ep_degree=2)
+    assert not any(isinstance(m, experts.ScatterMoE) for m in model.modules())
+    accel_moe.prepare(model)
+    assert second.down_proj is first.down_proj
+
+
+def test_the_family_that_ties_its_experts_is_refused_over_several_ranks():
+    from transformers.models.diffusion_gemma import modeling_diffusion_gemma as family
+
+    config = tiny_families.tiny_config(family.DiffusionGemmaConfig, "diffusion_gemma")
+    with torch.device("meta"):
+        model = family.DiffusionGemmaModel(config)
+    model.tie_weights()
+    with pytest.raises(ValueError, match="are one weight \\(tied experts\\)"):
+        accel_moe.prepare(model, moe_ep_degree=2)
+
+
 def test_a_norm_after_the_experts_is_refused_over_several_ranks():
     """On transformers that have muse_spark, and there only: see the sweep for one rank."""
     if "muse_spark" not in {s.name for s in tiny_families.families()}:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 
@@ -11,27 +12,33 @@ from accel_moe import catalogue, families
 from tests.families import tiny_families
 
 
-def rows_of(capsys, *arguments: str) -> list[dict[str, str]]:
-    assert families.main(["--tsv", *arguments]) == 0
-    return list(csv.DictReader(io.StringIO(capsys.readouterr().out), delimiter="\t"))
+def rows_of(*arguments: str) -> list[dict[str, str]]:
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        assert families.main(["--tsv", *arguments]) == 0
+    return list(csv.DictReader(io.StringIO(out.getvalue()), delimiter="\t"))
 
 
-def test_every_family_with_experts_has_one_row(capsys):
-    rows = rows_of(capsys)
-    assert [row["family"] for row in rows] == [source.name for source in catalogue.sources()]
-    assert {row["family"] for row in rows if row["status"] != "refused"} == {s.name for s in tiny_families.families()}
+@pytest.fixture(scope="module")
+def table():
+    return rows_of()
 
 
-def test_every_row_has_a_reason_or_a_kernel(capsys):
-    for row in rows_of(capsys):
+def test_every_family_with_experts_has_one_row(table):
+    assert [row["family"] for row in table] == [source.name for source in catalogue.sources()]
+    assert {row["family"] for row in table if row["status"] != "refused"} == {s.name for s in tiny_families.families()}
+
+
+def test_every_row_has_a_reason_or_a_kernel(table):
+    for row in table:
         assert row["note"] if row["status"] == "refused" else row["kernel"] and row["maths"] and row["Hub keys"]
         assert (row["kernel"] == "grouped_mm") <= bool(row["note"]), row
 
 
-def test_the_claims_about_tests_are_those_tests_families(capsys):
+def test_the_claims_about_tests_are_those_tests_families(table):
     from tests.families import test_over_ranks, test_round_trip
 
-    for row in rows_of(capsys):
+    for row in table:
         if row["status"] == "refused":
             continue
         ep, consolidate, load = row["tested: ep / consolidate / load"].split(" / ")
@@ -43,7 +50,7 @@ def test_the_claims_about_tests_are_those_tests_families(capsys):
 
 
 def test_one_family_can_be_asked_for_and_an_unknown_one_is_an_error(capsys):
-    assert [row["family"] for row in rows_of(capsys, "gpt_oss")] == ["gpt_oss"]
+    assert [row["family"] for row in rows_of("gpt_oss")] == ["gpt_oss"]
     with pytest.raises(SystemExit) as stopped:
         families.main(["qwen33_moe"])
     assert stopped.value.code == 2

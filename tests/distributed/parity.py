@@ -26,6 +26,7 @@ class Case:
     dp_replicate: int = 1
     family: str = "qwen3_moe"
     num_experts: int = 8
+    layers: int = 2
     kernel: str = "auto"
     accumulation: int = 1
     tie: bool = False
@@ -60,7 +61,7 @@ class Run:
 
 
 def build(case: Case):
-    model = tiny_model(case.family, num_experts=case.num_experts, tie=case.tie)
+    model = tiny_model(case.family, num_experts=case.num_experts, tie=case.tie, num_hidden_layers=case.layers)
     if case.nothing_received:
         all_to_first_experts(model)
     return model
@@ -77,21 +78,22 @@ def optimizer_of(model, case: Case):
 
 def train_on_one_process(case: Case) -> Run:
     """The oracle."""
-    model = build(case)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = build(case).to(device)
     model.set_experts_implementation("eager")
-    start = {n: p.detach().clone() for n, p in model.named_parameters()}
+    start = {n: p.detach().cpu().clone() for n, p in model.named_parameters()}
     optimizer = optimizer_of(model, case)
     losses, norms, gradients = [], [], {}
     for step, batch in enumerate(batches(STEPS)):
-        loss = model(input_ids=batch, labels=batch).loss
+        loss = model(input_ids=batch.to(device), labels=batch.to(device)).loss
         loss.backward()
         if step == 0:
-            gradients = {n: p.grad.clone() for n, p in model.named_parameters()}
+            gradients = {n: p.grad.cpu().clone() for n, p in model.named_parameters()}
         norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_NORM)))
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
-    weights = {n: p.detach().clone() for n, p in model.named_parameters()}
+    weights = {n: p.detach().cpu().clone() for n, p in model.named_parameters()}
     return Run(losses, norms, gradients, weights, start)
 
 

@@ -2,7 +2,8 @@
 
 One step is compared with accelerate FSDP2 without us in the same precision: two bf16 runs of the same maths with
 another order of summation differ by bf16's rounding, 2^-8 of a value; 3 percent of the largest gradient is measured
-twice over. What the test is for (a factor of ep, fp32 weights rounded on the way) is larger or seen directly.
+twice over. One layer only: behind a second router, rounding would send a token elsewhere now and then. What the test
+is for (a factor of ep, fp32 weights rounded on the way) is larger or seen directly.
 """
 
 from dataclasses import dataclass
@@ -66,8 +67,8 @@ def one_step(case: Case, load_dtype: torch.dtype) -> Step:
 def test_a_bf16_step_equals_that_of_fsdp2_alone_with_routing_weights_in_the_routers_dtype(
     family, routing_dtype, load_dtype
 ):
-    ours = run_ranks(one_step, 2, Case(2, 2, family=family), load_dtype)[0]
-    plain = run_ranks(one_step, 2, Case(2, 1, family=family, ours=False), load_dtype)[0]
+    ours = run_ranks(one_step, 2, Case(2, 2, family=family, layers=1), load_dtype)[0]
+    plain = run_ranks(one_step, 2, Case(2, 1, family=family, layers=1, ours=False), load_dtype)[0]
     assert ours.weight_dtypes == plain.weight_dtypes == {torch.float32}
     assert ours.routing_dtype == routing_dtype and ours.hidden_dtype == plain.hidden_dtype == torch.bfloat16
     assert abs(ours.loss - plain.loss) < 0.01

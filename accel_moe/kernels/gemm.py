@@ -80,7 +80,9 @@ def place_slots(
     total = tl.where(bins < num_experts, total, 0)
     offset = tl.cumsum(total, 0) - total
     if block == 0:
-        tl.store(expert_offset_ptr + bins, offset, mask=bins <= num_experts)
+        # num_rows bounds what is written here and below, and so in every kernel after: a host that understates
+        # num_pairs loses the last slots, it does not make us write past a buffer.
+        tl.store(expert_offset_ptr + bins, tl.minimum(offset, num_rows), mask=bins <= num_experts)
     place = offset + before
     for chunk in range(0, slots_per_block, SORT_CHUNK):
         lane = tl.arange(0, SORT_CHUNK)
@@ -90,10 +92,9 @@ def place_slots(
         # Stable: a slot comes after the earlier slots of the same expert.
         rank = tl.sum(((expert[:, None] == expert[None, :]) & (lane[None, :] < lane[:, None])).to(tl.int32), axis=1)
         row = tl.gather(place, expert, 0) + rank
-        used = expert < num_experts
+        used = (expert < num_experts) & (row < num_rows)
         tl.store(slot_row_ptr + slot, tl.where(used, row, -1), mask=slot < num_slots)
-        # num_rows bounds the buffer: a host that understates num_pairs must not make us write past it.
-        tl.store(row_slot_ptr + row, slot, mask=used & (row < num_rows))
+        tl.store(row_slot_ptr + row, slot, mask=used)
         place += tl.histogram(expert, BINS)
 
 

@@ -11,6 +11,7 @@ import torch
 
 from accel_moe.kernels import launch, ops
 from accel_moe.kernels.autograd import experts
+from accel_moe.kernels.routing import sort_slots
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="interpreted: see tests/gpu")
 
@@ -50,6 +51,14 @@ def run(fn, args, dout, **kwargs):
     leaves = [t.detach().clone().requires_grad_() for t in (x, w1, w2, weights)]
     out = fn(*leaves[:3], index, leaves[3], **kwargs)
     return [out.detach(), *torch.autograd.grad(out, leaves, dout)]
+
+
+@pytest.fixture
+def poisoned():
+    """torch.empty gives NaN: what is read before it was written shows."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 def assert_close(actual, expected):
@@ -104,7 +113,7 @@ def test_all_tokens_on_one_expert():
 
 
 @pytest.mark.parametrize("counted", [False, True])
-def test_sentinels_add_nothing_and_get_zero_routing_gradient(counted):
+def test_sentinels_add_nothing_and_get_zero_routing_gradient(counted, poisoned):
     args = make(T=40, K=3)
     sentinel = torch.rand(40, 3, generator=torch.Generator().manual_seed(2)) < 0.6
     args[3] = args[3].masked_fill(sentinel, 4)
@@ -146,6 +155,31 @@ def test_non_contiguous_input_weights_and_gradient():
     args[0] = args[0].T.contiguous().T
     args[1], args[2] = (w.transpose(1, 2).contiguous().transpose(1, 2) for w in args[1:3])
     assert_close(run(experts, args, torch.ones(1, 1).expand(19, 24), act="silu"), expected)
+
+
+def test_gathered_rows_are_padded_with_zeros_to_whole_blocks():
+    x, *_, index, _ = make(T=40, K=3)
+    routing = sort_slots(index, 4, 120)
+    padded = launch.gather_rows(x, routing, launch.TileLists(routing))
+    offsets, tiles = routing.expert_offsets.tolist(), padded.tiles.tile_offsets.tolist()
+    for e in range(4):
+        block = padded.data[tiles[e] * launch.PAD : tiles[e + 1] * launch.PAD]
+        token = routing.row_slot[offsets[e] : offsets[e + 1]] // 3
+        assert torch.equal(block[: len(token)], x[token])
+        assert not block[len(token) :].any()
+
+
+@pytest.mark.parametrize("shape", [{}, {"T": 70, "K": 3, "H": 40, "I": 36, "E": 5}], ids=str)
+def test_operands_read_by_descriptor_give_the_same(shape, monkeypatch, poisoned):
+    """The interpreter knows descriptors too: here every operand that the copy engine of a newer chip would bring."""
+    descriptors = []
+    real = launch._descriptor
+    monkeypatch.setattr(launch, "_capability", lambda device: (9, 0))
+    monkeypatch.setattr(launch, "_descriptor", lambda t, block: descriptors.append(block) or real(t, block))
+    args = make(**shape)
+    args[3][::3, 0] = args[1].shape[0]  # sentinels: rows at the end of the buffers that nobody wrote
+    check(args)
+    assert len(descriptors) == 11  # by launch: W1; a, W2; dout, W2; dout, sa; dh, x; dh, W1
 
 
 def test_two_runs_give_the_same_bits():

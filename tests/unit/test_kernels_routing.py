@@ -43,11 +43,14 @@ def test_every_row_lies_in_one_tile_of_its_expert(block_p):
     assert torch.equal(tiles.tile_offsets.diff(), (counts + block_p - 1) // block_p)
 
 
-def test_understated_num_rows_never_writes_past_the_buffer(monkeypatch):
+def test_understated_num_rows_loses_the_last_slots_and_never_points_past_the_buffer(monkeypatch):
     index = routed(20, 2, 4)
-    full = sort_slots(index, 4, 40).row_slot
+    full = sort_slots(index, 4, 40)
     storage = torch.full((64,), -7, dtype=torch.int32)
     empty = torch.empty
     monkeypatch.setattr(torch, "empty", lambda *shape, **kw: storage[:10] if shape == (10,) else empty(*shape, **kw))
-    assert torch.equal(sort_slots(index, 4, 10).row_slot, full[:10])
+    short = sort_slots(index, 4, 10)
+    assert torch.equal(short.row_slot, full.row_slot[:10])
     assert (storage[10:] == -7).all()
+    assert torch.equal(short.slot_row, full.slot_row.masked_fill(full.slot_row >= 10, -1))
+    assert torch.equal(short.expert_offsets, full.expert_offsets.clamp(max=10))

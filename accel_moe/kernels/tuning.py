@@ -5,8 +5,8 @@ measured on this machine, a measurement now, a rule. A measurement times a handf
 needs one (a kernel only writes its outputs, so running it again is harmless and takes no memory), some ten seconds
 for a layer's six GEMMs, once. Ranks share the cache: the first to need a shape locks it and measures, the others wait
 for the result, never longer than WAIT_S, since a rank that waits may hold up a collective that the measuring one is
-queued behind. Measuring is left out under CUDA graph capture, for shapes of few rows, and with ACCEL_MOE_AUTOTUNE=0.
-ACCEL_MOE_CACHE names the cache's folder.
+queued behind. Measuring is left out under CUDA graph capture, for shapes of few rows, and with SCATTERMOE_AUTOTUNE=0.
+SCATTERMOE_CACHE names the cache's folder.
 
 A configuration changes no result beyond the order in which fp32 partial sums are added.
 """
@@ -29,6 +29,7 @@ import triton
 logger = logging.getLogger(__name__)
 
 WAIT_S = 20.0
+MEASURE_S = 6.0  # for one GEMM's candidates, compiling included; the one under way is finished
 MIN_ROWS = 16  # per expert: fewer is generation, where the number of tokens changes from call to call
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _Result = TypeVar("_Result")
@@ -167,13 +168,13 @@ _measured: dict[str, Config] = {}
 
 
 def _worth_measuring(problem: Problem) -> bool:
-    if os.environ.get("ACCEL_MOE_AUTOTUNE", "1") == "0" or problem.rows_per_expert < MIN_ROWS:
+    if os.environ.get("SCATTERMOE_AUTOTUNE", "1") == "0" or problem.rows_per_expert < MIN_ROWS:
         return False
     return not torch.cuda.is_current_stream_capturing()
 
 
 def _cache_folder() -> Path:
-    folder = os.environ.get("ACCEL_MOE_CACHE") or Path.home() / ".cache" / "accel_moe"
+    folder = os.environ.get("SCATTERMOE_CACHE") or Path.home() / ".cache" / "accel_moe"
     # What is fastest depends on the compiler as much as on the chip.
     return Path(folder) / f"triton-{triton.__version__}"
 
@@ -229,7 +230,7 @@ def _read(entry: Path) -> Config | None:
 
 def _fastest(problem: Problem, launch: Callable[[Config], _Result]) -> Config:
     """Times every candidate on this call. Waits for the device: the only host sync in kernels/, once per shape."""
-    deadline, times = time.monotonic() + WAIT_S, {}
+    deadline, times = time.monotonic() + MEASURE_S, {}
     for config in candidates(problem):
         if times and time.monotonic() > deadline:
             break

@@ -19,7 +19,7 @@ MEASURED = Config(128, 64, 64, 4, 3)
 def cache(monkeypatch, tmp_path):
     """A cache of its own, with measuring counted and replaced."""
     calls = []
-    monkeypatch.setenv("ACCEL_MOE_CACHE", str(tmp_path))
+    monkeypatch.setenv("SCATTERMOE_CACHE", str(tmp_path))
     monkeypatch.setattr(tuning, "_INTERPRETED", False)
     monkeypatch.setattr(tuning, "_measured", {})
     monkeypatch.setattr(tuning, "_fastest", lambda problem, launch: calls.append(problem) or MEASURED)
@@ -84,9 +84,9 @@ def test_a_torn_or_foreign_entry_is_measured_again(cache):
 def test_nothing_is_measured_under_capture_for_few_rows_or_when_switched_off(cache, monkeypatch):
     few = replace(PROBLEM, rows=8 * 8)
     assert tuning.choose(few, None) == tuning.rule(few)
-    monkeypatch.setenv("ACCEL_MOE_AUTOTUNE", "0")
+    monkeypatch.setenv("SCATTERMOE_AUTOTUNE", "0")
     assert tuning.choose(PROBLEM, None) == tuning.rule(PROBLEM)
-    monkeypatch.delenv("ACCEL_MOE_AUTOTUNE")
+    monkeypatch.delenv("SCATTERMOE_AUTOTUNE")
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     assert tuning.choose(PROBLEM, None) == tuning.rule(PROBLEM)
     assert not cache.calls
@@ -95,7 +95,7 @@ def test_nothing_is_measured_under_capture_for_few_rows_or_when_switched_off(cac
 def test_a_cache_that_cannot_be_written_still_measures(cache, monkeypatch, tmp_path):
     blocked = tmp_path / "file"
     blocked.touch()
-    monkeypatch.setenv("ACCEL_MOE_CACHE", str(blocked))
+    monkeypatch.setenv("SCATTERMOE_CACHE", str(blocked))
     assert tuning.choose(PROBLEM, None) == MEASURED
 
 

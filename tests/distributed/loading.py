@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from tests.distributed.parity import Case, accelerator_for, clean, optimizer_of
-from tests.tiny import batches
+from tests.tiny import batches, tiny_model
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,7 @@ class Load:
         head: "CausalLM", or "SequenceClassification", whose head no checkpoint here has.
         frozen: train the experts alone.
         prepare: pass the model to accel_moe.prepare.
+        accelerator_first: make the Accelerator before loading, as most scripts do.
     """
 
     dtype: str = "float32"
@@ -32,6 +33,7 @@ class Load:
     head: str = "CausalLM"
     frozen: bool = False
     prepare: bool = True
+    accelerator_first: bool = False
 
     @property
     def name(self) -> str:
@@ -85,8 +87,9 @@ def compare_roads(case: Case, how: Load, folder: str) -> list[str]:
 
     accel_moe.cpu.enable()
     os.environ["ACCELERATE_MIXED_PRECISION"] = how.mixed_precision
+    accelerator = accelerator_for(case, tiny_model(case.family)) if how.accelerator_first else None
     model = load(case, how, folder, ours=True)
-    accelerator = accelerator_for(case, model)
+    accelerator = accelerator or accelerator_for(case, model)
     assert accelerator.mixed_precision == how.mixed_precision
     ours = follow(accelerator, model, case, how)
     plain = follow(accelerator, load(case, how, folder, ours=False), case, how)

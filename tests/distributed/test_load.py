@@ -20,6 +20,7 @@ LAYOUTS = [
     (Case(2, 2, mesh=False), Load()),
     (Case(2, 2, ram_efficient=True), Load()),
     (Case(2, 1, ram_efficient=True, tie=True), Load()),
+    (Case(2, 2, ram_efficient=True), Load(accelerator_first=True, head="SequenceClassification")),
     (Case(2, 2, checkpointing=True, tie=True), Load()),
     (Case(2, 1), Load(prepare=False)),
     (Case(2, 2), Load(mixed_precision="bf16")),

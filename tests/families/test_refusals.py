@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import transformers
 from torch import nn
 
 import accel_moe
@@ -143,6 +144,8 @@ def test_the_family_that_ties_its_experts_is_refused_over_several_ranks():
     from transformers.models.diffusion_gemma import modeling_diffusion_gemma as family
 
     config = tiny_families.tiny_config(family.DiffusionGemmaConfig, "diffusion_gemma")
+    if config.vision_config is None:  # the default of transformers 5.17
+        config.vision_config = transformers.Gemma4VisionConfig()
     with torch.device("meta"):
         model = family.DiffusionGemmaModel(config)
     model.tie_weights()

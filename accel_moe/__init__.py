@@ -5,8 +5,8 @@
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
 
 Importing the package does one thing: it registers the experts function `scattermoe` with transformers, so that
-`from_pretrained(..., experts_implementation="scattermoe")` works. Triton is imported at its first call. No patch is
-installed, no CUDA context made, before `prepare`.
+`from_pretrained(..., experts_implementation="scattermoe")` works. The kernels are imported at its first call. No patch
+is installed, no CUDA context made, before `prepare`.
 """
 
 from accel_moe.api import from_pretrained, prepare

@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import os
 
-import torch
-
 from accel_moe import hooks
 
 
@@ -23,7 +21,7 @@ def enable() -> bool:
         True if it is on; False on a machine with an accelerator or outside a distributed launch, where there is
         nothing to do.
     """
-    if torch.accelerator.is_available() or int(os.environ.get("LOCAL_RANK", -1)) == -1:
+    if hooks.has_accelerator() or int(os.environ.get("LOCAL_RANK", -1)) == -1:
         return False
     os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
     hooks.install_cpu()

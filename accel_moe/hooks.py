@@ -88,13 +88,18 @@ def check_then_prepare(original):
     return prepare
 
 
+def has_accelerator() -> bool:
+    """Whether there is a device that FSDP can use. Apple's MPS has no collectives: such a machine runs on its CPU."""
+    return torch.accelerator.is_available() and torch.accelerator.current_accelerator().type != "mps"
+
+
 def gloo_when_no_accelerator(original):
     @functools.wraps(original)
     def _prepare_backend(self, cpu=False, sagemaker_dp=False, backend=None):
         from accelerate.utils import DistributedType
 
         launched = int(os.environ.get("LOCAL_RANK", -1)) != -1
-        if launched and not cpu and not sagemaker_dp and not torch.accelerator.is_available():
+        if launched and not cpu and not sagemaker_dp and not has_accelerator():
             return "gloo", DistributedType.MULTI_GPU
         return original(self, cpu, sagemaker_dp, backend)
 

@@ -24,13 +24,14 @@ two-phase layout of "write beside, rename over".
 from __future__ import annotations
 
 import atexit
+import copy
 import functools
 import os
 import shutil
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from importlib import metadata as installed
@@ -39,6 +40,7 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dist_cp
+from torch.distributed.tensor import DTensor
 
 from accel_moe.checkpoint import folders, ranks
 from accel_moe.checkpoint.dcp import (
@@ -102,7 +104,7 @@ class Save:
 
 _active: Save | None = None
 _background: Future[None] | None = None
-_stager: Any = None
+_buffers: dict[str, torch.Tensor] = {}
 
 
 def prepared_models(models: Iterable[Any]) -> list[Any]:
@@ -185,7 +187,7 @@ def write_dcp(save: Save, folder: str, state_dict: dict[str, Any]) -> None:
     A collective of all ranks, now or in the background thread.
     """
     if save.background:
-        state_dict = _stage(state_dict)
+        state_dict = _stage(folder, state_dict)
         save.writes.append(lambda: _write_dcp(save, folder, state_dict))
     else:
         _write_dcp(save, folder, state_dict)
@@ -212,22 +214,32 @@ def _write_dcp(save: Save, folder: str, state_dict: dict[str, Any]) -> None:
     save.entries |= {f"{folder}/{name}": entry for name, entry in writer.file_entries().items()}
 
 
-def _stage(state_dict: dict[str, Any]) -> dict[str, Any]:
-    """A copy in host memory, pinned where there is a GPU; the buffers are kept and reused by the next save."""
-    global _stager
-    from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+def _stage(folder: str, state_dict: dict[str, Any]) -> dict[str, Any]:
+    """A copy in host memory, pinned where there is a GPU; the buffers are kept and reused by the next save, which
+    waits for this one.
 
-    if _stager is None:
-        gpu = torch.cuda.is_available()
-        _stager = DefaultStager(
-            StagingOptions(
-                use_pinned_memory=gpu,
-                use_shared_memory=False,
-                use_async_staging=False,
-                use_non_blocking_copy=gpu,
-            )
-        )
-    return _stager.stage(state_dict)
+    PyTorch's DefaultStager would do, but it closes itself after one state dict (2.11): model and optimizer are two.
+    """
+    staged = _host_copy(state_dict, folder)
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()  # host sync: the copies above run on the current stream
+    return staged
+
+
+def _host_copy(value: Any, path: str) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _host_copy(inner, f"{path}/{key}") for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_host_copy(inner, f"{path}/{i}") for i, inner in enumerate(value))
+    if not isinstance(value, torch.Tensor):
+        return copy.deepcopy(value)
+    local = (value.to_local() if isinstance(value, DTensor) else value).detach()
+    buffer = _buffers.get(path)
+    if buffer is None or (buffer.shape, buffer.dtype) != (local.shape, local.dtype):
+        buffer = _buffers[path] = torch.empty(local.shape, dtype=local.dtype, pin_memory=local.is_cuda)
+    buffer.copy_(local, non_blocking=True)
+    # from_local() would move the buffer back to the mesh's device
+    return DTensor(buffer, value._spec, requires_grad=False) if isinstance(value, DTensor) else buffer
 
 
 # --- 3. seal and 4. commit

@@ -112,6 +112,24 @@ def test_loading_info_and_random_numbers_are_those_of_from_pretrained(many_ranks
     assert found[0][1] == found[1][1] and found[0][1]["missing_keys"] == {"score.weight"}
 
 
+@pytest.mark.parametrize(("rank", "reports"), [("0", 1), ("1", 0)])
+def test_missing_and_unexpected_weights_are_reported_by_rank_0_alone(rank, reports, many_ranks, damaged, monkeypatch):
+    from transformers.testing_utils import CaptureLogger
+    from transformers.utils import logging
+
+    def change(state):
+        del state["model.norm.weight"]
+        state["model.surplus.weight"] = torch.zeros(1)
+
+    rewrite(damaged[0], change)
+    monkeypatch.setenv("RANK", rank)
+    with CaptureLogger(logging.get_logger("transformers.modeling_utils")) as log:
+        model = accel_moe.from_pretrained(damaged[0])
+    assert log.out.count("LOAD REPORT") == log.out.count("surplus") == log.out.count("model.norm.weight") == reports
+    assert load.pending(model).plan.missing == ("model.norm.weight",)
+    assert torch.equal(model.model.norm.weight, torch.ones(32)), "not initialised as transformers does"
+
+
 # --- what is refused
 
 
@@ -240,6 +258,31 @@ def test_a_model_that_was_changed_before_prepare_is_refused(many_ranks, checkpoi
     model.lm_head = torch.nn.Linear(32, 65, bias=False, device="meta")
     with pytest.raises(ValueError, match=r"lm_head\.weight has shape \(65, 32\)"):
         load.check_unchanged(model, load.pending(model).plan)
+
+
+def test_adapters_made_on_meta_are_refused_with_what_to_do(many_ranks, checkpoint):
+    peft = pytest.importorskip("peft")
+    model = accel_moe.from_pretrained(checkpoint)
+    plan = load.pending(model).plan
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"]))
+    assert load.pending(wrapped).plan is plan
+    with pytest.raises(
+        ValueError, match=r"renamed or replaced after accel_moe\.from_pretrained\(\).*accel_moe\.prepare"
+    ):
+        load.check_unchanged(wrapped, plan)
+
+
+# --- the other way
+
+
+def test_prepare_says_what_from_pretrained_would_have_saved(many_ranks, checkpoint, caplog):
+    with caplog.at_level("INFO", logger="accel_moe"):
+        accel_moe.prepare(accel_moe.from_pretrained(checkpoint), moe_ep_degree=2, moe_kernel="grouped_mm")
+        assert "holds the whole model" not in caplog.text
+        accel_moe.prepare(tiny_model(), moe_ep_degree=1, moe_kernel="grouped_mm")
+        assert "holds the whole model" not in caplog.text
+        accel_moe.prepare(tiny_model(), moe_ep_degree=2, moe_kernel="grouped_mm")
+    assert "each of 4 ranks holds the whole model in RAM (0.0 GB)" in caplog.text
 
 
 # --- ties

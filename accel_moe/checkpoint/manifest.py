@@ -300,12 +300,26 @@ class StreamDigest:
 
 
 def file_digest(path: str | os.PathLike, algorithm: str, pool: ThreadPoolExecutor | None = None) -> str:
-    """The checksum of a file on disk; equal to what StreamDigest gave for the bytes written to it."""
-    digest = StreamDigest(algorithm, pool)
+    """The checksum of a file on disk; equal to what StreamDigest gave for the bytes written to it.
+
+    `pool`'s threads read and hash a block each, so this also reads ahead.
+    """
+    block_hash = _block_hash(algorithm)
     with open(path, "rb", buffering=0) as stream:
-        while block := stream.read(BLOCK_BYTES):
-            digest.update(block)
-    return digest.hexdigest()
+        size_bytes = os.fstat(stream.fileno()).st_size
+
+        def leaf(start: int) -> bytes:
+            parts = []
+            while (have := sum(map(len, parts))) < min(BLOCK_BYTES, size_bytes - start):
+                part = os.pread(stream.fileno(), BLOCK_BYTES - have, start + have)
+                if not part:
+                    break  # the file shrank meanwhile: the checksum will differ
+                parts.append(part)
+            return block_hash(parts[0] if len(parts) == 1 else b"".join(parts))
+
+        starts = range(0, size_bytes, BLOCK_BYTES)
+        leaves = pool.map(leaf, starts) if pool is not None else map(leaf, starts)
+        return _root(leaves, size_bytes)
 
 
 def hashing_pool() -> ThreadPoolExecutor:

@@ -35,7 +35,7 @@ from typing import Any
 
 import torch
 from torch.distributed.checkpoint import DefaultSavePlanner, FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION, FileSystem
+from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import LoadPlan, SavePlan
 from torch.distributed.checkpoint.storage import WriteResult
@@ -81,8 +81,7 @@ class _ChecksumStream(io.RawIOBase):
         return True
 
     def write(self, data: Any) -> int:
-        self._digest.update(data)
-        return self._raw.write(data)
+        return self._digest.update(data, meanwhile=lambda: self._raw.write(data))
 
     def tell(self) -> int:
         return self._digest.size_bytes  # the stream is only appended to
@@ -167,20 +166,18 @@ class ChecksumWriter(FileSystemWriter):
         self.node_metadata: dict[int, bytes] = {}
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        several = len(set(self._leaders)) > 1
-        for leader in sorted(set(self._leaders), reverse=True):  # rank 0's disk comes last, and stays in `metadata`
-            # of two results for one value DCP takes the later one: the ranks of this disk are put last
-            order = sorted(range(len(results)), key=lambda r: several and self._leaders[r] == leader)
-            storage = {written.index: written.storage_data for r in order for written in results[r]}
-            if leader == self._leaders[0]:
-                super().finish(metadata, [results[r] for r in order])
-                # torch 2.11 fills in a copy of what dist_cp.save returns
-                metadata.storage_data = storage
-                metadata.storage_meta = self.storage_meta()
-            else:
-                other = dataclasses.replace(metadata, storage_data=storage, storage_meta=self.storage_meta())
-                other.version = CURRENT_DCP_VERSION
-                self.node_metadata[leader] = pickle.dumps(other)
+        first = self._leaders[0]
+        super().finish(metadata, self._own_last(first, results))
+        for leader in set(self._leaders) - {first}:
+            own_last = self._own_last(leader, results)
+            storage = {written.index: written.storage_data for some in own_last for written in some}
+            self.node_metadata[leader] = pickle.dumps(dataclasses.replace(metadata, storage_data=storage))
+
+    def _own_last(self, leader: int, results: list[list[WriteResult]]) -> list[list[WriteResult]]:
+        """Of two results for one value DCP takes the later one: those of this disk's ranks are put last."""
+        if len(set(self._leaders)) == 1:
+            return results
+        return [results[r] for r in sorted(range(len(results)), key=lambda r: self._leaders[r] == leader)]
 
     def storage_meta(self) -> StorageMeta:
         return StorageMeta(save_id=self.save_id, modules=[MANIFEST_MARK])

@@ -27,9 +27,8 @@ import hashlib
 import json
 import math
 import os
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -38,7 +37,6 @@ MANIFEST_NAME = "accel_moe_manifest.json"
 FORMAT_VERSION = 1
 BLOCK_BYTES = 4 * 1024 * 1024
 _DIGEST_BYTES = 16
-_IN_FLIGHT_BLOCKS = 8  # bounds the memory of hashing: at most this many blocks wait for a thread
 
 
 class CheckpointError(ValueError):
@@ -257,10 +255,11 @@ def _root(leaves: Iterable[bytes], size_bytes: int) -> str:
 
 
 class StreamDigest:
-    """The checksum of a byte stream, computed beside the writing: full blocks are hashed by `pool`'s threads.
+    """The checksum of a byte stream, computed beside the writing.
 
-    hashlib lets other threads run while it hashes, so the writer only pays for filling the blocks. At most
-    8 blocks (32 MiB) are in flight; then `update` waits.
+    Whole blocks are hashed by `pool`'s threads where they lie, without a copy, while the caller's thread writes the
+    same bytes: hashlib lets other threads run meanwhile. Only the ends of a piece, less than a block each, are
+    copied.
     """
 
     def __init__(self, algorithm: str, pool: ThreadPoolExecutor | None = None) -> None:
@@ -268,34 +267,39 @@ class StreamDigest:
         self._pool = pool
         self._block = bytearray()
         self._leaves: list[bytes] = []
-        self._in_flight: deque[Future[bytes]] = deque()
         self.size_bytes = 0
 
-    def update(self, data: Any) -> None:
+    def update(self, data: Any, meanwhile: Callable[[], Any] | None = None) -> Any:
+        """Takes the next bytes; returns what `meanwhile`, run while they are hashed, returned.
+
+        `data` may be reused once this returns.
+        """
         view = memoryview(data).cast("B")
         self.size_bytes += len(view)
-        while len(view):
-            part = view[: BLOCK_BYTES - len(self._block)]
-            self._block += part
-            view = view[len(part) :]
+        blocks: list[Any] = []
+        if self._block or len(view) < BLOCK_BYTES:
+            head, view = view[: BLOCK_BYTES - len(self._block)], view[BLOCK_BYTES - len(self._block) :]
+            self._block += head
             if len(self._block) == BLOCK_BYTES:
-                self._close_block()
-
-    def _close_block(self) -> None:
-        block, self._block = self._block, bytearray()
-        if self._pool is None:
-            self._leaves.append(self._hash(block))
-            return
-        if len(self._in_flight) >= _IN_FLIGHT_BLOCKS:
-            self._leaves.append(self._in_flight.popleft().result())
-        self._in_flight.append(self._pool.submit(self._hash, block))
+                blocks.append(self._block)
+                self._block = bytearray()
+        whole = len(view) - len(view) % BLOCK_BYTES
+        blocks += [view[start : start + BLOCK_BYTES] for start in range(0, whole, BLOCK_BYTES)]
+        self._block += view[whole:]
+        if self._pool is None or len(blocks) + (meanwhile is not None) < 2:
+            result = meanwhile() if meanwhile is not None else None
+            self._leaves += map(self._hash, blocks)
+            return result
+        hashing = [self._pool.submit(self._hash, block) for block in blocks]
+        try:
+            return meanwhile() if meanwhile is not None else None
+        finally:
+            self._leaves += [future.result() for future in hashing]  # wait here: `data` is the caller's again
 
     def hexdigest(self) -> str:
         """The root; call it once, at the end of the stream."""
         if self._block:
-            self._close_block()
-        while self._in_flight:
-            self._leaves.append(self._in_flight.popleft().result())
+            self._leaves.append(self._hash(self._block))
         return _root(self._leaves, self.size_bytes)
 
 

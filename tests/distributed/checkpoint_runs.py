@@ -114,6 +114,23 @@ def load_errors(case: Case, folder: str, **options) -> list:
     return ["", "nothing was raised", True]
 
 
+def schedule_run(case: Case, folder: str, load: bool) -> list[float]:
+    """Learning rates, as accelerate steps the schedule: before or after the checkpoint, and after one more step."""
+    accelerator, model, optimizer = set_up(case)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer.optimizer, lambda batches_seen: 1 / (1 + batches_seen))
+    scheduler = accelerator.prepare(schedule)
+    rates = []
+    if load:
+        accelerator.load_state(folder)
+    for step in range(1 if load else 2):
+        train(accelerator, model, optimizer, step, 1)
+        scheduler.step()
+        rates.append(scheduler.get_last_lr()[0] / scheduler.scheduler.base_lrs[0])
+    if not load:
+        accelerator.save_state(folder)
+    return rates
+
+
 def whole_weights(case: Case, folder: str) -> dict:
     """A whole model by get_state_dict, save_model and save_pretrained, and a round trip with FULL_STATE_DICT."""
     accelerator, model, optimizer = set_up(case)

@@ -88,9 +88,9 @@ def load_one(folder: str, one_name: bool) -> int:
     return step_of(model, optimizer)
 
 
-def save_steps(folder: str, steps: list[int]) -> None:
+def save_steps(folder: str, steps: list[int], keep: int = 100) -> None:
     """Steps saved as checkpoint_<step>, with a registered object and a scheduler: a file of every role."""
-    accelerator, model, optimizer = ready(None, folder, keep=100)
+    accelerator, model, optimizer = ready(None, folder, keep)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer.optimizer, lambda step: 1.0)
     accelerator.register_for_checkpointing(accelerator.prepare(scheduler))
     for step in steps:

@@ -16,6 +16,7 @@ from tests.distributed.checkpoint_runs import (
     load_errors,
     load_runs,
     save_run,
+    schedule_run,
     whole_weights,
 )
 from tests.distributed.parity import Case, build
@@ -88,6 +89,14 @@ def test_the_manifest_says_what_was_saved_and_how(saved):
 def test_another_world_size_says_what_could_not_be_restored(saved):
     told = [text for snap in run_ranks(load_runs, 2, LAYOUTS["w2 ep2"], [saved["w4 ep4"][0]])[0] for text in snap.told]
     assert any("saved by 4 ranks and is loaded by 2" in text and "dataloader" in text for text in told)
+
+
+def test_the_schedule_goes_on_after_the_same_number_of_batches_whatever_the_world_size(tmp_path):
+    """accelerate steps it once per process: 2 steps of 4 ranks are 8 batches seen, and one step of 2 makes 10."""
+    folder = str(tmp_path / "c")
+    before = run_ranks(schedule_run, 4, LAYOUTS["w4 ep2"], folder, False)[0]
+    assert before == pytest.approx([1 / 5, 1 / 9])
+    assert run_ranks(schedule_run, 2, LAYOUTS["w2 ep2"], folder, True)[0] == pytest.approx([1 / 11])
 
 
 def test_a_stock_checkpoint_is_loaded_with_a_warning(saved):

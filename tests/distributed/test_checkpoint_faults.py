@@ -7,6 +7,7 @@ import random
 import shutil
 import signal
 import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -65,7 +66,7 @@ def test_damage_to_any_file_is_refused_on_every_rank_before_the_model_is_touched
         for (role, damage), (kind, text, untouched) in zip(cases, results):
             assert kind == "CheckpointError" and untouched, (role, damage, kind, text)
             named = role.rpartition("/")[2] in text
-            assert named or ("manifest" in text or "is damaged" in text) and "manifest" in role, (role, damage, text)
+            assert named or (("manifest" in text or "is damaged" in text) and "manifest" in role), (role, damage, text)
         assert results[-1][1] == "loaded step 1"
     assert per_rank[0][:-1] == per_rank[1][:-1]  # word for word the same on both
 
@@ -131,6 +132,23 @@ def test_two_jobs_that_save_to_one_folder_leave_one_whole_checkpoint(tmp_path):
     assert not failures, failures
     assert os.listdir(tmp_path) == ["c"]
     assert run_ranks(runs.load_one, 2, str(tmp_path), True)[0] in (11, 22)
+
+
+def test_rotation_keeps_the_newest_and_leaves_alone_what_it_does_not_know(tmp_path):
+    (tmp_path / "checkpoints" / "checkpoint_0").mkdir(parents=True)
+    run_ranks(runs.save_steps, 2, str(tmp_path), [1, 2, 3, 10], 2)
+    assert sorted(os.listdir(tmp_path / "checkpoints")) == ["checkpoint_0", "checkpoint_10", "checkpoint_3"]
+
+
+def test_a_background_failure_that_nobody_heard_of_makes_the_process_fail():
+    program = """
+from concurrent.futures import Future
+from accel_moe.checkpoint import saving
+saving._background = Future()
+saving._background.set_exception(OSError(28, "No space left on device"))
+"""
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert ran.returncode == 1 and "No space left on device" in ran.stderr
 
 
 # --- killed ranks ------------------------------------------------------------------------------------------------

@@ -22,7 +22,10 @@ import json
 import multiprocessing
 import os
 import shutil
+import signal
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -376,6 +379,7 @@ def _work(index: int) -> tuple[int, int]:
 
 
 def _start_worker() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     torch.set_num_threads(1)  # the processes are the parallelism; torch's own threads do not survive a fork
 
 
@@ -463,29 +467,35 @@ def _write_groups(
             for index in todo:
                 finished(index, writer.write(index))
         else:
+            # largest first: the last groups to finish are then small, and no worker is left alone with a big one
+            order = sorted(todo, key=lambda i: -plan.group_bytes(plan.groups[i]))
             with _worker_pool(writer, workers) as pool:
-                # largest first: the last groups to finish are then small ones, and no worker is left alone
-                # with a big one
-                order = sorted(todo, key=lambda i: -plan.group_bytes(plan.groups[i]))
-                for index, written in pool.imap_unordered(_work, order):
-                    finished(index, written)
+                for done in as_completed([pool.submit(_work, index) for index in order]):
+                    finished(*done.result())
     finally:
         flush()
 
 
 @contextmanager
-def _worker_pool(writer: _GroupWriter, workers: int) -> Iterator[Any]:
-    """Processes that inherit the plan by fork: nothing is imported or planned twice."""
+def _worker_pool(writer: _GroupWriter, workers: int) -> Iterator[ProcessPoolExecutor]:
+    """Processes that inherit the plan by fork: nothing is imported or planned twice. Raises CheckpointError."""
     global _WORKER
     if "fork" not in multiprocessing.get_all_start_methods():
         raise CheckpointError(
             f"--workers {workers} needs a system that can fork, and this one cannot. Use --workers 1."
         )
     _WORKER = writer
+    context = multiprocessing.get_context("fork")
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker)
     try:
-        with multiprocessing.get_context("fork").Pool(workers, initializer=_start_worker) as pool:
-            yield pool
+        yield pool
+    except BrokenProcessPool:
+        raise CheckpointError(
+            "a worker process was killed, most likely for memory: each needs that of the largest group of tensors. Run "
+            "the same command with fewer --workers; it goes on where it stopped."
+        ) from None
     finally:
+        pool.shutdown(cancel_futures=True)
         _WORKER = None
 
 

@@ -458,7 +458,10 @@ def _at_exit() -> None:
 
 
 def wrap_save_state(original: Callable[..., Any]) -> Callable[..., Any]:
-    """For accelerate.Accelerator.save_state: the whole save is one commit, rotation follows it."""
+    """For accelerate.Accelerator.save_state: the whole save is one commit, rotation follows it.
+
+    Hooks that the user registered with register_save_state_pre_hook are given the folder that is being filled.
+    """
 
     @functools.wraps(original)
     def save_state(self, output_dir=None, safe_serialization=True, **save_model_func_kwargs):

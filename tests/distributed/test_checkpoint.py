@@ -28,6 +28,7 @@ LAYOUTS = {
     "w2 ep2": Case(2, 2),
     "w2 ep1": Case(2, 1),
     "hsdp 2x2 ep2": Case(4, 2, dp_replicate=2),
+    "one process": Case(1, 1),
     "w3 without us": Case(3, 1, ours=False),
 }
 
@@ -102,6 +103,14 @@ def test_the_schedule_goes_on_after_the_same_number_of_batches_whatever_the_worl
 def test_a_stock_checkpoint_is_loaded_with_a_warning(saved):
     told = run_ranks(load_runs, 2, LAYOUTS["w2 ep2"], [saved["w3 without us"][0]])[0][0].told
     assert any("no manifest" in text and "nothing vouches" in text for text in told)
+
+
+def test_inspect_tells_the_layout_and_the_step_from_the_manifest(saved, capsys):
+    assert consolidate.main(["--inspect", saved["hsdp 2x2 ep2"][0]]) == 0
+    told = capsys.readouterr().out
+    assert "step         2" in told and "world size 4: dp_replicate 2, efsdp 1, ep 2" in told
+    assert "checksums blake2b" in told or "checksums xxh3_128" in told
+    assert "committed; files present with the right sizes" in told
 
 
 @pytest.mark.parametrize("name", ["w4 ep4", "hsdp 2x2 ep2"])

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 
 import pytest
 import torch
@@ -137,6 +139,42 @@ def test_max_shard_size_replaces_the_layout_of_the_base(tmp_path, trained):
 def test_two_workers_write_the_same_result(tmp_path, trained):
     checkpoint, base, expected = trained
     assert run("--workers", "2", checkpoint, tmp_path / "out", base) == 0
+    assert_same_tensors(read_weights(tmp_path / "out"), expected)
+
+
+def test_a_killed_worker_is_told_and_the_next_run_goes_on(tmp_path, trained, monkeypatch, capsys):
+    checkpoint, base, expected = trained
+    real = export._GroupWriter.write
+    parent = os.getpid()
+
+    def dies(self, index):
+        if os.getpid() != parent and index == 5:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(self, index)
+
+    monkeypatch.setattr(export._GroupWriter, "write", dies)
+    assert "fewer --workers" in one_line_error(capsys, "--workers", "2", checkpoint, tmp_path / "out", base)
+    assert not (tmp_path / "out").exists()
+    monkeypatch.setattr(export._GroupWriter, "write", real)
+    assert run("--verify", "--workers", "2", checkpoint, tmp_path / "out", base) == 0
+    assert_same_tensors(read_weights(tmp_path / "out"), expected)
+
+
+def test_a_full_disk_is_told_in_one_line_and_the_next_run_goes_on(tmp_path, trained, monkeypatch, capsys):
+    checkpoint, base, expected = trained
+    real = os.pwrite
+    left = [20]
+
+    def pwrite(*args):
+        left[0] -= 1
+        if left[0] < 0:
+            raise OSError(28, "No space left on device")
+        return real(*args)
+
+    monkeypatch.setattr(os, "pwrite", pwrite)
+    assert "No space left on device" in one_line_error(capsys, checkpoint, tmp_path / "out", base)
+    monkeypatch.setattr(os, "pwrite", real)
+    assert run("--verify", checkpoint, tmp_path / "out", base) == 0
     assert_same_tensors(read_weights(tmp_path / "out"), expected)
 
 

@@ -322,7 +322,7 @@ def refusal(module: nn.Module, *, kernel: str, ep_degree: int) -> str | None:
     if unknown := flags - KNOWN_FLAGS:
         return f"it sets the flag(s) {', '.join(sorted(unknown))}, which accel_moe does not know"
     shim, own = shim_of(module), module
-    module = as_interface(module)
+    module = as_interface(module)  # pyright: ignore[reportAssignmentType] a view answers as the module would
     norm = bool(getattr(module, "has_post_expert_norm", False))
     if norm and not (_interface_knows_norms() and isinstance(getattr(module, "post_expert_norm", None), nn.Module)):
         return (
@@ -644,7 +644,8 @@ def _compute_dtype(module: nn.Module, hidden_states: torch.Tensor) -> torch.dtyp
     """autocast's dtype under autocast; else the weights' own, which FSDP2's mixed precision has already cast."""
     if torch.is_autocast_enabled(hidden_states.device.type):
         return torch.get_autocast_dtype(hidden_states.device.type)
-    return module._accel_moe_layer.compute_dtype or module.down_proj.dtype
+    layer: LayerState = module._accel_moe_layer  # pyright: ignore[reportAssignmentType]
+    return layer.compute_dtype or module._parameters["down_proj"].dtype
 
 
 @torch.no_grad()

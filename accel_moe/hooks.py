@@ -25,7 +25,7 @@ from torch import nn
 
 from accel_moe import config, load, mesh, shard
 from accel_moe.checkpoint.hooked import HOOKED as CHECKPOINT_ROWS
-from accel_moe.experts import PreparedState, prepared_state, swapped_layers
+from accel_moe.experts import PreparedState, adopt_adapters, find_experts, prepared_state, swapped_layers
 
 logger = logging.getLogger("accel_moe")
 
@@ -82,6 +82,7 @@ def check_then_prepare(original):
                 _compare_ranks(state)
                 if state.config.moe_ep_degree > 1:
                     _check_accelerator(self, model, state)
+                    adopt_adapters(find_experts(model))  # PEFT may have wrapped the experts since prepare()
         with _planned_models(self, args):
             return original(self, *args, device_placement=device_placement)
 

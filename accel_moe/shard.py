@@ -58,7 +58,7 @@ def shard_experts(
     mp_policy = mp_policy or MixedPrecisionPolicy()
     alone = plan.dp_replicate == plan.efsdp == 1 and not isinstance(offload_policy, CPUOffloadPolicy)
     group = mesh.get_group("ep")
-    layers = [layer for _, layer in swapped_layers(model)]
+    layers: list[nn.Module] = [layer for _, layer in swapped_layers(model)]
     for layer in layers:
         for name, parameter in list(layer._parameters.items()):
             if parameter is not None:

@@ -547,7 +547,7 @@ def sum_slots(
     t = tl.program_id(0).to(tl.int64)
     cols = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     acc = tl.zeros((BLOCK_H,), tl.float32)
-    for k in tl.static_range(TOP_K):
+    for k in tl.static_range(TOP_K):  # pyright: ignore
         row = tl.load(slot_row_ptr + t * TOP_K + k)
         width = tl.where(row >= 0, hidden, 0)
         value = tl.load(y_ptr + row.to(tl.int64) * hidden + cols, mask=cols < width, other=0.0).to(tl.float32)

@@ -150,7 +150,7 @@ class Weight:
         return _descriptor(self.gate_up, [1, 2, block_i, block_k] if self.k_contiguous else [1, block_k, 2, block_i])
 
     @property
-    def strides(self) -> tuple[int, int, int]:
+    def strides(self) -> tuple[int, ...]:
         return self.view.stride()
 
 

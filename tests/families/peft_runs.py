@@ -35,6 +35,8 @@ class Case:
     interpret: bool = False
     checkpointing: bool = False
     mixed_precision: str = "no"
+    prepared_first: bool = False
+    """accel_moe.prepare on the bare model, before PEFT wraps it."""
 
     @property
     def name(self) -> str:
@@ -53,7 +55,7 @@ class Run:
     facts: dict[str, object]
 
 
-def build(case: Case):
+def build(case: Case, on_base=lambda base: base):
     """A PEFT model whose lora_A and lora_B are both random: with B zero, as PEFT starts, A has no gradient."""
     from peft import LoraConfig, get_peft_model
 
@@ -69,7 +71,7 @@ def build(case: Case):
         target_parameters=list(case.parameters) or None,
         lora_dropout=0.0,
     )
-    model = get_peft_model(base, config)
+    model = get_peft_model(on_base(base), config)
     randomise_adapter(model)
     return model
 
@@ -117,8 +119,11 @@ def on_rank(case: Case, folder: str | None = None) -> Run | None:
     import accel_moe.cpu
 
     accel_moe.cpu.enable()
-    model = build(case)
-    accel_moe.prepare(model, moe_ep_degree=case.ep, moe_kernel=case.kernel)
+
+    def prepare(model):
+        return accel_moe.prepare(model, moe_ep_degree=case.ep, moe_kernel=case.kernel)
+
+    model = build(case, prepare) if case.prepared_first else prepare(build(case))
     plugin = FullyShardedDataParallelPlugin(
         fsdp_version=2,
         auto_wrap_policy="transformer_based_wrap",

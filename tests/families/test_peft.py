@@ -33,12 +33,15 @@ TABLE = [
         Case(2, 2, modules=(), parameters=EXPERTS, kernel="scattermoe", interpret=True), marks=pytest.mark.slow
     ),
     Case(2, 2, modules=("q_proj",), parameters=EXPERTS, checkpointing=True),
+    Case(2, 2, modules=(), parameters=EXPERTS, prepared_first=True),
 ]
 
 
 @functools.cache
 def oracle(case: Case):
-    return on_one_process(replace(case, world=1, ep=1, kernel="eager", interpret=False, checkpointing=False))
+    return on_one_process(
+        replace(case, world=1, ep=1, kernel="eager", interpret=False, checkpointing=False, prepared_first=False)
+    )
 
 
 @functools.cache

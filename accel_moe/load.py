@@ -45,6 +45,9 @@ logger = logging.getLogger("accel_moe")
 STAGING_BYTES = 16 * 2**20
 """What one reading thread holds while it casts, or copies to a GPU."""
 
+AHEAD = 4
+"""How many pieces before it is read the kernel is told of one."""
+
 REFUSED_ARGUMENTS = {
     "gguf_file": "GGUF weights are quantised blocks that no rank can cut into shards",
     "quantization_config": "quantised weights cannot be cut into shards and trained",
@@ -427,7 +430,7 @@ def read_into(places: Mapping[str, Place], plan: LoadPlan, model: nn.Module) -> 
     copies = _joined(sorted(copies, key=lambda c: (c.file, c.start)))
     expected = sum(c.size_bytes for c in copies) + sum(_bytes_of_conversion(g, places) for g in conversions)
     with Reader(expected) as reader, ThreadPoolExecutor(_threads(), initializer=_same_gpu(places)) as pool:
-        running = [pool.submit(c.run, reader) for c in copies]
+        running = [pool.submit(_run_one, reader, copies, i) for i in range(len(copies))]
         try:
             for group in sorted(conversions, key=_first_byte):
                 _convert_into(group, places, plan, model, reader)
@@ -520,6 +523,13 @@ class Copy:
             reader.into(staged, self.file, self.start + first * self.dtype.itemsize)
             # Blocking: the next piece goes into the same staging memory.
             to.copy_(staged.to(to.device).to(self.via))
+
+
+def _run_one(reader: Reader, copies: Sequence[Copy], i: int) -> None:
+    """Read the i-th, and let the kernel fetch a later one meanwhile: a cold disk is kept busy by few threads."""
+    for ahead in copies[i + AHEAD : i + AHEAD + 1]:
+        reader.will_need(ahead.file, ahead.start, ahead.size_bytes)
+    copies[i].run(reader)
 
 
 def _copies_of_renamed(group: LoadGroup, place: Place, plan: LoadPlan) -> list[Copy]:
@@ -670,6 +680,10 @@ class Reader:
             self.read_bytes += done
             if self._bar is not None:
                 self._bar.update(done)
+
+    def will_need(self, file: str, start: int, size_bytes: int) -> None:
+        if hasattr(os, "posix_fadvise"):  # not on macOS
+            os.posix_fadvise(self._descriptor(file), start, size_bytes, os.POSIX_FADV_WILLNEED)
 
     def tensor(self, source: StoredTensor, rows: tuple[int, int] | None) -> torch.Tensor:
         """A stored tensor, whole or (first, count) of its rows, on the CPU, as stored."""

@@ -41,12 +41,13 @@ def main() -> None:
     try:
         if not (folder / "model.safetensors.index.json").is_file():
             make_checkpoint(folder, arguments.gb)
+        make_tiny(folder / "tiny")
         size = sum(f.stat().st_size for f in folder.glob("*.safetensors"))
         print(f"checkpoint: {size / 1e9:.2f} GB in {len(list(folder.glob('*.safetensors')))} files")
         roles = ["plain", "ours", *(["plain_all"] if arguments.plain_on_every_rank else [])]
         for cache in ("cold", "warm") if arguments.warm else ("cold",):
-            for role in roles:
-                for _ in range(arguments.repeats):
+            for _ in range(arguments.repeats):
+                for role in roles:
                     if cache == "cold":
                         drop_from_page_cache(folder)
                     else:
@@ -125,6 +126,15 @@ def make_checkpoint(folder: Path, gigabytes: float) -> None:
         weight_map |= dict.fromkeys(tensors, file)
     index_file = folder / "model.safetensors.index.json"
     index_file.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+def make_tiny(folder: Path) -> None:
+    """One layer, for the warm-up: taking the same road with it first imports all that there is to import."""
+    from transformers import AutoModelForCausalLM, Qwen3MoeConfig
+
+    tiny = dict(hidden_size=16, intermediate_size=16, moe_intermediate_size=8, num_experts=EXPERTS, vocab_size=16)
+    config = Qwen3MoeConfig(**tiny, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2, head_dim=8)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
 
 
 def drop_from_page_cache(folder: Path) -> None:
@@ -239,24 +249,15 @@ def disk_bytes() -> int:
     return next(int(line.split(":")[1]) for line in lines if line.startswith("read_bytes"))
 
 
-def warm_imports() -> None:
-    """Everything that a first from_pretrained imports, by loading a model of one layer from nothing."""
-    import torch
-    from transformers import AutoModelForCausalLM, Qwen3MoeConfig
-
-    tiny = dict(hidden_size=16, intermediate_size=16, moe_intermediate_size=8, num_experts=4, vocab_size=16)
-    config = Qwen3MoeConfig(**tiny, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2, head_dim=8)
-    with tempfile.TemporaryDirectory() as folder:
-        AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
-
-
 def run_plain(arguments: argparse.Namespace) -> dict:
-    warm_imports()
     from transformers import AutoModelForCausalLM
 
+    def road(folder: str):
+        return AutoModelForCausalLM.from_pretrained(folder, dtype="bfloat16")
+
+    road(arguments.folder + "/tiny")
     with Watch() as watch:
-        model = AutoModelForCausalLM.from_pretrained(arguments.folder, dtype="bfloat16")
+        model = road(arguments.folder)
     return watch.result(owned=sum(p.nbytes for p in model.parameters()))
 
 
@@ -270,7 +271,6 @@ def run_ours(arguments: argparse.Namespace, ours: bool = True) -> dict:
     import accel_moe.cpu
 
     accel_moe.cpu.enable()
-    warm_imports()
     plugin = FullyShardedDataParallelPlugin(
         fsdp_version=2,
         auto_wrap_policy="transformer_based_wrap",
@@ -278,13 +278,17 @@ def run_ours(arguments: argparse.Namespace, ours: bool = True) -> dict:
         cpu_ram_efficient_loading=False,
     )
     accelerator = Accelerator(fsdp_plugin=plugin)
-    torch.distributed.all_reduce(torch.zeros(1, device=accelerator.device))  # connections are made at the first one
     load = accel_moe.from_pretrained if ours else AutoModelForCausalLM.from_pretrained
-    with Watch() as watch:
-        model = load(arguments.folder, dtype="bfloat16")
+
+    def road(folder: str):
+        model = load(folder, dtype="bfloat16")
         accel_moe.prepare(model, moe_ep_degree=arguments.ep)
         optimizer = torch.optim.AdamW(model.parameters())
-        model, optimizer = accelerator.prepare(model, optimizer)
+        return accelerator.prepare(model, optimizer)[0]
+
+    road(arguments.folder + "/tiny")
+    with Watch() as watch:
+        model = road(arguments.folder)
     owned = sum(p.to_local().nbytes for p in model.parameters())
     if not ours:
         return watch.result(owned=owned)

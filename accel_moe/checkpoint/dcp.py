@@ -56,6 +56,7 @@ METADATA_NAME = ".metadata"
 MODEL_FOLDER = "pytorch_model_fsdp"
 OPTIMIZER_FOLDER = "optimizer"
 MODEL_PREFIX = "model."
+COPY_AHEAD_BYTES = 10_000_000  # DCP's default: what is copied from the GPU ahead of the writing
 MANIFEST_MARK = "accel_moe.manifest"  # in the metadata's storage_meta.modules: this folder has a manifest beside it
 _WRAPPER_SEGMENTS = ("_checkpoint_wrapped_module.", "_orig_mod.", "_fsdp_wrapped_module.")
 
@@ -158,9 +159,14 @@ class ChecksumWriter(FileSystemWriter):
     """
 
     def __init__(
-        self, path: str | os.PathLike, algorithm: str, pool: ThreadPoolExecutor, leaders: Sequence[int] = (0,)
+        self,
+        path: str | os.PathLike,
+        algorithm: str,
+        pool: ThreadPoolExecutor,
+        leaders: Sequence[int] = (0,),
+        copy_ahead_bytes: int = COPY_AHEAD_BYTES,
     ) -> None:
-        super().__init__(path, sync_files=True, overwrite=False)
+        super().__init__(path, sync_files=True, overwrite=False, per_thread_copy_ahead=copy_ahead_bytes)
         self.fs = _ChecksumFileSystem(algorithm, pool)
         self._leaders = leaders
         self.node_metadata: dict[int, bytes] = {}

@@ -41,9 +41,9 @@ from accel_moe.checkpoint.dcp import (
 )
 from accel_moe.checkpoint.manifest import CheckpointError, Manifest, check_files, known_paths, read_manifest
 from accel_moe.checkpoint.saving import (
-    _state_dict_options,
     option,
     prepared_models,
+    sharded_options,
     state_of,
     takes_dcp,
     wait_for_background,
@@ -62,7 +62,7 @@ def verify(folder: Path, models: list[Any]) -> Manifest | None:
     Returns the manifest, or None (with a warning) for a stock checkpoint. Raises CheckpointError on every
     rank: missing, never committed, damaged, or of another model.
     """
-    checksums = option(models, "moe_verify", "checksums") != "sizes"
+    checksums = option(models, "moe_verify") != "sizes"
     manifest = ranks.together(f"reading {folder}", lambda: _read(folder))
     shared = _shares_of(folder, manifest)
     if manifest is None:
@@ -326,7 +326,7 @@ def wrap_load_fsdp_model(original: Callable[..., Any]) -> Callable[..., Any]:
             return ranks.together(f"loading {folder}", plain)
         from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 
-        options = _state_dict_options(fsdp_plugin)
+        options = sharded_options()
         state = {"model": get_model_state_dict(model, options=options)}
         _read_dcp(folder, f"{MODEL_FOLDER}_{model_index}", state, manifest)
         result = set_model_state_dict(model, state["model"], options=options)
@@ -352,7 +352,7 @@ def wrap_load_fsdp_optimizer(original: Callable[..., Any]) -> Callable[..., Any]
         manifest = _verified[str(folder)] if str(folder) in _verified else verify(folder, [model])
         from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
-        options = _state_dict_options(fsdp_plugin)
+        options = sharded_options()
         state = {"optimizer": get_optimizer_state_dict(model, optimizer, options=options)}
         _read_dcp(folder, f"{OPTIMIZER_FOLDER}_{optimizer_index}", state, manifest)
         set_optimizer_state_dict(model, optimizer, state["optimizer"], options=options)

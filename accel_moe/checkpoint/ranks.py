@@ -49,13 +49,11 @@ def group() -> Any:
 
 
 def _timeout() -> datetime.timedelta | None:
-    """The default group's own, so that a lost rank ends a save when it would end a step. None: torch's
-    default."""
+    """The default group's own, so that a lost rank ends a save when it would end a step. None: torch's default."""
     try:
-        from torch.distributed.distributed_c10d import _get_pg_default_timeout, _world
-
-        return getattr(_world.default_pg, "_timeout", None) or _get_pg_default_timeout(dist.Backend("gloo"))
-    except (ImportError, AttributeError):
+        default = dist.group.WORLD
+        return default._get_backend(default._device_types[0]).options._timeout  # type: ignore[union-attr]
+    except (AttributeError, IndexError, RuntimeError):
         return None
 
 

@@ -44,6 +44,7 @@ from torch.distributed.tensor import DTensor
 
 from accel_moe.checkpoint import folders, ranks
 from accel_moe.checkpoint.dcp import (
+    COPY_AHEAD_BYTES,
     METADATA_NAME,
     MODEL_FOLDER,
     OPTIMIZER_FOLDER,
@@ -117,8 +118,8 @@ def state_of(model: Any) -> Any:
     return getattr(model, "_accel_moe", None) or prepared_state(model)
 
 
-def option(models: Sequence[Any], name: str, default: Any) -> Any:
-    return getattr(state_of(models[0]).config, name, default)
+def option(models: Sequence[Any], name: str) -> Any:
+    return getattr(state_of(models[0]).config, name)
 
 
 # --- 1. begin
@@ -142,7 +143,7 @@ def begin(final: Path, models: list[Any], *, nested: bool = False) -> Save:
         work=work,
         save_id=save_id,
         models=models,
-        background=bool(option(models, "moe_async_save", False)),
+        background=bool(option(models, "moe_async_save")),
         leaders=leaders,
     )
     if nested:
@@ -195,7 +196,9 @@ def write_dcp(save: Save, folder: str, state_dict: dict[str, Any]) -> None:
 
 def _write_dcp(save: Save, folder: str, state_dict: dict[str, Any]) -> None:
     with hashing_pool() as pool:
-        writer = ChecksumWriter(save.work / folder, save.algorithm, pool, save.leaders)
+        # staged tensors are in host memory: no copying ahead, and no CUDA stream in the background thread
+        copy_ahead_bytes = 0 if save.background else COPY_AHEAD_BYTES
+        writer = ChecksumWriter(save.work / folder, save.algorithm, pool, save.leaders, copy_ahead_bytes)
         one_disk = len(set(save.leaders)) == 1
 
         def write() -> None:
@@ -542,7 +545,7 @@ def wrap_save_fsdp_model(original: Callable[..., Any]) -> Callable[..., Any]:
             return ranks.together(f"saving {save.final}", plain)
         from torch.distributed.checkpoint.state_dict import get_model_state_dict
 
-        state_dict = get_model_state_dict(model, options=_state_dict_options(fsdp_plugin))
+        state_dict = get_model_state_dict(model, options=sharded_options())
         write_dcp(save, f"{MODEL_FOLDER}_{model_index}", {"model": state_dict})
 
     return save_fsdp_model
@@ -564,7 +567,7 @@ def wrap_save_fsdp_optimizer(original: Callable[..., Any]) -> Callable[..., Any]
             return ranks.together(f"saving {save.final}", plain)
         from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
-        state_dict = get_optimizer_state_dict(model, optimizer, options=_state_dict_options(fsdp_plugin))
+        state_dict = get_optimizer_state_dict(model, optimizer, options=sharded_options())
         write_dcp(save, f"{OPTIMIZER_FOLDER}_{optimizer_index}", {"optimizer": state_dict})
 
     return save_fsdp_optimizer
@@ -578,14 +581,15 @@ def takes_dcp(fsdp_plugin: Any, model: Any, adapter_only: bool) -> bool:
     return fsdp_plugin.fsdp_version == 2 and sharded and not (adapter_only and is_peft_model(model))
 
 
-def _state_dict_options(fsdp_plugin: Any) -> Any:
+def sharded_options() -> Any:
+    """State dicts of the shards where they are.
+
+    accelerate asks for copies in host memory; DCP copies one tensor at a time without that, an asynchronous save
+    copies to pinned memory that it reuses, and a load writes in place.
+    """
     from torch.distributed.checkpoint.state_dict import StateDictOptions
 
-    return StateDictOptions(
-        full_state_dict=False,
-        cpu_offload=getattr(fsdp_plugin.state_dict_config, "offload_to_cpu", False),
-        broadcast_from_rank0=False,
-    )
+    return StateDictOptions(full_state_dict=False, cpu_offload=False)
 
 
 # --- Trainer

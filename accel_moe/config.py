@@ -41,9 +41,9 @@ ARGUMENT, DEFAULT = "argument to prepare()", "default"
 TABLE_BEGIN, TABLE_END = "<!-- options:begin -->", "<!-- options:end -->"
 
 
-def option(default: Any, help: str, *, minimum: int | None = None) -> Any:
-    """A field of MoEConfig: its default, its row in README's table, and the least number it may be."""
-    return field(default=default, metadata={"help": help, "minimum": minimum})
+def option(default: Any, help: str, *, minimum: int | None = None, choices: tuple[str, ...] = ()) -> Any:
+    """A field of MoEConfig: its default, its row in README's table, the least number it may be, and the words it may be."""
+    return field(default=default, metadata={"help": help, "minimum": minimum, "choices": choices})
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,14 @@ class MoEConfig:
         "What computes the experts: `scattermoe`, or any other name in transformers' `ALL_EXPERTS_FUNCTIONS` "
         "(`grouped_mm`, `batched_mm`, …), or `eager`. `auto` takes `scattermoe` on a GPU, and `grouped_mm` "
         "where Triton cannot run.",
+    )
+    moe_async_save: bool = option(
+        False, "Save in the background: the step waits only for the copy of the tensors to host memory."
+    )
+    moe_verify: str = option(
+        "checksums",
+        "What is checked of a checkpoint before it is loaded: `checksums` of every file, or only their `sizes`.",
+        choices=("checksums", "sizes"),
     )
 
     def __post_init__(self) -> None:
@@ -143,8 +151,7 @@ def _from_environment(environ: Mapping[str, str]) -> dict[str, tuple[Any, str]]:
             continue
         if variable not in known:
             raise ValueError(
-                f"{variable}={value!r} in the environment sets no option of accel_moe. "
-                f"{_nearest(variable, known)}"
+                f"{variable}={value!r} in the environment sets no option of accel_moe. {_nearest(variable, known)}"
             )
         given[known[variable]] = (value, f"{variable} in the environment")
     return given
@@ -190,9 +197,7 @@ def _refuse_key_that_nobody_reads(key: str, value: object, yaml: LauncherYaml) -
     """
     plain = key.lower().replace("-", "_").removeprefix(PARALLELISM_PREFIX).removeprefix("accel_")
     if plain.startswith("moe") or f"moe_{plain}" in option_names():
-        raise ValueError(
-            f"{key!r} in parallelism_config of {yaml.path} is no option of accel_moe. {_nearest(plain)}"
-        )
+        raise ValueError(f"{key!r} in parallelism_config of {yaml.path} is no option of accel_moe. {_nearest(plain)}")
     prefixed = PARALLELISM_PREFIX + key
     if not key.startswith(PARALLELISM_PREFIX) and prefixed in accelerate_parallelism_keys():
         raise ValueError(
@@ -242,7 +247,8 @@ def _check(name: str, value: object, source: str) -> None:
     minimum = _metadata(name)["minimum"]
     right = type(value) in _types(name)  # not isinstance: to Python, True is an int
     if isinstance(value, str):
-        right = right and value.strip() != ""
+        choices = _metadata(name)["choices"]
+        right = right and (value in choices if choices else value.strip() != "")
     elif isinstance(value, int) and minimum is not None:
         right = right and value >= minimum
     if not right:
@@ -253,6 +259,8 @@ def _wrong(name: str, value: object, source: str, error: Exception | None = None
     """The ValueError for a value that is not what `name` takes; `error` is omegaconf's, if it has one."""
     words = {int: "a whole number", str: "a name", bool: "true or false", type(None): "null"}
     expected = " or ".join(words[kind] for kind in _types(name))
+    if choices := _metadata(name)["choices"]:
+        expected = " or ".join(choices)
     if _metadata(name)["minimum"] is not None:
         expected += f" of at least {_metadata(name)['minimum']}"
     default = getattr(MoEConfig, name)
@@ -263,8 +271,7 @@ def _wrong(name: str, value: object, source: str, error: Exception | None = None
             f"Set what it refers to, or give a default: ${{oc.env:NAME,{default}}}."
         )
     return ValueError(
-        f"{name}={value!r} ({source}) is not {expected}. "
-        f"Change it, or remove it for the default, {default!r}."
+        f"{name}={value!r} ({source}) is not {expected}. Change it, or remove it for the default, {default!r}."
     )
 
 

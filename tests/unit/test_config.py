@@ -9,7 +9,14 @@ from pathlib import Path
 import pytest
 
 from accel_moe import config
-from accel_moe.config import MoEConfig, config_mismatch, missing_launcher_warning, options_table, resolve
+from accel_moe.config import (
+    MoEConfig,
+    config_mismatch,
+    missing_launcher_warning,
+    option_names,
+    options_table,
+    resolve,
+)
 from accel_moe.launcher import LauncherYaml
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -36,7 +43,7 @@ def refusal(options=None, environ=None, yaml=NO_LAUNCHER):
 def test_with_nothing_given_every_option_is_the_default_and_says_so():
     resolved = resolve(environ={}, yaml=NO_LAUNCHER)
     assert resolved.config == MoEConfig(moe_ep_degree=1, moe_kernel="auto")
-    assert resolved.sources == {"moe_ep_degree": "default", "moe_kernel": "default"}
+    assert resolved.sources == dict.fromkeys(option_names(), "default")
 
 
 def test_the_yaml_beats_the_default_and_the_source_names_file_and_key():
@@ -73,7 +80,7 @@ def test_describe_gives_each_value_with_its_source_in_one_line():
     line = resolve({"moe_kernel": "eager"}, environ={}, yaml=parallelism(moe_ep_degree=4)).describe()
     assert line == (
         "accel_moe: moe_ep_degree=4 (/x/ep2.yaml (parallelism_config.moe_ep_degree)), "
-        "moe_kernel='eager' (argument to prepare())"
+        "moe_kernel='eager' (argument to prepare()), moe_async_save=False (default), moe_verify='checksums' (default)"
     )
 
 
@@ -317,6 +324,8 @@ def test_what_a_rank_hands_over_for_comparison_is_what_resolve_found():
     assert resolved.for_comparison() == {
         "moe_ep_degree": (2, "argument to prepare()"),
         "moe_kernel": ("auto", "default"),
+        "moe_async_save": (False, "default"),
+        "moe_verify": ("checksums", "default"),
     }
 
 
@@ -354,3 +363,9 @@ def test_the_module_and_plain_arguments_do_without_omegaconf():
         "assert resolved.config.moe_ep_degree == 2\n"
     )
     subprocess.run([sys.executable, "-c", script], check=True, cwd=REPOSITORY)
+
+
+def test_an_option_with_choices_takes_one_of_them():
+    assert resolve({"moe_verify": "sizes"}, environ={}, yaml=LauncherYaml("no_launcher")).config.moe_verify == "sizes"
+    with pytest.raises(ValueError, match="moe_verify.*crc.*checksums or sizes"):
+        resolve({"moe_verify": "crc"}, environ={}, yaml=LauncherYaml("no_launcher"))

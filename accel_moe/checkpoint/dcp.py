@@ -173,7 +173,13 @@ class ChecksumWriter(FileSystemWriter):
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         first = self._leaders[0]
-        super().finish(metadata, self._own_last(first, results))
+        results_of_rank0s_disk = self._own_last(first, results)
+        super().finish(metadata, results_of_rank0s_disk)
+        # torch 2.11 fills in a copy, and dist_cp.save returns this one
+        metadata.storage_data = {
+            written.index: written.storage_data for some in results_of_rank0s_disk for written in some
+        }
+        metadata.storage_meta = self.storage_meta()
         for leader in set(self._leaders) - {first}:
             own_last = self._own_last(leader, results)
             storage = {written.index: written.storage_data for some in own_last for written in some}

@@ -27,6 +27,7 @@ import hashlib
 import json
 import math
 import os
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -303,6 +304,9 @@ class StreamDigest:
         return _root(self._leaves, self.size_bytes)
 
 
+_thread = threading.local()
+
+
 def file_digest(path: str | os.PathLike, algorithm: str, pool: ThreadPoolExecutor | None = None) -> str:
     """The checksum of a file on disk; equal to what StreamDigest gave for the bytes written to it.
 
@@ -313,13 +317,16 @@ def file_digest(path: str | os.PathLike, algorithm: str, pool: ThreadPoolExecuto
         size_bytes = os.fstat(stream.fileno()).st_size
 
         def leaf(start: int) -> bytes:
-            parts = []
-            while (have := sum(map(len, parts))) < min(BLOCK_BYTES, size_bytes - start):
-                part = os.pread(stream.fileno(), BLOCK_BYTES - have, start + have)
-                if not part:
+            if not hasattr(_thread, "block"):
+                _thread.block = bytearray(BLOCK_BYTES)  # fresh memory for every block would cost as much as the read
+            block = memoryview(_thread.block)[: min(BLOCK_BYTES, size_bytes - start)]
+            filled = 0
+            while filled < len(block):
+                count = os.preadv(stream.fileno(), [block[filled:]], start + filled)
+                if count == 0:
                     break  # the file shrank meanwhile: the checksum will differ
-                parts.append(part)
-            return block_hash(parts[0] if len(parts) == 1 else b"".join(parts))
+                filled += count
+            return block_hash(block[:filled])
 
         starts = range(0, size_bytes, BLOCK_BYTES)
         leaves = pool.map(leaf, starts) if pool is not None else map(leaf, starts)

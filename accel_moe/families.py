@@ -27,8 +27,6 @@ def main(arguments: list[str] | None = None) -> int:
     form.add_argument("--markdown", action="store_true", help="a Markdown table")
     form.add_argument("--tsv", action="store_true", help="tab-separated values")
     options = parser.parse_args(arguments)
-    warnings.filterwarnings("ignore")
-    logging.getLogger("transformers").setLevel(logging.ERROR)
     known = {source.name for source in catalogue.sources()}
     if unknown := sorted(set(options.family) - known):
         parser.error(f"no such family of the installed transformers: {', '.join(unknown)}")
@@ -70,4 +68,7 @@ def _summary(rows: list[list[str]]) -> str:
 
 
 if __name__ == "__main__":
+    # the process is ours: what transformers says while a hundred tiny models are made would bury the table
+    warnings.filterwarnings("ignore")
+    logging.getLogger("transformers").setLevel(logging.ERROR)
     sys.exit(main())

@@ -42,7 +42,7 @@ TABLE_BEGIN, TABLE_END = "<!-- options:begin -->", "<!-- options:end -->"
 
 
 def option(default: Any, help: str, *, minimum: int | None = None, choices: tuple[str, ...] = ()) -> Any:
-    """A field of MoEConfig: its default, its row in README's table, the least number it may be, and the words it may be."""
+    """A field of MoEConfig: its default, its row in README's table, its least number, the words it may be."""
     return field(default=default, metadata={"help": help, "minimum": minimum, "choices": choices})
 
 

@@ -1,9 +1,10 @@
 """Experts into shards: whole experts to the ranks of ep, FSDP2 over efsdp, and nothing else touched.
 
-Called inside `accelerator.prepare`, just before accelerate wraps the rest of the model. Each experts module
-becomes its own FSDP unit on the efsdp axis of our mesh (unless that axis has size 1: see `shard_experts`), with
-parameters that are DTensors sharded on dim 0 over (efsdp, ep); accelerate skips modules that are FSDP units already and shards the dense weights over all of
-dp_shard. Names are unchanged, so an optimizer made before finds its parameters again by name.
+Called inside `accelerator.prepare`, just before accelerate wraps the rest of the model. Each experts module becomes
+its own FSDP unit on the efsdp axis of our mesh (unless that axis has size 1: see `shard_experts`), with parameters
+that are DTensors sharded on dim 0 over (efsdp, ep); accelerate skips modules that are FSDP units already and shards
+the dense weights over all of dp_shard. Names are unchanged, so an optimizer made before finds its parameters again by
+name.
 
 Why not earlier: accelerate maps an optimizer's old parameters by data_ptr, and empty shards (2 experts over
 efsdp 4) and meta tensors all have data_ptr 0; and accelerate returns at once from a model that is FSDP already.
@@ -20,7 +21,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
-from accel_moe.dispatch.base import make_dispatcher
+from accel_moe.dispatch import make_dispatcher
 from accel_moe.experts import ScatterMoE, swapped_layers
 from accel_moe.mesh import MeshPlan
 

@@ -1,1 +1,21 @@
-"""Tokens to the ranks that own their experts, and back. `base` is the protocol, `all_to_all` the one in use."""
+"""Tokens to the ranks that own their experts, and back: `base` is the protocol, `all_to_all` the one in use, and here
+is the list of those that exist."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch.distributed import ProcessGroup
+
+from accel_moe.dispatch.all_to_all import AllToAllDispatcher
+from accel_moe.dispatch.base import Dispatcher
+
+DISPATCHERS: dict[str, Callable[[ProcessGroup, int], Dispatcher]] = {"all_to_all": AllToAllDispatcher}
+"""By name: (ep group, number of experts in all) -> dispatcher."""
+
+
+def make_dispatcher(name: str, group: ProcessGroup, num_experts: int) -> Dispatcher:
+    """Build the dispatcher called `name` for one ep group (not a collective)."""
+    if name not in DISPATCHERS:
+        raise ValueError(f"no dispatcher is called {name!r}. Known: {', '.join(sorted(DISPATCHERS))}.")
+    return DISPATCHERS[name](group, num_experts)

@@ -5,7 +5,7 @@
     out        = dispatcher.combine(rows_out, dispatched)
 
 A dispatcher knows ranks and nothing of kernels; an experts function knows kernels and nothing of ranks. To add
-a backend, write one file with a class of this shape and one line in `DISPATCHERS`.
+a backend, write one file with a class of this shape and one line in `DISPATCHERS` (dispatch/__init__.py).
 
 Shape letters, here and everywhere: T tokens on this rank, K top-k, H hidden, E experts in all, e experts on this
 rank, R rows received, P (row, expert) pairs to compute.
@@ -16,7 +16,6 @@ models/common/token_dispatcher.py.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -67,21 +66,3 @@ class Dispatcher(Protocol):
     def combine(self, rows: torch.Tensor, dispatched: Dispatched) -> torch.Tensor:
         """Bring the experts' weighted sums home: [R, H] rows in arrival order to [T, H], summed per token."""
         ...
-
-
-def make_dispatcher(name: str, group: torch.distributed.ProcessGroup, num_experts: int) -> Dispatcher:
-    """Build the dispatcher called `name` for one ep group (not a collective)."""
-    if name not in DISPATCHERS:
-        raise ValueError(f"no dispatcher is called {name!r}. Known: {', '.join(sorted(DISPATCHERS))}.")
-    return DISPATCHERS[name](group, num_experts)
-
-
-def _all_to_all(group: torch.distributed.ProcessGroup, num_experts: int) -> Dispatcher:
-    from accel_moe.dispatch.all_to_all import AllToAllDispatcher
-
-    return AllToAllDispatcher(group, num_experts)
-
-
-DISPATCHERS: dict[str, Callable[[torch.distributed.ProcessGroup, int], Dispatcher]] = {
-    "all_to_all": _all_to_all,
-}

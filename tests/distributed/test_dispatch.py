@@ -50,7 +50,7 @@ def slow_experts(hidden, index, weights, matrices):
 def check_routings(dtype) -> None:
     import torch.distributed as dist
 
-    from accel_moe.dispatch.base import make_dispatcher
+    from accel_moe.dispatch import make_dispatcher
 
     dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
     rank, world = dist.get_rank(), dist.get_world_size()

@@ -367,5 +367,5 @@ def test_the_module_and_plain_arguments_do_without_omegaconf():
 
 def test_an_option_with_choices_takes_one_of_them():
     assert resolve({"moe_verify": "sizes"}, environ={}, yaml=LauncherYaml("no_launcher")).config.moe_verify == "sizes"
-    with pytest.raises(ValueError, match="moe_verify.*crc.*checksums or sizes"):
+    with pytest.raises(ValueError, match=r"moe_verify.*crc.*checksums or sizes"):
         resolve({"moe_verify": "crc"}, environ={}, yaml=LauncherYaml("no_launcher"))

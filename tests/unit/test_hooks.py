@@ -45,10 +45,19 @@ def test_a_target_whose_parameters_moved_is_refused_with_the_reason(monkeypatch)
 
 def test_a_target_that_is_gone_is_refused():
     patch = hooks.Patch("accelerate.accelerator.no_such_name", (), lambda original: original, "")
-    with pytest.raises(RuntimeError, match="accelerate.accelerator.no_such_name, which this version does not have"):
+    with pytest.raises(RuntimeError, match=r"accelerate\.accelerator\.no_such_name, which this version does not have"):
         hooks._install(patch)
 
 
 @pytest.mark.parametrize("patch", [*hooks.TABLE, *hooks.CPU_TABLE], ids=lambda patch: patch.target)
 def test_every_row_gives_its_reason_and_tested_versions(patch):
     assert patch.reason.endswith(".") and patch.tested
+
+
+def test_deepspeed_with_expert_parallelism_is_refused_by_name():
+    from accelerate.utils import DistributedType
+
+    model = accel_moe.prepare(tiny_model(), moe_ep_degree=2)
+    accelerator = types.SimpleNamespace(is_fsdp2=False, distributed_type=DistributedType.DEEPSPEED)
+    with pytest.raises(ValueError, match=r"moe_ep_degree=2 .* needs FSDP2, but this Accelerator runs DEEPSPEED"):
+        hooks._check_accelerator(accelerator, model, model._accel_moe)

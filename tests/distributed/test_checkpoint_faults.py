@@ -185,11 +185,19 @@ class Job:
             time.sleep(0.01)
 
     def end(self, which: list[int], sent: int, timeout_s: float = 60) -> None:
-        """Signals some ranks; every rank must end by itself, and none with success."""
-        for rank in which:
-            os.kill(self.processes[rank].pid, sent)
-        for process in self.processes:
-            process.join(timeout_s)
+        """Signals some ranks; every rank must end by itself, and none with success.
+
+        Ctrl-C is sent again every 10 s, as a person would press it: Python drops an interrupt that arrives inside a
+        finaliser or a callback from C.
+        """
+        deadline = time.monotonic() + timeout_s
+        while any(process.is_alive() for process in self.processes) and time.monotonic() < deadline:
+            for rank in which:
+                if self.processes[rank].is_alive():
+                    os.kill(self.processes[rank].pid, sent)
+            pause = min(time.monotonic() + 10, deadline)
+            while any(process.is_alive() for process in self.processes) and time.monotonic() < pause:
+                time.sleep(0.05)
         alive = [process for process in self.processes if process.is_alive()]
         for process in alive:
             process.kill()

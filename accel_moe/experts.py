@@ -645,7 +645,8 @@ def _compute_dtype(module: nn.Module, hidden_states: torch.Tensor) -> torch.dtyp
     if torch.is_autocast_enabled(hidden_states.device.type):
         return torch.get_autocast_dtype(hidden_states.device.type)
     layer: LayerState = module._accel_moe_layer  # pyright: ignore[reportAssignmentType]
-    return layer.compute_dtype or module._parameters["down_proj"].dtype
+    # not _parameters: PEFT's LoRA on experts makes down_proj a property
+    return layer.compute_dtype or module.down_proj.dtype  # pyright: ignore[reportReturnType]
 
 
 @torch.no_grad()

@@ -188,13 +188,16 @@ class Job:
         """Signals some ranks; every rank must end by itself, and none with success.
 
         Ctrl-C is sent again every 10 s, as a person would press it: Python drops an interrupt that arrives inside a
-        finaliser or a callback from C.
+        finaliser or a callback from C. After 30 s comes SIGTERM, as torchrun's agent sends it: a rank that was
+        interrupted leaves its peer in a collective, where Python cannot see a signal. Killed ranks get neither.
         """
         deadline = time.monotonic() + timeout_s
+        give_up = time.monotonic() + 30
         while any(process.is_alive() for process in self.processes) and time.monotonic() < deadline:
             for rank in which:
                 if self.processes[rank].is_alive():
-                    os.kill(self.processes[rank].pid, sent)
+                    late = sent == signal.SIGINT and time.monotonic() > give_up
+                    os.kill(self.processes[rank].pid, signal.SIGTERM if late else sent)
             pause = min(time.monotonic() + 10, deadline)
             while any(process.is_alive() for process in self.processes) and time.monotonic() < pause:
                 time.sleep(0.05)

@@ -535,6 +535,16 @@ def prepared_state(model: nn.Module) -> PreparedState | None:
     return next((layer._accel_moe_layer.prepared for _, layer in swapped_layers(model)), None)
 
 
+WRAPPER_SEGMENTS = ("_checkpoint_wrapped_module.", "_orig_mod.", "_fsdp_wrapped_module.")
+
+
+def plain_name(name: str) -> str:
+    """A module's or parameter's name without what activation checkpointing, torch.compile and FSDP1 wrap into it."""
+    for segment in WRAPPER_SEGMENTS:
+        name = name.replace(segment, "")
+    return name
+
+
 def expert_load(model: nn.Module) -> dict[str, torch.Tensor]:
     """Slots routed to each expert since the last call, summed over all ranks, then set back to zero.
 
@@ -561,8 +571,7 @@ def expert_load(model: nn.Module) -> dict[str, torch.Tensor]:
     flat = torch.cat(rows)
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.all_reduce(flat)
-    names = (name.replace("_checkpoint_wrapped_module.", "").replace("_orig_mod.", "") for name in layers)
-    return dict(zip(names, flat.cpu().split([row.numel() for row in rows])))
+    return dict(zip(map(plain_name, layers), flat.cpu().split([row.numel() for row in rows])))
 
 
 def experts_function(kernel: str, module: nn.Module) -> Callable[..., torch.Tensor]:

@@ -25,7 +25,7 @@ from torch import nn
 
 from accel_moe import config, load, mesh, shard
 from accel_moe.checkpoint.hooked import HOOKED as CHECKPOINT_ROWS
-from accel_moe.experts import PreparedState, adopt_adapters, find_experts, prepared_state, swapped_layers
+from accel_moe.experts import PreparedState, adopt_adapters, find_experts, plain_name, prepared_state, swapped_layers
 
 logger = logging.getLogger("accel_moe")
 
@@ -284,11 +284,11 @@ def _planned_models(accelerator, args: tuple[Any, ...]) -> Iterator[None]:
         for model in models:
             load.fill(model, torch.device("cpu"))
         models = []
-    names = {id(p): load.clean(name) for model in models for name, p in model.named_parameters()}
+    names = {id(p): plain_name(name) for model in models for name, p in model.named_parameters()}
     optimizers = [arg for arg in args if isinstance(arg, torch.optim.Optimizer)] if models else []
     before = [[[names.get(id(p)) for p in g["params"]] for g in o.param_groups] for o in optimizers]
     yield
-    after = {load.clean(name): p for model in models for name, p in model.named_parameters()}
+    after = {plain_name(name): p for model in models for name, p in model.named_parameters()}
     for optimizer, groups in zip(optimizers, before):
         for group, group_names in zip(optimizer.param_groups, groups):
             group["params"] = [p if n is None else after[n] for n, p in zip(group_names, group["params"])]

@@ -38,6 +38,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from accel_moe import hub_loading
+from accel_moe.experts import plain_name
 from accel_moe.hub_loading import LoadGroup, StoredTensor
 
 logger = logging.getLogger("accel_moe")
@@ -306,11 +307,6 @@ def pending(model: nn.Module) -> PendingLoad | None:
     return next((m.__dict__["_accel_moe_load"] for m in model.modules() if "_accel_moe_load" in m.__dict__), None)
 
 
-def clean(name: str) -> str:
-    """A parameter's own name, without what checkpointing and compile put in."""
-    return name.replace("_checkpoint_wrapped_module.", "").replace("_orig_mod.", "")
-
-
 def check_unchanged(model: nn.Module, plan: LoadPlan) -> None:
     """Raises ValueError if `model` is no longer the one that was planned, or a file has changed. Not a collective."""
     tensors = _named_tensors(model)
@@ -343,7 +339,7 @@ def check_unchanged(model: nn.Module, plan: LoadPlan) -> None:
 def _named_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     """Parameters and buffers by clean name, a tied one under each of its names."""
     named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
-    return {clean(name): tensor for name, tensor in named}
+    return {plain_name(name): tensor for name, tensor in named}
 
 
 # --- filling, on the ranks ------------------------------------------------------------------------------------------

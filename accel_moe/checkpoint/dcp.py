@@ -51,6 +51,7 @@ from accel_moe.checkpoint.manifest import (
     known_paths,
     writer_of,
 )
+from accel_moe.experts import plain_name
 
 METADATA_NAME = ".metadata"
 MODEL_FOLDER = "pytorch_model_fsdp"
@@ -58,14 +59,6 @@ OPTIMIZER_FOLDER = "optimizer"
 MODEL_PREFIX = "model."
 COPY_AHEAD_BYTES = 10_000_000  # DCP's default: what is copied from the GPU ahead of the writing
 MANIFEST_MARK = "accel_moe.manifest"  # in the metadata's storage_meta.modules: this folder has a manifest beside it
-_WRAPPER_SEGMENTS = ("_checkpoint_wrapped_module.", "_orig_mod.", "_fsdp_wrapped_module.")
-
-
-def plain_name(name: str) -> str:
-    """A parameter's name without what activation checkpointing, torch.compile and FSDP1 wrap into it."""
-    for segment in _WRAPPER_SEGMENTS:
-        name = name.replace(segment, "")
-    return name
 
 
 # --- writing

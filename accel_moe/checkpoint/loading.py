@@ -34,7 +34,6 @@ from accel_moe.checkpoint.dcp import (
     OPTIMIZER_FOLDER,
     FolderReader,
     check_metadata,
-    plain_name,
     same_layout,
     tensors_of,
     was_written_with_manifest,
@@ -48,6 +47,7 @@ from accel_moe.checkpoint.saving import (
     takes_dcp,
     wait_for_background,
 )
+from accel_moe.experts import plain_name
 
 _verified: dict[str, Manifest | None] = {}  # folders whose load is under way, and what vouches for them
 

@@ -8,7 +8,9 @@ accelerate refuses FSDP on the CPU, PyTorch does not. `enable()` makes the diffe
 
 from __future__ import annotations
 
+import atexit
 import os
+import time
 
 from accel_moe import hooks
 
@@ -25,4 +27,7 @@ def enable() -> bool:
         return False
     os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
     hooks.install_cpu()
+    # gloo's threads drop the last collective's tensors a moment after it returned, and abort the process if the
+    # interpreter is already shutting down (https://github.com/pytorch/pytorch/pull/179291); this is the moment
+    atexit.register(time.sleep, 0.1)
     return True

@@ -48,6 +48,22 @@ def group() -> Any:
     return _group[1]
 
 
+def close_group() -> None:
+    """Ends the group and joins its threads; for the end of the process. Not a collective.
+
+    A thread of gloo drops the tensors of its last collective after the collective returned. When that is after the
+    interpreter began to shut down, the process aborts ("terminate called without an active exception",
+    https://github.com/pytorch/pytorch/pull/179291), and a run that ends with a save ends with a gather.
+    """
+    global _group
+    if _group is None:
+        return
+    world, ours = _group
+    _group = None
+    if dist.is_initialized() and world is dist.group.WORLD:
+        dist.destroy_process_group(ours)
+
+
 def _timeout() -> datetime.timedelta | None:
     """The default group's own, so that a lost rank ends a save when it would end a step. None: torch's default."""
     try:

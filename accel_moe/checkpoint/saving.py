@@ -454,6 +454,8 @@ def _at_exit() -> None:
         print(f"accel_moe: {error}", file=sys.stderr, flush=True)
         sys.stdout.flush()
         os._exit(1)
+    if not hasattr(sys, "last_type"):  # after an error a collective may still be waiting for a lost rank
+        ranks.close_group()
 
 
 # --- wrapper makers

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from functools import partial
 
 import pytest
@@ -180,3 +181,22 @@ def test_a_manifest_that_was_lost_is_not_taken_for_a_stock_checkpoint(saved, tmp
     (tmp_path / "c" / MANIFEST_NAME).unlink()
     for kind, text, untouched in run_ranks(load_errors, 2, Case(2, 2), str(tmp_path / "c")):
         assert kind == "CheckpointError" and "it is gone" in text and untouched
+
+
+def threads_of_the_checkpoints_group() -> tuple[int, int, int]:
+    import torch.distributed as dist
+
+    from accel_moe.checkpoint import ranks
+
+    dist.init_process_group("gloo")
+    before = len(os.listdir("/proc/self/task"))
+    assert ranks.gather(dist.get_rank()) == [0, 1]
+    during = len(os.listdir("/proc/self/task"))
+    ranks.close_group()
+    return before, during, len(os.listdir("/proc/self/task"))
+
+
+def test_the_end_of_the_process_waits_for_the_threads_of_the_checkpoints_group():
+    """One that still drops its last tensors while the interpreter shuts down aborts the process."""
+    for before, during, after in run_ranks(threads_of_the_checkpoints_group, 2):
+        assert before < during and after == before

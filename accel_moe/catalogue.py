@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 from accel_moe import experts
-from accel_moe.kernels import scattermoe
+from accel_moe.kernels.gate import gate_of, has_default_gate
 
 _DECORATED = re.compile(r"^@use_experts_implementation[^\n]*\n(?:@[^\n]*\n)*class (\w+)", re.MULTILINE)
 _LOOKALIKE = re.compile(
@@ -201,7 +201,7 @@ def _row(source: Source) -> Family:
     keys = hub_key_style(source.name)
     if refusals:
         return Family(source.name, classes, "refused", maths, "", refusals[0], keys, ())
-    own_gate = any(_own_gate(m) or scattermoe.activation_name(getattr(m, "act_fn", None)) is None for m in layers)
+    own_gate = any(gate_of(experts.as_interface(m)) is None for m in layers)
     status = "shim" if not source.decorated else "own gate" if own_gate else "supported"
     kernel = "grouped_mm" if not_ours else "scattermoe"
     limits = experts.limits(layers[0])
@@ -215,13 +215,14 @@ def describe_maths(module: nn.Module) -> str:
     words = []
     activation = getattr(module, "act_fn", None)
     name = getattr(activation, "__name__", type(activation).__name__) if activation is not None else "swiglu"
-    name = scattermoe.activation_name(activation) or name if activation is not None else name
-    if not layout.has_gate:
+    if (gate := gate_of(layout)) is not None:
+        words.append(gate.describe())
+    elif not layout.has_gate:
         words.append(f"{name}, no gate")
-    elif _own_gate(module):
-        words.append(f"{name}, own gate")
-    else:
+    elif has_default_gate(layout):
         words.append(f"{name} gate")
+    else:
+        words.append(f"{name}, own gate")
     if layout.has_bias:
         words.append("bias")
     if layout.is_transposed:
@@ -238,16 +239,11 @@ def kind_of_maths(module: nn.Module) -> str:
     layout = experts.as_interface(module)
     if not layout.has_gate:
         return "no gate"
-    parts = ["own gate" if _own_gate(module) else "gate"]
+    parts = ["gate" if has_default_gate(layout) else "own gate"]
     parts += [word for flag, word in (("has_bias", "bias"), ("is_transposed", "transposed")) if getattr(layout, flag)]
     parts += [] if layout.is_concatenated else ["interleaved"]
     parts += ["norm"] if getattr(layout, "has_post_expert_norm", False) else []
     return " ".join(parts)
-
-
-def _own_gate(module: nn.Module) -> bool:
-    gate = getattr(module, "_apply_gate", None)
-    return gate is not None and getattr(gate, "__name__", "") != "_default_apply_gate"
 
 
 def hub_key_style(family: str) -> str:

@@ -5,7 +5,7 @@ routing as int32. In two halves, what the gate's own torch operations save comes
 their like.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -21,20 +21,20 @@ class _Experts(torch.autograd.Function):
     """The whole layer, fused."""
 
     @staticmethod
-    def forward(ctx, x, w1, w2, index, weights, act, gated, transposed, num_pairs, scale):
-        out, h, *routing = ops.experts_forward(x, w1, w2, index, weights, act, gated, transposed, num_pairs, True)
-        ctx.save_for_backward(x, w1, w2, weights, h, *routing)
-        ctx.kind, ctx.scale = (act, gated, transposed), scale
+    def forward(ctx, x, w1, w2, b1, b2, index, weights, kind, num_pairs, scale):
+        out, h, *routing = ops.experts_forward(x, w1, w2, b1, b2, index, weights, *kind, num_pairs, True)
+        ctx.save_for_backward(x, w1, w2, b1, b2, weights, h, *routing)
+        ctx.kind, ctx.scale = kind, scale
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dout):
-        need_x, need_w1, need_w2, _, need_weights, *_ = ctx.needs_input_grad
-        needs = [need_x, need_w1, need_w2, need_weights]
+        *need_tensors, _, need_weights = ctx.needs_input_grad[:7]
+        needs = [*need_tensors, need_weights]
         gradients = ops.experts_backward(dout, *ctx.saved_tensors, *ctx.kind, ctx.scale, needs)
-        dx, dw1, dw2, dweights = _where_needed(gradients, needs)
-        return dx, dw1, dw2, None, dweights, None, None, None, None, None
+        *gradients, dweights = _where_needed(gradients, needs)
+        return *gradients, None, dweights, None, None, None
 
 
 class _UpHalf(torch.autograd.Function):
@@ -82,6 +82,9 @@ def experts(
     weights: Tensor,
     act: str,
     *,
+    b1: Tensor | None = None,
+    b2: Tensor | None = None,
+    gate: Sequence[float] = (),
     gated: bool = True,
     transposed: bool = False,
     num_pairs: int | None = None,
@@ -89,16 +92,19 @@ def experts(
 ) -> Tensor:
     """The fused layer with gradients: x[T,H], index[T,K], weights[T,K] -> [T,H] in x's dtype.
 
-    w1 is [E,2I,H] ([E,I,H] not gated) and w2 [E,H,I], the last two dimensions of both swapped if transposed. act is
-    one of launch.ACTIVATIONS; gated, the first half of w1's rows is the gate. Slots with index >= E are sentinels;
-    num_pairs is the number of the others where the host knows it. weight_grad_scale multiplies the gradients of w1
-    and w2 and nothing else. Raises ValueError on what does not fit together.
+    w1 is [E,2I,H] ([E,I,H] not gated) and w2 [E,H,I], the last two dimensions of both swapped if transposed; b1
+    [E, 2I or I] and b2 [E, H] are biases or None. act is one of launch.ACTIVATIONS and `gate` a launch.Gate's numbers;
+    without them the first half of w1's rows is the gate, and nothing is clamped. Slots with index >= E are sentinels;
+    num_pairs is the number of the others where the host knows it. weight_grad_scale multiplies the gradients of w1, w2,
+    b1 and b2, and nothing else. Raises ValueError on what does not fit together.
     """
     launch.check_inputs(x, w1, w2, index, weights, launch.Layer.of(w1, w2, gated, transposed))
     pairs = -1 if num_pairs is None else num_pairs
-    if torch.is_grad_enabled() and (x.requires_grad or w1.requires_grad or w2.requires_grad or weights.requires_grad):
-        return _Experts.apply(x, w1, w2, index, weights, act, gated, transposed, pairs, weight_grad_scale)
-    out, *_ = ops.experts_forward(x, w1, w2, index, weights, act, gated, transposed, pairs, False)
+    kind = (act, list(gate), gated, transposed)
+    learns = (t for t in (x, w1, w2, b1, b2, weights) if t is not None)
+    if torch.is_grad_enabled() and any(t.requires_grad for t in learns):
+        return _Experts.apply(x, w1, w2, b1, b2, index, weights, kind, pairs, weight_grad_scale)
+    out, *_ = ops.experts_forward(x, w1, w2, b1, b2, index, weights, *kind, pairs, False)
     return out
 
 

@@ -6,7 +6,7 @@ sorted by expert: rows `expert_offsets[e] .. expert_offsets[e+1]` belong to expe
 weight, the layer is
 
     forward     h = x[token] @ W1[e].T          saved for backward: h, and nothing else of this size
-                a = act(h)                      (gate, up = h.chunk(2); silu(gate) * up)
+                a = act(h)                      (gate, up = h.chunk(2); silu(gate) * up; or another of `glu`)
                 y = a @ W2[e].T
                 out[t] = sum_k s[t, k] * y[row(t, k)]
 
@@ -254,6 +254,22 @@ def load_gate_up(
 
 
 @triton.jit
+def pair_columns(i, intermediate, WIDTH: tl.constexpr, BLOCK_I: tl.constexpr, INTERLEAVED: tl.constexpr):
+    """[WIDTH]: the columns of W1 that a tile from i on has: gate i.. and up i.. side by side, or by turns; or i.. if
+    WIDTH is BLOCK_I. Past the last i, a column past all of W1's.
+    """
+    lane = tl.arange(0, WIDTH)
+    if WIDTH == BLOCK_I:
+        columns = i + lane
+    elif INTERLEAVED:
+        columns = 2 * i + lane
+    else:
+        offs_i = i + lane % BLOCK_I
+        columns = tl.where(offs_i < intermediate, offs_i + (lane // BLOCK_I) * intermediate, 2 * intermediate)
+    return columns
+
+
+@triton.jit
 def split_columns(tile, ROWS: tl.constexpr, COLS: tl.constexpr):
     """[ROWS, COLS] -> its left and its right half; moves no data, an accumulator's row lies in one warp's
     registers.
@@ -268,11 +284,14 @@ def tanh(x):
 
 
 @triton.jit
-def activation(x, ACT: tl.constexpr):
-    """-> act(x), act'(x), in fp32. To add one: a branch here and its name in launch.ACTIVATIONS."""
+def activation(x, ACT: tl.constexpr, ALPHA: tl.constexpr):
+    """-> act(x), act'(x), in fp32. To add one: a branch here and its name in launch.ACTIVATIONS.
+
+    silu is x * sigmoid(ALPHA * x); the others know no ALPHA.
+    """
     if ACT == "silu":
-        sig = tl.sigmoid(x)
-        return x * sig, sig * (1.0 + x * (1.0 - sig))
+        sig = tl.sigmoid(ALPHA * x)
+        return x * sig, sig * (1.0 + ALPHA * x * (1.0 - sig))
     elif ACT == "gelu":
         cdf = 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))
         return x * cdf, cdf + x * 0.3989422804014327 * tl.exp(-0.5 * x * x)
@@ -288,6 +307,49 @@ def activation(x, ACT: tl.constexpr):
     else:
         tl.static_assert(ACT == "identity", "unknown activation")
         return x, tl.full(x.shape, 1.0, tl.float32)
+
+
+@triton.jit
+def glu(
+    gate,
+    up,
+    ACT: tl.constexpr,
+    ALPHA: tl.constexpr,
+    SHIFT: tl.constexpr,
+    LIMIT: tl.constexpr,
+    LATE: tl.constexpr,
+):
+    """-> a = act(gate) * (up + SHIFT), da/dgate, da/dup, in fp32.
+
+    With a LIMIT (not 0), up is clamped to +-LIMIT, and gate, or act(gate) if LATE, to at most LIMIT. As torch.clamp's,
+    the gradient passes where the value is within, bounds included. `where`, not min and max: NaN stays NaN.
+    """
+    clamped_up = up
+    if LIMIT != 0.0:
+        clamped_up = tl.where(up > LIMIT, LIMIT, tl.where(up < -LIMIT, -LIMIT, up))
+    if LIMIT != 0.0 and not LATE:
+        act, slope = activation(tl.where(gate > LIMIT, LIMIT, gate), ACT, ALPHA)
+        slope = tl.where(gate > LIMIT, 0.0, slope)
+    else:
+        act, slope = activation(gate, ACT, ALPHA)
+    if LIMIT != 0.0 and LATE:
+        slope = tl.where(act > LIMIT, 0.0, slope)
+        act = tl.where(act > LIMIT, LIMIT, act)
+    from_up = act
+    if LIMIT != 0.0:
+        from_up = tl.where(tl.abs(up) > LIMIT, 0.0, act)
+    clamped_up += SHIFT
+    return act * clamped_up, slope * clamped_up, from_up
+
+
+@triton.jit
+def split_pairs(tile, ROWS: tl.constexpr, COLS: tl.constexpr, INTERLEAVED: tl.constexpr):
+    """[ROWS, COLS] -> gate and up, [ROWS, COLS / 2] each: every second column, or the left and the right half."""
+    if INTERLEAVED:
+        pair = tile.reshape(ROWS, COLS // 2, 2).split()
+    else:
+        pair = split_columns(tile, ROWS, COLS)
+    return pair
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -316,7 +378,12 @@ def up_projection(
     stride_wk,
     group_p,
     ACT: tl.constexpr,
+    ALPHA: tl.constexpr,
+    SHIFT: tl.constexpr,
+    LIMIT: tl.constexpr,
+    LATE: tl.constexpr,
     GATED: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
     BIAS: tl.constexpr,
     STORE_H: tl.constexpr,
     STORE_A: tl.constexpr,
@@ -330,10 +397,10 @@ def up_projection(
     BLOCK_K: tl.constexpr,
     PAD: tl.constexpr,
 ):
-    """h[row] = x[token(row)] @ W1[e].T (+ bias[e]), and a = act(h), gated: act(gate) * up. x is gathered by the
-    loads.
+    """h[row] = x[token(row)] @ W1[e].T (+ bias[e]), and a = act(h), gated: glu(gate, up). x is gathered by the loads.
 
-    h is [P, 2I] gated and [P, I] if not; a is [P, I]. Whichever is not asked for is neither computed nor touched.
+    h is [P, 2I] gated and [P, I] if not, its columns in W1's own order; a is [P, I]. Whichever is not asked for is
+    neither computed nor touched.
     """
     pid = tl.program_id(0)
     num_col_tiles = tl.cdiv(intermediate, BLOCK_I)
@@ -360,7 +427,7 @@ def up_projection(
     acc = tl.zeros((BLOCK_P, WIDTH), tl.float32)
     for k in range(0, hidden, BLOCK_K):
         x = load_rows(x_src, x_row0, x_rows, k, hidden, not GATHER, EVEN, BLOCK_K)
-        if GATED:
+        if GATED and not INTERLEAVED:
             w = load_gate_up(
                 w_src,
                 expert,
@@ -381,9 +448,9 @@ def up_projection(
             w = load_weight(
                 w_src,
                 expert,
-                col0,
+                col0 * (WIDTH // BLOCK_I),
                 k,
-                intermediate,
+                intermediate * (WIDTH // BLOCK_I),
                 hidden,
                 stride_we,
                 stride_wn,
@@ -391,33 +458,37 @@ def up_projection(
                 USE_TMA,
                 K_CONTIGUOUS,
                 EVEN,
-                BLOCK_I,
+                WIDTH,
                 BLOCK_K,
             )
         acc = tl.dot(x, w, acc, input_precision=PRECISION)
 
     lane = tl.arange(0, BLOCK_P)[:, None]
+    rows_left = row_end - row0
     cols = col0 + tl.arange(0, BLOCK_I)[None, :]
-    mask = (lane < row_end - row0) & (cols < intermediate)
+    mask = (lane < rows_left) & (cols < intermediate)
     # From the tile's first row on, offsets fit 32 bits.
     first = row0.to(tl.int64) * intermediate
     dtype = a_ptr.dtype.element_ty
+    if BIAS:
+        col = pair_columns(col0, intermediate, WIDTH, BLOCK_I, INTERLEAVED)[None, :]
+        bias = bias_ptr + expert.to(tl.int64) * (intermediate * (WIDTH // BLOCK_I)) + col
+        acc += tl.load(bias, mask=col < intermediate * (WIDTH // BLOCK_I), other=0.0).to(tl.float32)
     if GATED:
-        tl.static_assert(not BIAS, "gated experts with biases take the road of two halves (ops.py)")
-        gate, up = split_columns(acc, BLOCK_P, WIDTH)
-        if STORE_H:
+        if INTERLEAVED and STORE_H:
+            col = 2 * col0 + tl.arange(0, WIDTH)[None, :]
+            h_tile = h_ptr + 2 * first + (lane * (2 * intermediate) + col)
+            tl.store(h_tile, acc.to(dtype), mask=(lane < rows_left) & (col < 2 * intermediate))
+        gate, up = split_pairs(acc, BLOCK_P, WIDTH, INTERLEAVED)
+        if STORE_H and not INTERLEAVED:
             h_tile = h_ptr + 2 * first + (lane * (2 * intermediate) + cols)
             tl.store(h_tile, gate.to(dtype), mask=mask)
             tl.store(h_tile + intermediate, up.to(dtype), mask=mask)
-        activated, _ = activation(gate, ACT)
-        activated *= up
+        activated, _, _ = glu(gate, up, ACT, ALPHA, SHIFT, LIMIT, LATE)
     else:
-        if BIAS:
-            bias = tl.load(bias_ptr + expert.to(tl.int64) * intermediate + cols, mask=cols < intermediate, other=0.0)
-            acc += bias.to(tl.float32)
         if STORE_H:
             tl.store(h_ptr + first + (lane * intermediate + cols), acc.to(dtype), mask=mask)
-        activated, _ = activation(acc, ACT)
+        activated, _ = activation(acc, ACT, ALPHA)
     if STORE_A:
         tl.store(a_ptr + first + (lane * intermediate + cols), activated.to(dtype), mask=mask)
 
@@ -574,7 +645,12 @@ def activation_backward(
     col0,
     intermediate,
     ACT: tl.constexpr,
+    ALPHA: tl.constexpr,
+    SHIFT: tl.constexpr,
+    LIMIT: tl.constexpr,
+    LATE: tl.constexpr,
     GATED: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_I: tl.constexpr,
 ):
@@ -587,21 +663,30 @@ def activation_backward(
     cols = col0 + tl.arange(0, BLOCK_I)[None, :]
     mask = (lane < rows_left) & (cols < intermediate)
     dtype = sa_tile.dtype.element_ty
-    if GATED:
+    if GATED and INTERLEAVED:
+        col = 2 * col0 + tl.arange(0, 2 * BLOCK_I)[None, :]
+        h_offset = lane * (2 * intermediate) + col
+        h_mask = (lane < rows_left) & (col < 2 * intermediate)
+        h = tl.load(h_tile + h_offset, mask=h_mask, other=0.0).to(tl.float32)
+        gate, up = split_pairs(h, BLOCK_P, 2 * BLOCK_I, True)
+        a, from_gate, from_up = glu(gate, up, ACT, ALPHA, SHIFT, LIMIT, LATE)
+    elif GATED:
         h_offset = lane * (2 * intermediate) + cols
         gate = tl.load(h_tile + h_offset, mask=mask, other=0.0).to(tl.float32)
         up = tl.load(h_tile + h_offset + intermediate, mask=mask, other=0.0).to(tl.float32)
-        act, slope = activation(gate, ACT)
-        a = act * up
+        a, from_gate, from_up = glu(gate, up, ACT, ALPHA, SHIFT, LIMIT, LATE)
     else:
         h_offset = lane * intermediate + cols
-        a, slope = activation(tl.load(h_tile + h_offset, mask=mask, other=0.0).to(tl.float32), ACT)
+        a, slope = activation(tl.load(h_tile + h_offset, mask=mask, other=0.0).to(tl.float32), ACT, ALPHA)
     ds = tl.sum(da * a, axis=1)
     tl.store(sa_tile + lane * intermediate + cols, (a * scale[:, None]).to(dtype), mask=mask)
     da = da * scale[:, None]
-    if GATED:
-        tl.store(dh_tile + h_offset, (da * slope * up).to(dtype), mask=mask)
-        tl.store(dh_tile + h_offset + intermediate, (da * act).to(dtype), mask=mask)
+    if GATED and INTERLEAVED:
+        dh = tl.join(da * from_gate, da * from_up).reshape(BLOCK_P, 2 * BLOCK_I)
+        tl.store(dh_tile + h_offset, dh.to(dtype), mask=h_mask)
+    elif GATED:
+        tl.store(dh_tile + h_offset, (da * from_gate).to(dtype), mask=mask)
+        tl.store(dh_tile + h_offset + intermediate, (da * from_up).to(dtype), mask=mask)
     else:
         tl.store(dh_tile + h_offset, (da * slope).to(dtype), mask=mask)
     return ds
@@ -618,7 +703,12 @@ def activation_backward_halves(
     col0,
     intermediate,
     ACT: tl.constexpr,
+    ALPHA: tl.constexpr,
+    SHIFT: tl.constexpr,
+    LIMIT: tl.constexpr,
+    LATE: tl.constexpr,
     GATED: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_I: tl.constexpr,
 ):
@@ -628,10 +718,42 @@ def activation_backward_halves(
     HALF: tl.constexpr = BLOCK_I // 2
     left, right = split_columns(da, BLOCK_P, BLOCK_I)
     ds = activation_backward(
-        left, scale, h_tile, dh_tile, sa_tile, rows_left, col0, intermediate, ACT, GATED, BLOCK_P, HALF
+        left,
+        scale,
+        h_tile,
+        dh_tile,
+        sa_tile,
+        rows_left,
+        col0,
+        intermediate,
+        ACT,
+        ALPHA,
+        SHIFT,
+        LIMIT,
+        LATE,
+        GATED,
+        INTERLEAVED,
+        BLOCK_P,
+        HALF,
     )
     return ds + activation_backward(
-        right, scale, h_tile, dh_tile, sa_tile, rows_left, col0 + HALF, intermediate, ACT, GATED, BLOCK_P, HALF
+        right,
+        scale,
+        h_tile,
+        dh_tile,
+        sa_tile,
+        rows_left,
+        col0 + HALF,
+        intermediate,
+        ACT,
+        ALPHA,
+        SHIFT,
+        LIMIT,
+        LATE,
+        GATED,
+        INTERLEAVED,
+        BLOCK_P,
+        HALF,
     )
 
 
@@ -657,7 +779,12 @@ def down_backward(
     stride_wk,
     group_p,
     ACT: tl.constexpr,
+    ALPHA: tl.constexpr,
+    SHIFT: tl.constexpr,
+    LIMIT: tl.constexpr,
+    LATE: tl.constexpr,
     GATED: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
     USE_TMA: tl.constexpr,
     K_CONTIGUOUS: tl.constexpr,
     EVEN: tl.constexpr,
@@ -716,20 +843,84 @@ def down_backward(
     rows_left = row_end - row0
     if CHUNKS == 1:
         ds = activation_backward(
-            da, scale, h_tile, dh_tile, sa_tile, rows_left, col0, intermediate, ACT, GATED, BLOCK_P, BLOCK_I
+            da,
+            scale,
+            h_tile,
+            dh_tile,
+            sa_tile,
+            rows_left,
+            col0,
+            intermediate,
+            ACT,
+            ALPHA,
+            SHIFT,
+            LIMIT,
+            LATE,
+            GATED,
+            INTERLEAVED,
+            BLOCK_P,
+            BLOCK_I,
         )
     elif CHUNKS == 2:
         ds = activation_backward_halves(
-            da, scale, h_tile, dh_tile, sa_tile, rows_left, col0, intermediate, ACT, GATED, BLOCK_P, BLOCK_I
+            da,
+            scale,
+            h_tile,
+            dh_tile,
+            sa_tile,
+            rows_left,
+            col0,
+            intermediate,
+            ACT,
+            ALPHA,
+            SHIFT,
+            LIMIT,
+            LATE,
+            GATED,
+            INTERLEAVED,
+            BLOCK_P,
+            BLOCK_I,
         )
     else:
         HALF: tl.constexpr = BLOCK_I // 2
         left, right = split_columns(da, BLOCK_P, BLOCK_I)
         ds = activation_backward_halves(
-            left, scale, h_tile, dh_tile, sa_tile, rows_left, col0, intermediate, ACT, GATED, BLOCK_P, HALF
+            left,
+            scale,
+            h_tile,
+            dh_tile,
+            sa_tile,
+            rows_left,
+            col0,
+            intermediate,
+            ACT,
+            ALPHA,
+            SHIFT,
+            LIMIT,
+            LATE,
+            GATED,
+            INTERLEAVED,
+            BLOCK_P,
+            HALF,
         )
         ds += activation_backward_halves(
-            right, scale, h_tile, dh_tile, sa_tile, rows_left, col0 + HALF, intermediate, ACT, GATED, BLOCK_P, HALF
+            right,
+            scale,
+            h_tile,
+            dh_tile,
+            sa_tile,
+            rows_left,
+            col0 + HALF,
+            intermediate,
+            ACT,
+            ALPHA,
+            SHIFT,
+            LIMIT,
+            LATE,
+            GATED,
+            INTERLEAVED,
+            BLOCK_P,
+            HALF,
         )
     tl.store(ds_ptr + col_tile.to(tl.int64) * num_rows + rows, ds, mask=in_expert)
 

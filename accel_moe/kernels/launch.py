@@ -16,6 +16,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import gemm, tuning
+from .gate import Gate
 from .routing import Routing, Tiles, list_tiles
 from .tuning import Config, Problem
 
@@ -24,6 +25,10 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _Result = TypeVar("_Result")
+
+
+IDENTITY = Gate("identity", gated=False)
+"""No gate: the rows pass."""
 
 
 def check_runnable(x: Tensor) -> None:
@@ -208,26 +213,27 @@ def up_projection(
     routing: Routing,
     tiles: TileLists,
     config: Config,
-    act: str,
-    gated: bool,
+    gate: Gate,
     save: bool,
     activate: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """-> h [P, 2I or I] (0 rows unless save), a [P, I] (0 rows unless activate)."""
     width, hidden = weight.view.shape[1:]
-    intermediate = width // 2 if gated else width
+    intermediate = width // 2 if gate.gated else width
+    halves = gate.gated and not gate.interleaved  # one copy then brings a tile of both
     a = x.new_empty(routing.num_rows if activate else 0, intermediate)
     h = x.new_empty(routing.num_rows if save else 0, width)
     rows = tiles[config.block_p]
-    tma = _tma_fits(weight.gate_up if gated else weight.stored)
+    tma = _tma_fits(weight.gate_up if halves else weight.stored)
     gather = config.gather or not tma
     padded = None if gather else gather_rows(x, routing, tiles)
-    source = weight.gate_up_source if gated else weight.source
+    source = weight.gate_up_source if halves else weight.source
+    block_n = config.block_n * (2 if gate.interleaved else 1)
     grid = (rows.max_tiles * triton.cdiv(intermediate, config.block_n),)
     if grid[0]:
         gemm.up_projection[grid](
             _descriptor(padded.data, [config.block_p, config.block_k]) if padded else x,
-            source(tma, config.block_n, config.block_k),
+            source(tma, block_n, config.block_k),
             x if bias is None else bias,
             h,
             a,
@@ -242,8 +248,7 @@ def up_projection(
             x.stride(0),
             *weight.strides,
             config.group,
-            ACT=act,
-            GATED=gated,
+            **gate.constants,
             BIAS=bias is not None,
             STORE_H=save,
             STORE_A=activate,
@@ -326,8 +331,7 @@ def down_backward(
     routing: Routing,
     tiles: TileLists,
     config: Config,
-    act: str,
-    gated: bool,
+    gate: Gate,
     extra_parts: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """-> dh as h, sa [P, I], ds partials [parts, P] in fp32, of which the last extra_parts are left to the caller."""
@@ -357,8 +361,7 @@ def down_backward(
             intermediate,
             *weight.strides,
             config.group,
-            ACT=act,
-            GATED=gated,
+            **gate.constants,
             USE_TMA=tma,
             K_CONTIGUOUS=weight.k_contiguous,
             EVEN=hidden % config.block_k == 0 and (tma or intermediate % config.block_n == 0),

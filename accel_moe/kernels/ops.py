@@ -2,11 +2,10 @@
 
 Two roads, both on the launches of launch.py:
 
-- *fused*, for experts without biases whose activation gemm.activation knows: `experts_forward`, `experts_backward`.
-- *in two halves*, for every other gate (clamped, interleaved, with biases): `sort_rows`, then `up_half`, then the
-module's own
-  gate as plain torch on the rows, then `down_half`; each half with its backward. The gather, the biases, the weighted
-  sum and the routing weights' gradient stay fused with the GEMMs.
+- *fused*, for gates that gemm.glu or gemm.activation know: `experts_forward`, `experts_backward`.
+- *in two halves*, for every other gate: `sort_rows`, then `up_half`, then the module's own gate as plain torch on the
+  rows, then `down_half`; each half with its backward. The gather, the biases, the weighted sum and the routing weights'
+  gradient stay fused with the GEMMs.
 
 They only compute: autograd.py says what is saved and which gradients are asked for. Weights come as the module stores
 them: w1 is [E, 2I, H] ([E, I, H] not gated), w2 is [E, H, I], and `transposed` swaps the last two dimensions of both.
@@ -15,11 +14,14 @@ gradient that is not needed comes back with no elements. `scale` multiplies the 
 nothing else.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from . import launch
-from .launch import PAD, Layer, TileLists, Weight
+from .gate import Gate
+from .launch import IDENTITY, PAD, Layer, TileLists, Weight
 from .routing import Routing, sort_slots
 
 
@@ -31,6 +33,10 @@ def _like_if(like: Tensor | None, needed: bool) -> Tensor:
     return like.new_empty(like.shape) if needed else like.new_empty(0)
 
 
+def _dense(bias: Tensor | None) -> Tensor | None:
+    return None if bias is None else bias.contiguous()
+
+
 # ---- Fused
 
 
@@ -39,9 +45,12 @@ def experts_forward(
     x: Tensor,
     w1: Tensor,
     w2: Tensor,
+    b1: Tensor | None,
+    b2: Tensor | None,
     index: Tensor,
     weights: Tensor,
     act: str,
+    gate: Sequence[float],
     gated: bool,
     transposed: bool,
     num_pairs: int,
@@ -49,8 +58,10 @@ def experts_forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """x[T,H], index[T,K], weights[T,K] -> out [T,H], h [P, 2I or I] (0 rows unless save), then the routing.
 
-    num_pairs: slots that are not sentinels, or -1 when unknown. save: whether a backward will follow.
+    b1 [E, 2I or I] and b2 [E, H]: biases, or None. gate: launch.Gate.numbers. num_pairs: slots that are not sentinels,
+    or -1 when unknown. save: whether a backward will follow.
     """
+    kind = Gate.of(act, gated, gate)
     with launch.on_device(x):
         x, weights = launch.row_major(x), weights.contiguous()
         layer = Layer.of(w1, w2, gated, transposed)
@@ -63,15 +74,15 @@ def experts_forward(
             layer,
             rows,
             x,
-            lambda c: launch.up_projection(x, up, None, routing, tiles, c, act, gated, save),
+            lambda c: launch.up_projection(x, up, _dense(b1), routing, tiles, c, kind, save),
         )
-        y = launch.tuned("down", layer, rows, x, lambda c: launch.grouped_rows(a, down, None, routing, tiles, c))
+        y = launch.tuned("down", layer, rows, x, lambda c: launch.grouped_rows(a, down, _dense(b2), routing, tiles, c))
         out = launch.sum_slots(y, routing, weights, x.shape[0])
     return out, h, routing.row_slot, routing.slot_row, routing.expert_offsets
 
 
 @experts_forward.register_fake
-def _(x, w1, w2, index, weights, act, gated, transposed, num_pairs, save):
+def _(x, w1, w2, b1, b2, index, weights, act, gate, gated, transposed, num_pairs, save):
     rows, integers = _num_rows(index, num_pairs), {"dtype": torch.int32, "device": x.device}
     return (
         x.new_empty(x.shape),
@@ -88,19 +99,23 @@ def experts_backward(
     x: Tensor,
     w1: Tensor,
     w2: Tensor,
+    b1: Tensor | None,
+    b2: Tensor | None,
     weights: Tensor,
     h: Tensor,
     row_slot: Tensor,
     slot_row: Tensor,
     expert_offsets: Tensor,
     act: str,
+    gate: Sequence[float],
     gated: bool,
     transposed: bool,
     scale: float,
     needs: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """-> gradients of x, w1, w2 and weights, those that `needs` (four, in that order) asks for."""
-    need_x, need_w1, need_w2, need_weights = needs
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """-> gradients of x, w1, w2, b1, b2 and weights, those that `needs` (six, in that order) asks for."""
+    need_x, need_w1, need_w2, need_b1, need_b2, need_weights = needs
+    kind, biased = Gate.of(act, gated, gate), int(b2 is not None)
     with launch.on_device(x):
         dout, x, weights = launch.row_major(dout), launch.row_major(x), weights.contiguous()
         layer = Layer.of(w1, w2, gated, transposed)
@@ -112,22 +127,31 @@ def experts_backward(
             layer,
             rows,
             x,
-            lambda c: launch.down_backward(dout_rows, down, h, weights, routing, tiles, c, act, gated),
+            lambda c: launch.down_backward(dout_rows, down, h, weights, routing, tiles, c, kind, extra_parts=biased),
         )
+        if b2 is not None:
+            launch.dot_bias(dout, b2.contiguous(), ds[-1], routing, tiles)
         dweights = launch.routing_grad(ds, routing, weights) if need_weights else weights.new_empty(0)
         if need_w1 or need_w2:
             launch.zero_tail(dh, sa, routing, PAD)
         # Each buffer of P rows is dropped as soon as its last reader is launched: they decide the peak.
         dw2 = _weight_grad("down_weight_grad", layer, dout_rows, sa, transposed, routing, scale, need_w2)
         ds = sa = dout_rows = None
+        db1 = launch.bias_grad(dh, None, routing, b1, scale) if need_b1 and b1 is not None else x.new_empty(0)
+        db2 = launch.bias_grad(dout, weights, routing, b2, scale) if need_b2 and b2 is not None else x.new_empty(0)
         dw1 = _up_weight_grad(layer, x, dh, routing, tiles, scale, need_w1)
         dx = _input_grad(layer, x, w1, dh, routing, tiles, need_x)
-    return dx, dw1, dw2, dweights
+    return dx, dw1, dw2, db1, db2, dweights
 
 
 @experts_backward.register_fake
-def _(dout, x, w1, w2, weights, h, row_slot, slot_row, expert_offsets, act, gated, transposed, scale, needs):
-    return tuple(_like_if(like, need) for like, need in zip((x, w1, w2, weights), needs, strict=True))
+def _(
+    dout, x, w1, w2, b1, b2, weights, h, row_slot, slot_row, expert_offsets, act, gate, gated, transposed, scale, needs
+):
+    likes = (x, w1, w2, b1, b2, weights)
+    return tuple(
+        _like_if(x if like is None else like, n and like is not None) for like, n in zip(likes, needs, strict=True)
+    )
 
 
 def _weight_grad(kernel, layer: Layer, left, right, swap: bool, routing: Routing, scale: float, needed: bool) -> Tensor:
@@ -193,13 +217,12 @@ def up_half(
         layer = Layer.of(w1, w2, gated, transposed)
         routing = Routing(row_slot, slot_row, expert_offsets, top_k=slot_row.numel() // max(1, x.shape[0]))
         tiles, up = TileLists(routing), Weight(w1, depth_last=not transposed)
-        bias = None if b1 is None else b1.contiguous()
         h, _ = launch.tuned(
             "up_plain",
             layer,
             routing.num_rows,
             x,
-            lambda c: launch.up_projection(x, up, bias, routing, tiles, c, "identity", False, True, activate=False),
+            lambda c: launch.up_projection(x, up, _dense(b1), routing, tiles, c, IDENTITY, True, activate=False),
         )
         # Rows past the used ones pass through the gate and its derivative and then meet zeros: they must be finite.
         launch.zero_tail(h, h, routing, PAD)
@@ -263,8 +286,7 @@ def down_half(
         layer = Layer.of(w1, w2, gated, transposed)
         routing = Routing(row_slot, slot_row, expert_offsets, top_k=weights.shape[1])
         tiles, down = TileLists(routing), Weight(w2, depth_last=not transposed)
-        bias = None if b2 is None else b2.contiguous()
-        run = lambda c: launch.grouped_rows(a, down, bias, routing, tiles, c)  # noqa: E731
+        run = lambda c: launch.grouped_rows(a, down, _dense(b2), routing, tiles, c)  # noqa: E731
         y = launch.tuned("down", layer, routing.num_rows, a, run)
         return launch.sum_slots(y, routing, weights, weights.shape[0])
 
@@ -305,7 +327,7 @@ def down_half_backward(
             routing.num_rows,
             a,
             lambda c: launch.down_backward(
-                dout_rows, down, a, weights, routing, tiles, c, "identity", False, extra_parts=biased
+                dout_rows, down, a, weights, routing, tiles, c, IDENTITY, extra_parts=biased
             ),
         )
         if b2 is not None:

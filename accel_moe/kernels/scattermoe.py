@@ -10,30 +10,7 @@ experts, and every collective.
 import torch
 from torch import Tensor
 
-# What ACT2FN and torch.nn call the activations that gemm.activation computes.
-_ACTIVATION_NAMES = {
-    "SiLU": "silu",
-    "SiLUActivation": "silu",
-    "silu": "silu",
-    "GELUActivation": "gelu",
-    "gelu": "gelu",
-    "GELUTanh": "gelu_tanh",
-    "PytorchGELUTanh": "gelu_tanh",
-    "NewGELUActivation": "gelu_tanh",
-    "ReLU": "relu",
-    "relu": "relu",
-    "ReLUSquaredActivation": "relu2",
-}
-
-
-def activation_name(act_fn) -> str | None:
-    """The kernels' name for a module's act_fn, or None when no kernel computes it."""
-    name = getattr(act_fn, "__name__", type(act_fn).__name__)
-    if name == "GELU":
-        return "gelu_tanh" if act_fn.approximate == "tanh" else "gelu"
-    if name == "GELUActivation" and "python" in getattr(act_fn.act, "__name__", ""):
-        return "gelu"
-    return _ACTIVATION_NAMES.get(name)
+from .gate import gate_of, has_default_gate
 
 
 def unsupported_reason(module) -> str | None:
@@ -53,22 +30,9 @@ def unsupported_reason(module) -> str | None:
             continue
         if getattr(getattr(module, weight, None), "ndim", None) != dims:
             return f"{name}.{weight} is not one {dims}-dimensional tensor"
-    if module.has_gate and not module.is_concatenated and _has_default_gate(module):
+    if module.has_gate and not module.is_concatenated and has_default_gate(module):
         return f"{name} interleaves gate and up columns (is_concatenated=False) and has no _apply_gate that says how"
     return None
-
-
-def _has_default_gate(module) -> bool:
-    """Whether its gate is the one of transformers' decorator: act_fn(first half) * second half."""
-    gate = getattr(module, "_apply_gate", None)
-    return getattr(gate, "__name__", "_default_apply_gate") == "_default_apply_gate"
-
-
-def _fused_activation(module) -> str | None:
-    """The kernels' name for the module's activation if the fused road can take the module, else None."""
-    if module.has_bias or (module.has_gate and not _has_default_gate(module)):
-        return None
-    return activation_name(getattr(module, "act_fn", None))
 
 
 def scattermoe_experts_forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -103,11 +67,12 @@ def scattermoe_experts_forward(self, hidden_states: Tensor, top_k_index: Tensor,
         "num_pairs": getattr(self, "num_pairs", None),
         "weight_grad_scale": getattr(self, "weight_grad_scale", 1.0),
     }
-    act = _fused_activation(self)
-    if act is not None:
-        out = experts(x, w1, w2, top_k_index, top_k_weights, act, **options)
+    b1, b2 = biases or (None, None)
+    gate = gate_of(self)
+    if gate is not None:
+        numbers = gate.numbers
+        out = experts(x, w1, w2, top_k_index, top_k_weights, gate.act, b1=b1, b2=b2, gate=numbers, **options)
     else:
-        b1, b2 = biases or (None, None)
-        gate = self._apply_gate if self.has_gate else self.act_fn
-        out = experts_in_halves(x, w1, w2, b1, b2, top_k_index, top_k_weights, gate, **options)
+        apply_gate = self._apply_gate if self.has_gate else self.act_fn
+        out = experts_in_halves(x, w1, w2, b1, b2, top_k_index, top_k_weights, apply_gate, **options)
     return out.to(hidden_states.dtype)

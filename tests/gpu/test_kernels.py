@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from accel_moe.kernels.autograd import experts, experts_in_halves
+from accel_moe.kernels.gate import Gate
 
 pytestmark = pytest.mark.gpu
 
@@ -95,17 +96,16 @@ def test_bf16_error_is_no_larger_than_grouped_mm(name):
         assert m <= 1.1 * p and m < 2e-2, (n, mine, peer)
 
 
-def test_gpt_oss_like_experts_at_real_width():
-    """The road of two halves in bf16: transposed, biased, interleaved and clamped. 2e-2 as for the edges below."""
+@pytest.mark.parametrize("road", ["fused", "two halves"])
+def test_gpt_oss_like_experts_at_real_width(road):
+    """Both roads in bf16: transposed, biased, interleaved and clamped. 2e-2 as for the edges below."""
     T, K, H, I, E = 1024, 4, 2880, 2880, 8
     x, w1, w2, index, weights = make(T, K, H, I, E, torch.bfloat16)
     w1, w2 = w1.transpose(1, 2).contiguous(), w2.transpose(1, 2).contiguous()
     b1, b2 = (torch.randn(E, n, device="cuda").bfloat16() for n in (2 * I, H))
     dout = torch.randn(x.shape, device="cuda").bfloat16()
 
-    def gate(h):
-        g, up = h[..., ::2].clamp(max=7.0), h[..., 1::2].clamp(-7.0, 7.0)
-        return (up + 1) * g * torch.sigmoid(1.702 * g)
+    gate = Gate(interleaved=True, alpha=1.702, shift=1.0, limit=7.0)
 
     def loop(x, w1, w2, b1, b2, index, weights):
         out = torch.zeros_like(x)
@@ -115,8 +115,10 @@ def test_gpt_oss_like_experts_at_real_width():
             out = out.index_add(0, token, y * weights[token, k, None])
         return out
 
-    def halves(*args):
-        return experts_in_halves(*args, gate, transposed=True)
+    def halves(x, w1, w2, b1, b2, index, weights):
+        if road == "two halves":
+            return experts_in_halves(x, w1, w2, b1, b2, index, weights, gate, transposed=True)
+        return experts(x, w1, w2, index, weights, "silu", b1=b1, b2=b2, gate=gate.numbers, transposed=True)
 
     results = []
     for function, dtype in ((halves, torch.bfloat16), (loop, torch.float32)):

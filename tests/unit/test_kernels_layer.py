@@ -11,6 +11,7 @@ import torch
 
 from accel_moe.kernels import launch, ops
 from accel_moe.kernels.autograd import experts
+from accel_moe.kernels.gate import Gate
 from accel_moe.kernels.routing import sort_slots
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="interpreted: see tests/gpu")
@@ -24,13 +25,14 @@ ACTIVATIONS = {
 }
 
 
-def eager(x, w1, w2, index, weights, act="silu"):
+def eager(x, w1, w2, index, weights, act="silu", gate=None):
     """The meaning of the layer."""
     out = torch.zeros_like(x)
     for e in range(w1.shape[0]):
         token, k = torch.where(index == e)
-        gate, up = (x[token] @ w1[e].T).chunk(2, -1)
-        y = (ACTIVATIONS[act](gate) * up) @ w2[e].T
+        h = x[token] @ w1[e].T
+        a = gate(h) if gate else ACTIVATIONS[act](h.chunk(2, -1)[0]) * h.chunk(2, -1)[1]
+        y = a @ w2[e].T
         out = out.index_add(0, token, y * weights[token, k, None])
     return out
 
@@ -169,8 +171,9 @@ def test_gathered_rows_are_padded_with_zeros_to_whole_blocks():
         assert not block[len(token) :].any()
 
 
+@pytest.mark.parametrize("gate", [None, Gate(interleaved=True, alpha=1.7, shift=1.0, limit=0.5)], ids=str)
 @pytest.mark.parametrize("shape", [{}, {"T": 70, "K": 3, "H": 40, "I": 36, "E": 5}], ids=str)
-def test_operands_read_by_descriptor_give_the_same(shape, monkeypatch, poisoned):
+def test_operands_read_by_descriptor_give_the_same(shape, gate, monkeypatch, poisoned):
     """The interpreter knows descriptors too: here every operand that the copy engine of a newer chip would bring."""
     descriptors = []
     real = launch._descriptor
@@ -178,7 +181,9 @@ def test_operands_read_by_descriptor_give_the_same(shape, monkeypatch, poisoned)
     monkeypatch.setattr(launch, "_descriptor", lambda t, block: descriptors.append(block) or real(t, block))
     args = make(**shape)
     args[3][::3, 0] = args[1].shape[0]  # sentinels: rows at the end of the buffers that nobody wrote
-    check(args)
+    dout = torch.randn(args[0].shape, generator=torch.Generator().manual_seed(1))
+    numbers = gate.numbers if gate else ()
+    assert_close(run(experts, args, dout, act="silu", gate=numbers), run(eager, args, dout, gate=gate))
     assert len(descriptors) == 11  # by launch: W1; a, W2; dout, W2; dout, sa; dh, x; dh, W1
 
 
@@ -236,7 +241,8 @@ def test_inference_mode_saves_nothing_and_gives_the_same_output():
     with torch.inference_mode():
         out = experts(*args, "silu")
     torch.testing.assert_close(out, eager(*args), rtol=1e-5, atol=1e-5)
-    assert ops.experts_forward(*args, "silu", True, False, -1, False)[1].numel() == 0
+    x, w1, w2, *routing = args
+    assert ops.experts_forward(x, w1, w2, None, None, *routing, "silu", [], True, False, -1, False)[1].numel() == 0
 
 
 def test_bf16_routing_weights_keep_their_dtype_in_the_gradient():
@@ -261,7 +267,9 @@ def test_compiles_without_a_graph_break_and_the_fake_kernels_agree():
     grads = torch.autograd.grad(out, leaves, torch.full((19, 24), 0.5))
     assert_close([out / 2, *grads], run(eager, args, torch.ones(19, 24)))
     no_grad = [t.detach() for t in args]
-    torch.library.opcheck(ops.experts_forward, (*no_grad, "silu", True, False, -1, True), test_utils="test_faketensor")
+    x, w1, w2, *routing = no_grad
+    inputs = (x, w1, w2, None, None, *routing, "silu", [], True, False, -1, True)
+    torch.library.opcheck(ops.experts_forward, inputs, test_utils="test_faketensor")
 
 
 @pytest.mark.parametrize(

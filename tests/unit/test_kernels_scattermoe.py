@@ -7,7 +7,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from accel_moe.kernels.scattermoe import activation_name, scattermoe_experts_forward, unsupported_reason
+from accel_moe.kernels.gate import Gate, activation_name, gate_of
+from accel_moe.kernels.scattermoe import scattermoe_experts_forward, unsupported_reason
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -102,8 +103,30 @@ def relu2(h):
 relu2.__name__ = "ReLUSquaredActivation"
 
 
+def of_gate(gate: Gate) -> dict:
+    """A module's own function that `gate` describes, and the numbers where families keep them."""
+    return {"_apply_gate": lambda h: gate(h), "limit": gate.limit, "alpha": gate.alpha}
+
+
+GATES = {
+    "clamped": Gate(limit=1.5),
+    "clamped late": Gate(limit=0.4, late=True),
+    "clamped and scaled": Gate(limit=1.5, alpha=1.7, shift=1.0),
+    "scaled": Gate(alpha=1.7),
+    "interleaved": Gate(interleaved=True),
+    "interleaved, clamped and scaled": Gate(limit=1.5, alpha=1.7, shift=1.0, interleaved=True),
+}
+
+
 KINDS = {
     "plain": {},
+    **{f"{name}, in the kernels": of_gate(gate) for name, gate in GATES.items()},
+    "clamped, biased, in the kernels": _biased(**of_gate(GATES["clamped and scaled"])),
+    "transposed, clamped, interleaved, biased, in the kernels": _transposed(
+        **_biased(**of_gate(GATES["interleaved, clamped and scaled"]), is_concatenated=False)
+    ),
+    "transposed, clamped, biased, in the kernels": _transposed(**_biased(**of_gate(GATES["clamped and scaled"]))),
+    "interleaved, biased, in the kernels": _biased(**of_gate(GATES["interleaved"]), is_concatenated=False),
     "unknown activation": {"act_fn": torch.nn.Tanh()},
     "clamped": {"_apply_gate": clamped},
     "transposed": _transposed(),
@@ -146,6 +169,26 @@ def test_every_kind_of_experts_equals_the_loop_in_output_and_gradients(kind, sen
         results.append([out, *torch.autograd.grad(out, [*inputs, *leaves], dout)])
     for name, a, e in zip(("out", "dx", "dweights", *names), *results, strict=True):
         assert (a - e).abs().max() <= 1e-5 * max(1, e.abs().max()), name
+
+
+@pytest.mark.parametrize("name", GATES)
+def test_a_modules_own_gate_is_recognised_by_what_it_computes(name):
+    assert gate_of(view(**of_gate(GATES[name]))) == GATES[name]
+
+
+def test_a_gate_that_no_description_fits_is_not_guessed():
+    assert gate_of(view(_apply_gate=lambda h: torch.tanh(h.chunk(2, -1)[0]) * h.chunk(2, -1)[1])) is None
+    almost = Gate(limit=1.5)
+    assert gate_of(view(_apply_gate=lambda h: almost(h), limit=1.4)) is None
+    assert gate_of(view(_apply_gate=lambda h: almost(h.detach()) + 0 * h[..., :24], limit=1.5)) is None
+
+
+def test_a_limit_that_changes_is_noticed():
+    module = view(**of_gate(GATES["clamped"]))
+    assert gate_of(module) == Gate(limit=1.5)
+    other = Gate(limit=2.5)
+    module._apply_gate, module.limit = (lambda h: other(h)), 2.5
+    assert gate_of(module) == other
 
 
 def test_the_road_of_two_halves_compiles_without_a_graph_break():

@@ -1,0 +1,184 @@
+"""What stands between the two projections: its description, and how it is recognised in a module.
+
+A family may define its own gate (`_apply_gate`): clamped, scaled, shifted, interleaved. It is not looked up by the
+family's name: the module's function is tried on a grid of numbers, and described by the `Gate` that gives the same
+result everywhere. A gate that no description fits runs as the module's own function, between two GEMMs.
+
+No Triton here.
+"""
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# What ACT2FN and torch.nn call the activations that gemm.activation computes.
+_ACTIVATION_NAMES = {
+    "SiLU": "silu",
+    "SiLUActivation": "silu",
+    "silu": "silu",
+    "GELUActivation": "gelu",
+    "gelu": "gelu",
+    "GELUTanh": "gelu_tanh",
+    "PytorchGELUTanh": "gelu_tanh",
+    "NewGELUActivation": "gelu_tanh",
+    "ReLU": "relu",
+    "relu": "relu",
+    "ReLUSquaredActivation": "relu2",
+}
+_TORCH = {
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "relu": F.relu,
+    "relu2": lambda x: F.relu(x) ** 2,
+    "identity": lambda x: x,
+}
+# the attributes in which families keep a gate's numbers
+_LIMITS, _ALPHAS = ("limit", "swiglu_limit"), ("alpha", "swiglu_alpha")
+
+
+@dataclass(frozen=True)
+class Gate:
+    """act(gate) * (up + shift), gate and up clamped: h [P, 2I] -> a [P, I]; or, not gated, act(h), [P, I] -> [P, I].
+
+    The fields are constants of the kernels (gemm.glu, gemm.activation).
+    """
+
+    act: str = "silu"
+    gated: bool = True
+    interleaved: bool = False  # gate and up columns by turns, as in gpt_oss, not in two halves
+    alpha: float = 1.0  # silu is x * sigmoid(alpha * x)
+    shift: float = 0.0  # added to up
+    limit: float = 0.0  # up to +-limit, gate to at most limit; 0: no clamp
+    late: bool = False  # gate is clamped after its activation
+
+    def __call__(self, h: Tensor) -> Tensor:
+        """The meaning, in torch."""
+        if not self.gated:
+            return self._activated(h)
+        gate, up = (h[..., ::2], h[..., 1::2]) if self.interleaved else h.chunk(2, -1)
+        if self.limit:
+            up = up.clamp(-self.limit, self.limit)
+        if self.limit and not self.late:
+            gate = gate.clamp(max=self.limit)
+        gate = self._activated(gate)
+        if self.limit and self.late:
+            gate = gate.clamp(max=self.limit)
+        return gate * (up + self.shift)
+
+    def _activated(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(self.alpha * x) if self.act == "silu" else _TORCH[self.act](x)
+
+    @classmethod
+    def of(cls, act: str, gated: bool, numbers: Sequence[float]) -> "Gate":
+        """From what a custom op can be given: `numbers` is `self.numbers`, or empty for a plain gate."""
+        if not numbers:
+            return cls(act, gated)
+        interleaved, alpha, shift, limit, late = numbers
+        return cls(act, gated, bool(interleaved), alpha, shift, limit, bool(late))
+
+    @property
+    def numbers(self) -> list[float]:
+        """See `of`."""
+        return [float(self.interleaved), self.alpha, self.shift, self.limit, float(self.late)]
+
+    @property
+    def constants(self) -> dict[str, object]:
+        """The kernels' constants."""
+        return {
+            "ACT": self.act,
+            "ALPHA": self.alpha,
+            "SHIFT": self.shift,
+            "LIMIT": self.limit,
+            "LATE": self.late,
+            "GATED": self.gated,
+            "INTERLEAVED": self.interleaved,
+        }
+
+    def describe(self) -> str:
+        """In words, for a table: "silu gate, clamped at 7"."""
+        words = [f"{self.act} gate" if self.gated else f"{self.act}, no gate"]
+        words += [f"alpha {self.alpha:g}"] if self.alpha != 1 else []
+        words += [f"up + {self.shift:g}"] if self.shift else []
+        words += [f"clamped{' late' if self.late else ''} at {self.limit:g}"] if self.limit else []
+        return ", ".join(words)
+
+
+def activation_name(act_fn) -> str | None:
+    """The kernels' name for a module's act_fn, or None when no kernel computes it."""
+    name = getattr(act_fn, "__name__", type(act_fn).__name__)
+    if name == "GELU":
+        return "gelu_tanh" if act_fn.approximate == "tanh" else "gelu"
+    if name == "GELUActivation" and "python" in getattr(act_fn.act, "__name__", ""):
+        return "gelu"
+    return _ACTIVATION_NAMES.get(name)
+
+
+def has_default_gate(module) -> bool:
+    """Whether its gate is the one of transformers' decorator: act_fn(first half) * second half."""
+    gate = getattr(module, "_apply_gate", None)
+    return getattr(gate, "__name__", "_default_apply_gate") == "_default_apply_gate"
+
+
+def gate_of(module) -> Gate | None:
+    """The module's gate as the kernels can compute it, or None.
+
+    A gate of the module's own is tried once; where torch.compile comes before that, it counts as unknown.
+    """
+    act = activation_name(getattr(module, "act_fn", None))
+    if not module.has_gate:
+        return Gate(act, gated=False) if act else None
+    if has_default_gate(module):
+        return Gate(act) if act else None
+    owner = getattr(module._apply_gate, "__self__", module)
+    key = (act, *(_number(module, names) for names in (_LIMITS, _ALPHAS)))
+    known = getattr(owner, "_scattermoe_gate", None)
+    if known is None or known[0] != key:
+        if torch.compiler.is_compiling():
+            return None
+        known = key, _recognise(module._apply_gate, *key)
+        owner._scattermoe_gate = known
+    return known[1]
+
+
+def _number(module, names: Sequence[str]) -> float:
+    found = (getattr(module, name, None) for name in names)
+    return next((float(n) for n in found if isinstance(n, int | float) and n == n and 0 < n < float("inf")), 0.0)
+
+
+def _recognise(apply_gate, act: str | None, limit: float, alpha: float) -> Gate | None:
+    """The first description that agrees with `apply_gate` on a grid in fp32, gradient included."""
+    h, upstream = _grid(limit or 1.0)
+    try:
+        wanted = _value_and_gradient(apply_gate, h, upstream)
+    except Exception:  # a gate that needs more than rows: its own function is then called as transformers would
+        return None
+    acts = dict.fromkeys([act, "silu"] if act else ["silu"])
+    choices = itertools.product(
+        acts, (False, True), {1.0: None, alpha or 1.0: None}, (0.0, 1.0), {limit: None, 0.0: None}, (False, True)
+    )
+    for name, interleaved, scale, shift, bound, late in choices:
+        gate = Gate(name, True, interleaved, scale, shift, bound, late)
+        found = _value_and_gradient(gate, h, upstream)
+        if all(w.shape == f.shape and torch.allclose(w, f, rtol=1e-5, atol=1e-5) for w, f in zip(wanted, found)):
+            return gate
+    return None
+
+
+def _grid(limit: float) -> tuple[Tensor, Tensor]:
+    """h [n, 8]: random numbers and pairs of all sides of the limit; and an upstream gradient."""
+    generator = torch.Generator().manual_seed(0)
+    sides = torch.tensor([-8.0, -3.0, -1.01, -0.5, -0.01, 0.0, 0.02, 0.6, 0.99, 1.2, 4.0]) * limit
+    pairs = torch.cartesian_prod(sides, sides)
+    rows = torch.cat([pairs.repeat(1, 4), pairs.repeat_interleave(4, 1), 6 * torch.randn(64, 8, generator=generator)])
+    return rows, torch.randn(len(rows), 4, generator=generator)
+
+
+def _value_and_gradient(function, h: Tensor, upstream: Tensor) -> tuple[Tensor, Tensor]:
+    with torch.enable_grad(), torch.autocast("cpu", enabled=False):
+        h = h.clone().requires_grad_()
+        value = function(h)
+        return value.detach(), torch.autograd.grad(value, h, upstream)[0]

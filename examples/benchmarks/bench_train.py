@@ -6,8 +6,10 @@
 Each (scenario, number of GPUs, way) runs in processes of its own: random weights from one seed, fp32 master weights,
 bf16 compute, fused AdamW, no clipping, no activation checkpointing, random tokens. Reported: the median time of a step
 between device synchronisations, tokens/s/GPU, the greatest peak memory of a rank over the timed steps, and the loss of
-the last step (alike for all ways, or something is wrong). The table is printed and, with --results, replaces this
-benchmark's section in that file. On a machine without a GPU it runs on gloo ranks, to try the script out.
+the last step (alike for all ways, or something is wrong). One more step, after those that are timed, runs under the
+profiler: where rank 0's GPU spent it, by kind of kernel (the times overlap, and idle is none of them). The table is
+printed and, with --results, replaces this benchmark's section in that file, with a chart beside it. On a machine
+without a GPU it runs on gloo ranks, to try the script out.
 
 A way that this installation does not have, and one that runs out of memory, get a row that says so.
 """
@@ -23,6 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +38,34 @@ WARMUP_STEPS = 4
 SECTION_BEGIN, SECTION_END = "<!-- bench_train:begin -->", "<!-- bench_train:end -->"
 OURS, FSDP2, TRANSFORMERS_EP = "accel_moe", "FSDP2 + grouped_mm", "transformers EP"
 GPU = torch.cuda.is_available()
+KINDS = {
+    "expert GEMMs": (
+        "up_projection",
+        "grouped_rows",
+        "down_backward",
+        "weight_grad",
+        "grouped",
+        "cutlass::gemm::GemmUniv",
+    ),
+    "routing, sums": (
+        "slots",
+        "list_tiles",
+        "gather_rows",
+        "sum_",
+        "zero_tail",
+        "dot_bias",
+        "sort",
+        "scatter",
+        "index",
+    ),
+    "exchange": ("SendRecv", "AllToAll"),
+    "FSDP": ("AllGather", "ReduceScatter", "AllReduce", "split_with_sizes", "chunk_cat"),
+    "optimizer": ("FusedAdam", "multi_tensor"),
+    "dense GEMMs": ("nvjet", "gemm", "cublas"),
+    "attention": ("fmha", "flash", "attention"),
+    "casts, copies": ("copy", "Memcpy", "CatArray"),
+}
+"""Kinds of kernels, each by words in their names; the first kind with a word in the name counts."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +77,8 @@ class Scenario:
     config: dict[str, Any]
     batch_size: int
     seq_len: int
+    lora_rank: int = 0
+    """LoRA of this rank on attention, everything else frozen; 0 trains all weights."""
 
     def model_config(self):
         from transformers import AutoConfig
@@ -91,12 +124,15 @@ def main() -> None:
     print(f"\n{section}")
     if args.results:
         replace_section(args.results, section)
+        chart(rows, scenarios, args.results.with_name("train.png"))
 
 
 def run_way(args: argparse.Namespace, way: str, name: str, gpus: int, folder: Path) -> dict[str, Any]:
     """Start the ranks of one way; what rank 0 measured, or {"why_not": …}."""
     if way == TRANSFORMERS_EP and (why := no_transformers_ep(gpus)):
         return {"why_not": why}
+    if way == TRANSFORMERS_EP and read_scenarios(args.scenarios)[name].lora_rank:
+        return {"why_not": "it shards while it loads, before there are adapters"}
     result = folder / "result.json"
     result.unlink(missing_ok=True)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(gpus)]
@@ -135,6 +171,11 @@ def report(rows: list[tuple[str, int, str, dict[str, Any]]], scenarios: dict[str
     lines = [f"`{command}`", "", f"{device}; {versions}. fp32 master weights, bf16 compute, fused AdamW.", ""]
     lines += ["| scenario | tokens a GPU | GPUs | way | ms/step | tokens/s/GPU | x FSDP2 | peak GiB | loss |"]
     lines += ["|---|---|---|---|---|---|---|---|---|"]
+    profiles = [
+        "",
+        f"| GPU time of a step, ms | way | {' | '.join(KINDS)} | other |",
+        "|---|---|" + "---|" * (len(KINDS) + 1),
+    ]
     yardstick = {(name, gpus): result.get("step_s") for name, gpus, way, result in rows if way == FSDP2}
     for name, gpus, way, result in rows:
         scenario = scenarios[name]
@@ -147,7 +188,37 @@ def report(rows: list[tuple[str, int, str, dict[str, Any]]], scenarios: dict[str
             ratio = f"{other_s / step_s:.2f}" if other_s else "-"
             cells += [f"{step_s * 1e3:.0f}", f"{scenario.tokens / step_s:,.0f}", ratio, peak, f"{result['loss']:.3f}"]
         lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        if split := result.get("split_ms"):
+            times = [f"{split.get(kind, 0):.0f}" for kind in [*KINDS, "other"]]
+            profiles.append(f"| {name}, {gpus} GPUs | {way} | {' | '.join(times)} |")
+    return "\n".join(lines + (profiles if len(profiles) > 3 else []))
+
+
+def chart(rows: list[tuple[str, int, str, dict[str, Any]]], scenarios: dict[str, Scenario], path: Path) -> None:
+    """Bars of tokens/s/GPU."""
+    try:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        from matplotlib import pyplot
+    except ImportError:
+        print("matplotlib is not installed: no chart")
+        return
+    groups = list(dict.fromkeys((name, gpus) for name, gpus, _, _ in rows))
+    ways = list(dict.fromkeys(way for _, _, way, _ in rows))
+    step_s = {(name, gpus, way): result.get("step_s") for name, gpus, way, result in rows}
+    figure, axes = pyplot.subplots(figsize=(2 + 3 * len(groups), 4))
+    width = 0.8 / len(ways)
+    for i, way in enumerate(ways):
+        times = [step_s.get((*group, way)) for group in groups]
+        heights = [scenarios[name].tokens / t if t else 0 for (name, _), t in zip(groups, times)]
+        axes.bar([x + i * width for x in range(len(groups))], heights, width, label=way)
+    labels = [f"{name}\n{gpus} GPUs" for name, gpus in groups]
+    axes.set_xticks([x + 0.4 - width / 2 for x in range(len(groups))], labels, fontsize=7)
+    axes.set_ylabel("tokens/s/GPU")
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
 
 
 def replace_section(path: Path, section: str) -> None:
@@ -177,6 +248,16 @@ def work(way: str, scenario: Scenario, folder: Path, steps: int) -> None:
     generator = torch.Generator().manual_seed(int(os.environ["RANK"]))
     vocabulary, shape = scenario.config["vocab_size"], (scenario.batch_size, scenario.seq_len)
     batches = [torch.randint(vocabulary, shape, generator=generator).to(device) for _ in range(4)]
+
+    def train(step: int) -> torch.Tensor:
+        batch = batches[step % len(batches)]
+        loss = model(input_ids=batch, labels=batch, use_cache=False).loss
+        backward(loss)
+        optimizer.step()
+        optimizer.zero_grad()
+        synchronize()
+        return loss
+
     loss, times_s = torch.zeros(()), []
     for step in range(WARMUP_STEPS + steps):
         if step == WARMUP_STEPS and GPU:
@@ -184,23 +265,35 @@ def work(way: str, scenario: Scenario, folder: Path, steps: int) -> None:
             torch.cuda.reset_peak_memory_stats()
         synchronize()
         start_s = time.perf_counter()
-        batch = batches[step % len(batches)]
-        loss = model(input_ids=batch, labels=batch, use_cache=False).loss
-        backward(loss)
-        optimizer.step()
-        optimizer.zero_grad()
-        synchronize()
+        loss = train(step)
         times_s.append(time.perf_counter() - start_s)
     peak_bytes = torch.cuda.max_memory_allocated() if GPU else 0
     measured = torch.tensor([peak_bytes, statistics.median(times_s[WARMUP_STEPS:])], dtype=torch.double, device=device)
     loss = loss.detach().double().to(device)
     torch.distributed.all_reduce(measured, op=torch.distributed.ReduceOp.MAX)
     torch.distributed.all_reduce(loss)
+    split_ms = profiled(lambda: train(0)) if GPU else {}
     if torch.distributed.get_rank() == 0:
         peak_bytes, step_s = measured.tolist()
-        result = {"step_s": step_s, "peak_bytes": peak_bytes, "loss": loss.item() / torch.distributed.get_world_size()}
+        loss = loss.item() / torch.distributed.get_world_size()
+        result = {"step_s": step_s, "peak_bytes": peak_bytes, "loss": loss, "split_ms": split_ms}
         (folder / "result.json").write_text(json.dumps(result))
     torch.distributed.destroy_process_group()
+
+
+def profiled(step: Callable[[], Any]) -> dict[str, float]:
+    """Milliseconds of this rank's GPU by kind of kernel, over one step."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        step()
+    split: dict[str, float] = {}
+    for event in profiler.key_averages():
+        if event.device_type == torch.autograd.DeviceType.CUDA:
+            words = KINDS.items()
+            kind = next((kind for kind, parts in words if any(part in event.key for part in parts)), "other")
+            split[kind] = split.get(kind, 0.0) + event.self_device_time_total / 1e3
+    return split
 
 
 def synchronize() -> None:
@@ -214,9 +307,15 @@ def random_model(scenario: Scenario, device: torch.device | str) -> torch.nn.Mod
 
     torch.manual_seed(0)
     with torch.device(device):
-        return AutoModelForCausalLM.from_config(
+        model = AutoModelForCausalLM.from_config(
             scenario.model_config(), dtype=torch.float32, attn_implementation="sdpa"
         )
+        if scenario.lora_rank:
+            from peft import LoraConfig, get_peft_model
+
+            attention = ["q_proj", "k_proj", "v_proj", "o_proj"]
+            model = get_peft_model(model, LoraConfig(r=scenario.lora_rank, target_modules=attention))
+    return model
 
 
 def adamw(model: torch.nn.Module) -> torch.optim.Optimizer:
@@ -237,7 +336,8 @@ def build_with_accelerate(scenario: Scenario, ours: bool):
     if ours:
         accel_moe.prepare(model, moe_ep_degree=accelerator.num_processes)
     else:
-        model.set_experts_implementation("grouped_mm")
+        base = model.get_base_model() if scenario.lora_rank else model
+        base.set_experts_implementation("grouped_mm")
     model, optimizer = accelerator.prepare(model, adamw(model))
     return model, optimizer, accelerator.backward, accelerator.device
 

@@ -1,0 +1,156 @@
+"""Dispatch and combine by themselves: bytes on the wire, and the bandwidth against a plain all_to_all of those bytes.
+
+    torchrun --nproc_per_node 2 examples/benchmarks/bench_dispatch.py
+    torchrun --nproc_per_node 8 examples/benchmarks/bench_dispatch.py --tokens 4096 --results RESULTS.md
+
+One layer's exchange, forward and backward, with no experts in between (the rows come back as they went), bf16, random
+routing with mild skew. Reported per rank, medians over --repeats of the slowest rank:
+
+- bytes sent to other ranks in all four exchanges of rows and two of slots, counted where torch.distributed is called,
+  against one row per (token, expert), the textbook way;
+- bus bandwidth: those bytes over the time of dispatch + combine, forward + backward (packing, unpacking and the host
+  sync included), against `all_to_all_single` of the same bytes, same splits, alone.
+
+On a machine without a GPU it runs on gloo, to try the script out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from accel_moe.dispatch import all_to_all, make_dispatcher
+
+SECTION_BEGIN, SECTION_END = "<!-- bench_dispatch:begin -->", "<!-- bench_dispatch:end -->"
+GPU = torch.cuda.is_available()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, default=8192, help="of each rank (default: %(default)s)")
+    parser.add_argument("--hidden-size", type=int, default=2048)
+    parser.add_argument("--experts", type=int, default=128)
+    parser.add_argument("--top-k", type=int, default=8)
+    parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--results", type=Path, metavar="MARKDOWN", help="file to write the section into")
+    args = parser.parse_args()
+
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if GPU else torch.device("cpu")
+    if GPU:
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if GPU else "gloo")
+    lines = measure(args, device)
+    if dist.get_rank() == 0:
+        command = f"torchrun --nproc_per_node {dist.get_world_size()} {os.path.relpath(__file__)}"
+        section = report(lines, " ".join([command, *sys.argv[1:]]), args)
+        print(section)
+        if args.results:
+            replace_section(args.results, section)
+    dist.destroy_process_group()
+
+
+def measure(args: argparse.Namespace, device: torch.device) -> dict[str, float]:
+    world, rank = dist.get_world_size(), dist.get_rank()
+    generator = torch.Generator().manual_seed(rank)
+    skew = 0.5 * torch.randn(args.experts, generator=torch.Generator().manual_seed(99))
+    scores = torch.randn(args.tokens, args.experts, generator=generator) + skew
+    weights, index = scores.softmax(-1).topk(args.top_k)
+    weights, index = weights.to(device, torch.bfloat16).requires_grad_(), index.to(device)
+    hidden = torch.randn(args.tokens, args.hidden_size, generator=generator).to(device, torch.bfloat16).requires_grad_()
+    upstream = torch.randn_like(hidden)
+    dispatcher = make_dispatcher("all_to_all", dist.group.WORLD, args.experts)
+
+    def there_and_back() -> None:
+        sent = dispatcher.dispatch(hidden, index, weights)
+        # every row comes home as it went; the weights take part, so that their gradients travel
+        out = dispatcher.combine(sent.rows + sent.local_weights.sum(1, keepdim=True) * 0, sent)
+        torch.autograd.grad(out, (hidden, weights), upstream)
+
+    exchanges = recorded(there_and_back)
+    sent_bytes = sum(bytes_to_others(rows, splits, rank) for rows, splits, _ in exchanges)
+    naive_bytes = 4 * float((index // (args.experts // world) != rank).sum()) * args.hidden_size * 2
+    buffers = [(rows, torch.empty((sum(take), *rows.shape[1:]), dtype=rows.dtype, device=device), give, take)
+               for rows, give, take in exchanges]  # fmt: skip
+
+    def plain() -> None:
+        for rows, received, give, take in buffers:
+            dist.all_to_all_single(received, rows, output_split_sizes=take, input_split_sizes=give)
+
+    plain_s, ours_s = median_s(plain, args.repeats), median_s(there_and_back, args.repeats)
+    return {"sent": sent_bytes, "naive": naive_bytes, "ours_s": ours_s, "plain_s": plain_s}
+
+
+def recorded(step: Callable[[], None]) -> list[tuple[torch.Tensor, list[int], list[int]]]:
+    """(rows, send counts, receive counts) of every all-to-all in `step`."""
+    seen = []
+    exchange = all_to_all.exchange_rows
+
+    def watch(rows, send_counts, receive_counts, group, **more):
+        seen.append((rows.detach().contiguous().clone(), send_counts, receive_counts))
+        return exchange(rows, send_counts, receive_counts, group, **more)
+
+    all_to_all.exchange_rows = watch
+    try:
+        step()
+    finally:
+        all_to_all.exchange_rows = exchange
+    return seen
+
+
+def bytes_to_others(rows: torch.Tensor, send_counts: list[int], rank: int) -> int:
+    return (sum(send_counts) - send_counts[rank]) * rows[0:1].numel() * rows.element_size() if len(rows) else 0
+
+
+def median_s(step: Callable[[], None], repeats: int) -> float:
+    """The median over repeats of the slowest rank's time."""
+    times = []
+    for _ in range(repeats + 3):
+        dist.barrier()
+        synchronize()
+        start = time.perf_counter()
+        step()
+        synchronize()
+        times.append(time.perf_counter() - start)
+    slowest = torch.tensor(times[3:], dtype=torch.double, device="cuda" if GPU else "cpu")
+    dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
+    return statistics.median(slowest.tolist())
+
+
+def synchronize() -> None:
+    if GPU:
+        torch.cuda.synchronize()
+
+
+def report(found: dict[str, float], command: str, args: argparse.Namespace) -> str:
+    device = torch.cuda.get_device_name() if GPU else "CPU, gloo"
+    ours, plain = (found["sent"] / found[name] / 1e9 for name in ("ours_s", "plain_s"))
+    cells = [
+        f"{dist.get_world_size()}", f"{args.tokens}", f"{args.hidden_size}", f"{args.experts}", f"{args.top_k}",
+        f"{found['sent'] / 2**20:.1f}", f"{found['sent'] / found['naive']:.3f}",
+        f"{found['ours_s'] * 1e3:.2f}", f"{found['plain_s'] * 1e3:.2f}",
+        f"{ours:.0f}", f"{plain:.0f}", f"{ours / plain:.2f}",
+    ]  # fmt: skip
+    head = "| ranks | tokens | H | E | K | MiB sent | / row per expert | ms | plain ms | GB/s | plain GB/s | ratio |"
+    table = [head, "|" + "---|" * len(cells), f"| {' | '.join(cells)} |"]
+    return "\n".join([f"`{command}`", "", f"{device}; torch {torch.__version__}. bf16, one layer.", "", *table])
+
+
+def replace_section(path: Path, section: str) -> None:
+    text = path.read_text() if path.exists() else "# Results\n"
+    if SECTION_BEGIN not in text:
+        text = f"{text.rstrip()}\n\n## Dispatch and combine (bench_dispatch.py)\n\n{SECTION_BEGIN}\n{SECTION_END}\n"
+    before, rest = text.split(SECTION_BEGIN)
+    after = rest.split(SECTION_END)[1]
+    path.write_text(f"{before}{SECTION_BEGIN}\n{section}\n{SECTION_END}{after}")
+
+
+if __name__ == "__main__":
+    main()

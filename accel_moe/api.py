@@ -10,7 +10,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
-from accel_moe import config, experts, hooks, load
+from accel_moe import config, dispatch, experts, hooks, load
 
 logger = logging.getLogger("accel_moe")
 
@@ -35,6 +35,7 @@ def prepare(model: Model, **options: object) -> Model:
             already prepared with other settings, or has been through `accelerator.prepare`.
     """
     resolved = config.resolve(options)
+    dispatch.known_dispatcher(resolved.config.moe_dispatcher)
     layers = experts.find_experts(model)
     if experts.prepared_state(model) is not None:
         return _already_prepared(model, resolved)

@@ -59,6 +59,20 @@ class MoEConfig:
         "(`grouped_mm`, `batched_mm`, …), or `eager`. `auto` takes `scattermoe` on a GPU, and `grouped_mm` "
         "where Triton cannot run.",
     )
+    moe_dispatcher: str = option(
+        "all_to_all", "How tokens reach the ranks of their experts: a name in `accel_moe.dispatch.DISPATCHERS`."
+    )
+    moe_dispatch_chunk_tokens: int = option(
+        0,
+        "Dispatch at most so many tokens of a rank at a time, which bounds memory whatever the router does; each chunk "
+        "is sent and computed again in backward. 0: all at once.",
+        minimum=0,
+    )
+    moe_keep_exchanged: bool = option(
+        True,
+        "Under activation checkpointing, keep what the exchange brought (rows received and rows returned) until "
+        "backward, and do not exchange twice. `false` saves that memory.",
+    )
     moe_async_save: bool = option(
         False, "Save in the background: the step waits only for the copy of the tensors to host memory."
     )

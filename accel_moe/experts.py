@@ -32,6 +32,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from accel_moe.config import MoEConfig, ResolvedConfig
+from accel_moe.dispatch.chunks import in_chunks
 from accel_moe.kernels import scattermoe
 
 if TYPE_CHECKING:
@@ -172,6 +173,11 @@ class ExpertsView:
         self._module = module
         self.__dict__.update(answers)
 
+    def of(self, num_pairs: int) -> ExpertsView:
+        """The same view with another `num_pairs`."""
+        answers = {name: value for name, value in self.__dict__.items() if name != "_module"}
+        return ExpertsView(self._module, **{**answers, "num_pairs": num_pairs})
+
     def __getattr__(self, name: str) -> Any:
         return getattr(self._module, name)
 
@@ -207,10 +213,18 @@ class ScatterMoE(nn.Module):
                 f"{type(self).__name__} runs with moe_ep_degree={layer.ep} but its experts were never sharded. "
                 "Pass the model through accelerator.prepare(model, optimizer) with FSDP2 before its first forward."
             )
-        sent = layer.dispatcher.dispatch(hidden_states, top_k_index, top_k_weights)
-        view = _local_view(self, layer, sent.num_pairs, compute_dtype)
-        rows = function(view, sent.rows, sent.local_index, sent.local_weights)
-        return layer.dispatcher.combine(rows.to(compute_dtype), sent)
+        dispatcher = layer.dispatcher
+        view = _local_view(self, layer, compute_dtype)  # outside of chunks: they run again when PEFT lends no more
+        bytes_per_pair = _bytes_per_pair(view)
+
+        def there_and_back(hidden_states, top_k_index, top_k_weights):
+            sent = dispatcher.dispatch(hidden_states, top_k_index, top_k_weights, bytes_per_pair=bytes_per_pair)
+            rows = function(view.of(sent.num_pairs), sent.rows, sent.local_index, sent.local_weights)
+            return dispatcher.combine(rows.to(compute_dtype), sent)
+
+        if limit := layer.prepared.config.moe_dispatch_chunk_tokens:
+            return in_chunks(there_and_back, limit, dispatcher.group, (hidden_states, top_k_index, top_k_weights))
+        return there_and_back(hidden_states, top_k_index, top_k_weights)
 
     def extra_repr(self) -> str:
         layer = self._accel_moe_layer
@@ -615,7 +629,7 @@ def _whole_view(module: ScatterMoE, layer: LayerState, dtype: torch.dtype) -> Ex
     return ExpertsView(module, **answers)
 
 
-def _local_view(module: ScatterMoE, layer: LayerState, num_pairs: int, dtype: torch.dtype) -> ExpertsView:
+def _local_view(module: ScatterMoE, layer: LayerState, dtype: torch.dtype) -> ExpertsView:
     """The rank's own experts, under the 1/ep gradient scale.
 
     A rank's expert gradient is a sum over the tokens of its whole ep group, while the loss of each rank is a mean
@@ -639,8 +653,16 @@ def _local_view(module: ScatterMoE, layer: LayerState, num_pairs: int, dtype: to
         for change in changes:
             left, right = change.left[own].to(dtype), change.right[own].to(dtype)
             local[name] = torch.baddbmm(local[name], left, right, alpha=change.scale)
-    answers.update(num_pairs=num_pairs, weight_grad_scale=1.0 if layer.deltas else scale)
+    answers.update(weight_grad_scale=1.0 if layer.deltas else scale)
     return ExpertsView(module, **answers, **local)
+
+
+def _bytes_per_pair(view: ExpertsView) -> int:
+    """What one (row, expert) pair takes at least in forward: the pre-activation and the activation, [2I] and [I]."""
+    weights = (getattr(view, name, None) for name in ("gate_up_proj", "up_proj", "down_proj"))
+    per_expert = sum(w.numel() * w.element_size() for w in weights if w is not None) // view.num_experts
+    hidden = view.down_proj.shape[-1 if view.is_transposed else -2]
+    return per_expert // hidden
 
 
 def _floating_parameters(module: nn.Module) -> list[tuple[str, torch.Tensor]]:

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from accel_moe import config, load, mesh, shard
+from accel_moe import config, load, mesh, recompute, shard
 from accel_moe.checkpoint.hooked import HOOKED as CHECKPOINT_ROWS
 from accel_moe.experts import PreparedState, adopt_adapters, find_experts, plain_name, prepared_state, swapped_layers
 
@@ -374,6 +374,8 @@ def _shard(accelerator, model: nn.Module, state: PreparedState) -> list[nn.Modul
     plugin = accelerator.state.fsdp_plugin
     plan = _plan(accelerator, state)
     _log_plan(plan)
+    if state.config.moe_keep_exchanged:
+        recompute.keep_exchanges(model)
     return shard.shard_experts(
         model,
         plan,

@@ -21,6 +21,7 @@ Source of the axes' names and order: torchtitan, distributed/parallel_dims.py.
 
 from __future__ import annotations
 
+import datetime
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -98,5 +99,22 @@ def build_mesh(plan: MeshPlan, device_type: str) -> DeviceMesh:
     All three axes exist even at size 1, so that no later code asks which ones there are.
     """
     from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.distributed_c10d import _set_pg_timeout
 
-    return init_device_mesh(device_type, (plan.dp_replicate, plan.efsdp, plan.ep), mesh_dim_names=MESH_DIM_NAMES)
+    mesh = init_device_mesh(device_type, (plan.dp_replicate, plan.efsdp, plan.ep), mesh_dim_names=MESH_DIM_NAMES)
+    if (timeout := default_timeout()) is not None:
+        for group in mesh.get_all_groups():  # made with torch's default: half an hour on gloo
+            _set_pg_timeout(timeout, group)
+    return mesh
+
+
+def default_timeout() -> datetime.timedelta | None:
+    """What the job's process group was made with, so that a lost rank ends an exchange, or a save, when it would end
+    a step. None where the backend does not say."""
+    import torch.distributed as dist
+
+    try:
+        default = dist.group.WORLD
+        return default._get_backend(default._device_types[0]).options._timeout  # type: ignore[union-attr]
+    except (AttributeError, IndexError, RuntimeError):
+        return None

@@ -71,7 +71,7 @@ def shard_experts(
                     shard = DTensor.from_local(local, mesh["ep"], [Shard(0)], run_check=False)
                 layer.register_parameter(name, nn.Parameter(shard, requires_grad=parameter.requires_grad))
         state = layer._accel_moe_layer
-        state.dispatcher = make_dispatcher("all_to_all", group, state.num_experts)
+        state.dispatcher = make_dispatcher(state.prepared.config.moe_dispatcher, group, state.num_experts)
         state.prepared.mesh_plan = plan
         if alone:
             state.compute_dtype = mp_policy.param_dtype

@@ -91,7 +91,9 @@ def _wait(ranks, deadline: float, folder: str) -> None:
     while any(p.is_alive() for p in ranks):
         failed = [r for r, p in enumerate(ranks) if p.exitcode not in (None, 0)]
         if failed:
-            time.sleep(1.0)  # let the others say why, too
+            patience = time.monotonic() + 5.0  # let the others say why, too
+            while any(p.is_alive() for p in ranks) and time.monotonic() < patience:
+                time.sleep(0.05)
             break
         if time.monotonic() > deadline:
             stacks = _logs(folder)

@@ -11,7 +11,6 @@ that.
 
 from __future__ import annotations
 
-import datetime
 import os
 import socket
 from collections.abc import Callable
@@ -21,6 +20,7 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
 from accel_moe.checkpoint.manifest import CheckpointError
+from accel_moe.mesh import default_timeout
 
 T = TypeVar("T")
 _group: tuple[Any, Any] | None = None  # (the default group it was made for, ours)
@@ -44,7 +44,7 @@ def group() -> Any:
     if not distributed():
         return None
     if _group is None or _group[0] is not dist.group.WORLD:
-        _group = (dist.group.WORLD, dist.new_group(backend="gloo", timeout=_timeout()))
+        _group = (dist.group.WORLD, dist.new_group(backend="gloo", timeout=default_timeout()))
     return _group[1]
 
 
@@ -62,15 +62,6 @@ def close_group() -> None:
     _group = None
     if dist.is_initialized() and world is dist.group.WORLD:
         dist.destroy_process_group(ours)
-
-
-def _timeout() -> datetime.timedelta | None:
-    """The default group's own, so that a lost rank ends a save when it would end a step. None: torch's default."""
-    try:
-        default = dist.group.WORLD
-        return default._get_backend(default._device_types[0]).options._timeout  # type: ignore[union-attr]
-    except (AttributeError, IndexError, RuntimeError):
-        return None
 
 
 def gather(value: T) -> list[T]:

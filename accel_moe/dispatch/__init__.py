@@ -14,8 +14,13 @@ DISPATCHERS: dict[str, Callable[[ProcessGroup, int], Dispatcher]] = {"all_to_all
 """By name: (ep group, number of experts in all) -> dispatcher."""
 
 
+def known_dispatcher(name: str) -> Callable[[ProcessGroup, int], Dispatcher]:
+    """The dispatcher called `name`. Raises ValueError when there is none."""
+    if name not in DISPATCHERS:
+        raise ValueError(f"moe_dispatcher={name!r} is not registered. Use one of {', '.join(sorted(DISPATCHERS))}.")
+    return DISPATCHERS[name]
+
+
 def make_dispatcher(name: str, group: ProcessGroup, num_experts: int) -> Dispatcher:
     """Build the dispatcher called `name` for one ep group (not a collective)."""
-    if name not in DISPATCHERS:
-        raise ValueError(f"no dispatcher is called {name!r}. Known: {', '.join(sorted(DISPATCHERS))}.")
-    return DISPATCHERS[name](group, num_experts)
+    return known_dispatcher(name)(group, num_experts)

@@ -7,7 +7,7 @@ travels is (token, rank) pairs, not (token, expert) pairs: about 0.27 of the byt
 One layer's forward, in numbered phases:
 
     1. route      which ranks each token needs                                     local, no sync
-    2. counts     all-gather of (rows, pairs) per destination                      collective, THE host sync
+    2. counts     all-gather of (rows, pairs) per destination, and of free memory  collective, THE host sync
     3. rows       all-to-all of hidden_states                                      collective
     4. slots      all-to-all of local indices and routing weights, one packed byte buffer   collective
        ... experts ...
@@ -31,8 +31,10 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from accel_moe.dispatch import memory
 from accel_moe.dispatch.base import Dispatched
 from accel_moe.dispatch.collectives import exchange_counts, exchange_rows
+from accel_moe.dispatch.keep import remember
 
 
 @dataclass(frozen=True)
@@ -68,9 +70,15 @@ class AllToAllDispatcher:
         self.num_local_experts = num_experts // self.ep
 
     def dispatch(
-        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+        self,
+        hidden_states: torch.Tensor,
+        top_k_index: torch.Tensor,
+        top_k_weights: torch.Tensor,
+        *,
+        bytes_per_pair: int = 0,
     ) -> Dispatched:
-        route, num_pairs = self._route(top_k_index)
+        bytes_per_row = hidden_states.shape[1] * hidden_states.element_size()
+        route, num_pairs = remember(lambda: self._route(top_k_index, bytes_per_row, bytes_per_pair))
         rows = _SendRows.apply(hidden_states, route)
         local_index, local_weights = _SendSlots.apply(top_k_weights, top_k_index, route, self.num_local_experts)
         return Dispatched(rows, local_index, local_weights, num_pairs, handle=route)
@@ -79,7 +87,7 @@ class AllToAllDispatcher:
         return _BringHome.apply(rows, dispatched.handle)
 
     @torch.no_grad()
-    def _route(self, top_k_index: torch.Tensor) -> tuple[Route, int]:
+    def _route(self, top_k_index: torch.Tensor, bytes_per_row: int, bytes_per_pair: int) -> tuple[Route, int]:
         tokens, device = top_k_index.shape[0], top_k_index.device
         destination = (top_k_index.long() // self.num_local_experts).clamp_(max=self.ep)
         needed = torch.zeros(tokens, self.ep + 1, dtype=torch.bool, device=device)
@@ -87,11 +95,18 @@ class AllToAllDispatcher:
         needed_by_rank = needed[:, : self.ep].t()  # [ep, T]
         ranks = torch.arange(self.ep, device=device)
         pairs = (destination.reshape(-1, 1) == ranks).sum(0)
-        counts = exchange_counts(torch.stack([needed_by_rank.sum(1), pairs], dim=1), self.group)  # [from, to, 2]
-        counts = counts.tolist()  # host sync: the exchange's sizes are Python integers
+        free = torch.full_like(pairs, memory.free_bytes(device))
+        ours = torch.stack([needed_by_rank.sum(1), pairs, free], dim=1)
+        counts = exchange_counts(ours, self.group).tolist()  # [from][to][3]; host sync: sizes are Python integers
+        rows_to = [sum(of[to][0] for of in counts) for to in range(self.ep)]
+        pairs_to = [sum(of[to][1] for of in counts) for to in range(self.ep)]
+        free_on = [of[0][2] for of in counts]
+        memory.check_fits(
+            rows_to, pairs_to, free_on, bytes_per_row=bytes_per_row, bytes_per_pair=bytes_per_pair, tokens=tokens
+        )
         send_counts = [to[0] for to in counts[self.ep_rank]]
         receive_counts = [of[self.ep_rank][0] for of in counts]
-        num_pairs = sum(of[self.ep_rank][1] for of in counts)
+        num_pairs = pairs_to[self.ep_rank]
 
         sent = sum(send_counts)
         position = needed_by_rank.reshape(-1).cumsum(0).sub_(1).view(self.ep, tokens)
@@ -108,6 +123,29 @@ def _send_rows(tokens: torch.Tensor, route: Route) -> torch.Tensor:
     """[T, H] to [max(R, 1), H]: phase 3. The one row of a rank that received nothing is zero."""
     received = exchange_rows(tokens[route.send_token], route.send_counts, route.receive_counts, route.group)
     return received if route.num_received else received.new_zeros((1, *received.shape[1:]))
+
+
+def _send_slots(
+    top_k_weights: torch.Tensor, top_k_index: torch.Tensor, route: Route, num_local_experts: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Phase 4. Per row received: its K local expert numbers (e where the slot belongs to another rank) and weights."""
+    device, k = top_k_weights.device, top_k_weights.shape[1]
+    to_rank = torch.repeat_interleave(
+        torch.arange(len(route.send_counts), device=device),
+        torch.tensor(route.send_counts, device=device),
+        output_size=sum(route.send_counts),
+    )[:, None]
+    ours = route.destination[route.send_token] == to_rank
+    index = torch.where(ours, top_k_index[route.send_token].long() - to_rank * num_local_experts, num_local_experts)
+    weights = torch.where(ours, top_k_weights[route.send_token], 0.0).to(top_k_weights.dtype)
+    packed = torch.cat([_as_bytes(index.int()), _as_bytes(weights)], dim=1)
+    packed = exchange_rows(packed, route.send_counts, route.receive_counts, route.group)
+    index = _from_bytes(packed[:, : 4 * k], torch.int32).long()
+    weights = _from_bytes(packed[:, 4 * k :], top_k_weights.dtype)
+    if not route.num_received:
+        index = index.new_full((1, k), num_local_experts)
+        weights = weights.new_zeros((1, k))
+    return index, weights
 
 
 def _bring_home(rows: torch.Tensor, route: Route) -> torch.Tensor:
@@ -129,7 +167,7 @@ class _SendRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden_states: torch.Tensor, route: Route) -> torch.Tensor:
         ctx.route = route
-        return _send_rows(hidden_states, route)
+        return remember(lambda: _send_rows(hidden_states, route))
 
     @staticmethod
     def backward(ctx, grad_rows: torch.Tensor):
@@ -140,7 +178,7 @@ class _BringHome(torch.autograd.Function):
     @staticmethod
     def forward(ctx, rows: torch.Tensor, route: Route) -> torch.Tensor:
         ctx.route = route
-        return _bring_home(rows, route)
+        return remember(lambda: _bring_home(rows, route))
 
     @staticmethod
     def backward(ctx, grad_home: torch.Tensor):
@@ -148,27 +186,12 @@ class _BringHome(torch.autograd.Function):
 
 
 class _SendSlots(torch.autograd.Function):
-    """Phase 4: per sent row, its K local expert numbers (e where the slot belongs to another rank) and weights."""
+    """Phase 4, and the way back of the routing weights' gradient."""
 
     @staticmethod
     def forward(ctx, top_k_weights: torch.Tensor, top_k_index: torch.Tensor, route: Route, num_local_experts: int):
         ctx.route = route
-        device, k = top_k_weights.device, top_k_weights.shape[1]
-        to_rank = torch.repeat_interleave(
-            torch.arange(len(route.send_counts), device=device),
-            torch.tensor(route.send_counts, device=device),
-            output_size=sum(route.send_counts),
-        )[:, None]
-        ours = route.destination[route.send_token] == to_rank
-        index = torch.where(ours, top_k_index[route.send_token].long() - to_rank * num_local_experts, num_local_experts)
-        weights = torch.where(ours, top_k_weights[route.send_token], 0.0).to(top_k_weights.dtype)
-        packed = torch.cat([_as_bytes(index.int()), _as_bytes(weights)], dim=1)
-        packed = exchange_rows(packed, route.send_counts, route.receive_counts, route.group)
-        index = _from_bytes(packed[:, : 4 * k], torch.int32).long()
-        weights = _from_bytes(packed[:, 4 * k :], top_k_weights.dtype)
-        if not route.num_received:
-            index = index.new_full((1, k), num_local_experts)
-            weights = weights.new_zeros((1, k))
+        index, weights = remember(lambda: _send_slots(top_k_weights, top_k_index, route, num_local_experts))
         ctx.mark_non_differentiable(index)
         return index, weights
 

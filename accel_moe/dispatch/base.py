@@ -5,7 +5,9 @@
     out        = dispatcher.combine(rows_out, dispatched)
 
 A dispatcher knows ranks and nothing of kernels; an experts function knows kernels and nothing of ranks. To add
-a backend, write one file with a class of this shape and one line in `DISPATCHERS` (dispatch/__init__.py).
+a backend, write one file with a class of this shape and one line in `DISPATCHERS` (dispatch/__init__.py), there or
+from outside (`accel_moe.dispatch.DISPATCHERS["mine"] = Mine`); `moe_dispatcher: mine` then takes it. What it keeps
+for a forward that activation checkpointing runs again, it gives through `accel_moe.dispatch.keep.remember`.
 
 Shape letters, here and everywhere: T tokens on this rank, K top-k, H hidden, E experts in all, e experts on this
 rank, R rows received, P (row, expert) pairs to compute.
@@ -20,6 +22,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+from torch.distributed import ProcessGroup
 
 
 @dataclass(frozen=True)
@@ -45,11 +48,22 @@ class Dispatched:
 
 class Dispatcher(Protocol):
     """One experts layer's road to its ep group and back. Every method is a collective over the ep group: each
-    rank calls it once per forward, whatever its own number of tokens (0 included), and their backwards likewise.
+    rank calls it once per forward (once per chunk, with moe_dispatch_chunk_tokens), whatever its own number of tokens
+    (0 included), and their backwards likewise.
+
+    Attributes:
+        group: the ep group.
     """
 
+    group: ProcessGroup
+
     def dispatch(
-        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+        self,
+        hidden_states: torch.Tensor,
+        top_k_index: torch.Tensor,
+        top_k_weights: torch.Tensor,
+        *,
+        bytes_per_pair: int = 0,
     ) -> Dispatched:
         """Send each token to the ranks that own its experts.
 
@@ -57,6 +71,8 @@ class Dispatcher(Protocol):
             hidden_states: [T, H] in the compute dtype. T may differ from rank to rank.
             top_k_index: [T, K] integers in 0..E-1; E or more marks a slot without an expert.
             top_k_weights: [T, K] floating point.
+            bytes_per_pair: what the experts function will take at least for one (row, expert) pair. Where that
+                cannot fit on some rank, every rank raises torch.OutOfMemoryError, before anything is allocated.
 
         Differentiable in hidden_states and top_k_weights. The gradients of sentinel slots are never read: an
         experts function may leave garbage there.

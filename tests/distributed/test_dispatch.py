@@ -87,6 +87,49 @@ def check_routings(dtype) -> None:
             )
 
 
+def check_chunks(limit: int) -> None:
+    """Every routing in chunks: the same numbers, forward and backward, whatever the ranks' numbers of tokens."""
+    import torch.distributed as dist
+
+    from accel_moe.dispatch import make_dispatcher
+    from accel_moe.dispatch.chunks import in_chunks
+
+    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    rank, world = dist.get_rank(), dist.get_world_size()
+    device = torch.device("cuda", rank) if torch.cuda.is_available() else torch.device("cpu")
+    dispatcher = make_dispatcher("all_to_all", dist.group.WORLD, E)
+    matrices = torch.randn(E, H, H, generator=torch.Generator().manual_seed(0)).to(device).requires_grad_()
+    e = E // world
+    most = []
+
+    def layer(hidden, index, weights):
+        sent = dispatcher.dispatch(hidden, index, weights)
+        most.append(sent.rows.shape[0])
+        own = matrices[rank * e : (rank + 1) * e]
+        return dispatcher.combine(slow_experts(sent.rows, sent.local_index, sent.local_weights, own), sent)
+
+    for step, kind in enumerate(KINDS):
+        tokens = tuple(t.to(device) for t in tokens_of(kind, rank, world, step))
+        tokens[0].requires_grad_()
+        tokens[2].requires_grad_()
+        wanted = (tokens[0], tokens[2], matrices)
+        whole = layer(*tokens)
+        upstream = torch.randn_like(whole)
+        expected = torch.autograd.grad(whole, wanted, upstream)
+        most.clear()
+        chunked = in_chunks(layer, limit, dist.group.WORLD, tokens)
+        assert max(most) <= max(1, world * limit), kind
+        torch.testing.assert_close(chunked, whole, rtol=0, atol=0, msg=lambda m, kind=kind: f"{kind}: {m}")
+        for gradient, want in zip(torch.autograd.grad(chunked, wanted, upstream), expected):
+            torch.testing.assert_close(gradient, want, rtol=1e-5, atol=1e-5, msg=lambda m, kind=kind: f"{kind}: {m}")
+
+
+@pytest.mark.parametrize("limit", [1, 4, 100])
+@pytest.mark.parametrize("world", [2, 4])
+def test_a_dispatch_in_chunks_gives_the_same_numbers_for_every_routing(world, limit):
+    run_ranks(check_chunks, world, limit)
+
+
 @pytest.mark.core
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("world", [1, 2, 4])

@@ -38,6 +38,10 @@ TABLE = [
     Case(2, 2, tie=True),
     Case(2, 2, checkpointing=True, nothing_received=True),
     Case(4, 4, checkpointing=True, nothing_received=True),
+    Case(2, 2, options=(("moe_dispatch_chunk_tokens", 7),)),
+    Case(4, 4, options=(("moe_dispatch_chunk_tokens", 5),), checkpointing=True, nothing_received=True),
+    Case(4, 2, options=(("moe_dispatch_chunk_tokens", 5),), accumulation=2),
+    Case(2, 2, options=(("moe_keep_exchanged", False),), checkpointing=True, nothing_received=True),
     Case(2, 2, ram_efficient=True),
     Case(4, 2, ram_efficient=True, tie=True),
     Case(4, 2, two_groups=True),
@@ -79,15 +83,17 @@ def cached_yardstick(case: Case) -> float:
 
 def yardstick(case: Case) -> float:
     """The weights' distance of accelerate FSDP2 without us, on the same ranks with the same experts function."""
-    plain = replace(case, ep=1, ours=False, mesh=True, ram_efficient=False)
+    plain = replace(case, ep=1, ours=False, mesh=True, ram_efficient=False, options=())
     return cached_yardstick(plain)
 
 
 def check(run, case: Case) -> None:
     expected = oracle(case)
     assert not (wrong := differences(run, expected)), "\n".join(wrong)
-    distance, allowed = weight_distance(run, expected), 2 * yardstick(case)
-    assert distance <= allowed, f"weights are {distance:.2e} from the oracle's; FSDP2 alone is {allowed / 2:.2e}"
+    # in chunks, a weight's gradient is a sum of sums, rounded once more for each: 1.7 to 5.5 times FSDP2's was measured
+    factor = 10 if "moe_dispatch_chunk_tokens" in dict(case.options) else 2
+    distance, alone = weight_distance(run, expected), yardstick(case)
+    assert distance <= factor * alone, f"weights are {distance:.2e} from the oracle's; FSDP2 alone is {alone:.2e}"
 
 
 @pytest.mark.core

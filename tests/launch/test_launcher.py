@@ -48,9 +48,7 @@ def write_yaml(path, degree, **other):
 
 def start(place, command, cwd=None):
     """Run `command` in `cwd`, by default `place`, and give the reports of its processes."""
-    inherited = {
-        k: v for k, v in os.environ.items() if k != "PYTEST_CURRENT_TEST" and not k.startswith("ACCEL")
-    }
+    inherited = {k: v for k, v in os.environ.items() if k != "PYTEST_CURRENT_TEST" and not k.startswith("ACCEL")}
     inherited |= {"PYTHONPATH": str(REPOSITORY), "HF_HOME": str(place / "hf"), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [str(word) for word in command],
@@ -89,9 +87,7 @@ def test_the_launcher_as_a_module_with_a_relative_path(place):
 def test_bash_wrappers_that_change_directory_before_and_after_the_launcher(place):
     launcher = shlex.quote(str(SCRIPTS / "accelerate"))
     (place / "inner.sh").write_text(f"cd below\n{shlex.quote(sys.executable)} ../probe.py\n")
-    (place / "outer.sh").write_text(
-        f"cd ..\n{launcher} launch --config_file ep2.yaml --no_python bash inner.sh\n"
-    )
+    (place / "outer.sh").write_text(f"cd ..\n{launcher} launch --config_file ep2.yaml --no_python bash inner.sh\n")
     assert start(place, ["bash", "../outer.sh"], cwd=place / "below") == found(place)
 
 

@@ -80,7 +80,9 @@ def test_describe_gives_each_value_with_its_source_in_one_line():
     line = resolve({"moe_kernel": "eager"}, environ={}, yaml=parallelism(moe_ep_degree=4)).describe()
     assert line == (
         "accel_moe: moe_ep_degree=4 (/x/ep2.yaml (parallelism_config.moe_ep_degree)), "
-        "moe_kernel='eager' (argument to prepare()), moe_async_save=False (default), moe_verify='checksums' (default)"
+        "moe_kernel='eager' (argument to prepare()), moe_dispatcher='all_to_all' (default), "
+        "moe_dispatch_chunk_tokens=0 (default), moe_keep_exchanged=True (default), moe_async_save=False (default), "
+        "moe_verify='checksums' (default)"
     )
 
 
@@ -99,10 +101,7 @@ def test_the_config_is_frozen():
 
 def test_the_yaml_may_refer_to_the_environment(monkeypatch):
     monkeypatch.setenv("EP_OF_THIS_RUN", "4")
-    assert (
-        resolve(environ={}, yaml=parallelism(moe_ep_degree="${oc.env:EP_OF_THIS_RUN}")).config.moe_ep_degree
-        == 4
-    )
+    assert resolve(environ={}, yaml=parallelism(moe_ep_degree="${oc.env:EP_OF_THIS_RUN}")).config.moe_ep_degree == 4
 
 
 def test_an_interpolation_may_carry_a_default(monkeypatch):
@@ -118,9 +117,7 @@ def test_an_unset_variable_is_named_with_the_mend(monkeypatch):
     assert "${oc.env:NAME,1}" in message
 
 
-@pytest.mark.parametrize(
-    "text", ["${oc.env:EP_OF_THIS_RUN", "${nosuch:1}", "${num_processes}", "${oc.env:WORD}"]
-)
+@pytest.mark.parametrize("text", ["${oc.env:EP_OF_THIS_RUN", "${nosuch:1}", "${num_processes}", "${oc.env:WORD}"])
 def test_an_interpolation_that_cannot_work_is_refused_with_its_source(monkeypatch, text):
     monkeypatch.setenv("WORD", "abc")
     message = refusal(yaml=parallelism(moe_ep_degree=text))
@@ -298,9 +295,7 @@ def test_ranks_that_agree_give_no_message_whatever_their_sources():
 def test_ranks_that_differ_are_named_with_each_ones_source():
     message = config_mismatch([rank(2, "/a.yaml")] * 3 + [rank(1, "default")] + [rank(2, "/a.yaml")])
     assert message is not None
-    assert (
-        "moe_ep_degree differs between ranks: 2 on ranks 0-2, 4 (/a.yaml), 1 on rank 3 (default)." in message
-    )
+    assert "moe_ep_degree differs between ranks: 2 on ranks 0-2, 4 (/a.yaml), 1 on rank 3 (default)." in message
     assert "moe_kernel" not in message
     assert "same --config_file" in message
 
@@ -324,6 +319,9 @@ def test_what_a_rank_hands_over_for_comparison_is_what_resolve_found():
     assert resolved.for_comparison() == {
         "moe_ep_degree": (2, "argument to prepare()"),
         "moe_kernel": ("auto", "default"),
+        "moe_dispatcher": ("all_to_all", "default"),
+        "moe_dispatch_chunk_tokens": (0, "default"),
+        "moe_keep_exchanged": (True, "default"),
         "moe_async_save": (False, "default"),
         "moe_verify": ("checksums", "default"),
     }
@@ -336,9 +334,7 @@ def test_the_table_has_a_row_with_help_for_every_option():
     rows = options_table().splitlines()[2:]
     assert len(rows) == len(dataclasses.fields(MoEConfig))
     assert rows[0].startswith("| `moe_ep_degree` | `ACCEL_MOE_EP_DEGREE` | `1` | How many ranks")
-    assert all(
-        entry.name.startswith("moe_") and entry.metadata["help"] for entry in dataclasses.fields(MoEConfig)
-    )
+    assert all(entry.name.startswith("moe_") and entry.metadata["help"] for entry in dataclasses.fields(MoEConfig))
 
 
 def test_the_readme_has_the_table_as_generated():
@@ -346,9 +342,7 @@ def test_the_readme_has_the_table_as_generated():
     text = readme.read_text(encoding="utf-8") if readme.exists() else ""
     if len(text.splitlines()) < 5:
         pytest.skip("README.md is not written yet")
-    assert text.count(config.TABLE_BEGIN) == text.count(config.TABLE_END) == 1, (
-        "README.md needs the two markers"
-    )
+    assert text.count(config.TABLE_BEGIN) == text.count(config.TABLE_END) == 1, "README.md needs the two markers"
     block = text.split(config.TABLE_BEGIN)[1].split(config.TABLE_END)[0]
     assert block.strip() == options_table(), "paste the output of `python -m accel_moe.config` into README.md"
 

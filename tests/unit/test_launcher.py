@@ -211,9 +211,7 @@ def test_the_default_file_is_where_accelerate_looks(environ, monkeypatch):
 def test_a_json_file_is_read_as_accelerate_reads_it(tmp_path):
     path = tmp_path / "ep2.json"
     path.write_text(json.dumps({"parallelism_config": {"moe_ep_degree": 2}}, indent="\t"))  # tabs: not YAML
-    assert find_in([launch("--config_file", path, "train.py")]).content["parallelism_config"] == {
-        "moe_ep_degree": 2
-    }
+    assert find_in([launch("--config_file", path, "train.py")]).content["parallelism_config"] == {"moe_ep_degree": 2}
 
 
 # ---- What cannot be read is an error, never "off"

@@ -1,0 +1,106 @@
+"""What an exchange brought, kept until backward: activation checkpointing runs a forward again, and the exchange with
+it unless somebody kept its result.
+
+`kept_exchanges` is a `context_fn` for torch.utils.checkpoint. Between its two contexts a function given to `remember`
+runs the first time only; when the forward is run again, it is not called, and what it returned comes back. Everything
+else of the layer (attention, norms, router, the experts' GEMMs) is computed again, as checkpointing wants it. What is
+kept belongs to the checkpoint's own frame, and goes with the autograd graph.
+
+Which results are worth keeping is decided by torch.utils.checkpoint's selective policies, too; they act on every
+operator by a dispatch mode, where this acts on a handful of Python calls.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+import torch
+
+T = TypeVar("T")
+_thread = threading.local()  # backward, and so the second run, has a thread of its own on a GPU
+
+
+def remember(compute: Callable[[], T]) -> T:
+    """compute(); or, where checkpointing runs a kept forward again, what compute() returned the first time.
+
+    Tensors come back without the autograd history they got since: call it inside an autograd function's forward, or
+    under no_grad.
+    """
+    stack = _stack()
+    return stack[-1](compute) if stack else compute()
+
+
+def kept_exchanges() -> tuple[Any, Any]:
+    """The contexts of a forward that keeps and of its second run, for `torch.utils.checkpoint(context_fn=...)`."""
+    values: list[Any] = []
+    return _keep(values), _Replay(values)
+
+
+@contextlib.contextmanager
+def nothing_kept() -> Iterator[None]:
+    """Within it, `remember` only computes."""
+    with _pushed(lambda compute: compute()):
+        yield
+
+
+@contextlib.contextmanager
+def _keep(values: list[Any]) -> Iterator[None]:
+    def run(compute):
+        value = compute()
+        values.append(_detached(value))
+        return value
+
+    with _pushed(run):
+        yield
+
+
+class _Replay:
+    """A context that can be entered more than once: with retain_graph a forward is run again for each backward."""
+
+    def __init__(self, values: list[Any]):
+        self._values = values
+
+    def __enter__(self) -> None:
+        left = iter(self._values)
+
+        def run(compute):
+            try:
+                return _detached(next(left))
+            except StopIteration:
+                raise RuntimeError(
+                    "A checkpointed forward exchanged more often when it was run again than the first time. It must "
+                    "do the same both times; or set moe_keep_exchanged: false."
+                ) from None
+
+        self._pushed = _pushed(run)
+        self._pushed.__enter__()
+
+    def __exit__(self, *exception: Any) -> None:
+        self._pushed.__exit__(*exception)
+
+
+@contextlib.contextmanager
+def _pushed(run: Callable[[Callable[[], Any]], Any]) -> Iterator[None]:
+    stack = _stack()
+    stack.append(run)
+    try:
+        yield
+    finally:
+        stack.pop()
+
+
+def _stack() -> list[Callable[[Callable[[], Any]], Any]]:
+    if not hasattr(_thread, "stack"):
+        _thread.stack = []
+    return _thread.stack
+
+
+def _detached(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.detach()
+    if type(value) is tuple:
+        return tuple(map(_detached, value))
+    return value

@@ -1,0 +1,46 @@
+"""Activation checkpointing that does not exchange twice, however it was switched on.
+
+accelerate's `fsdp_activation_checkpointing` wraps the decoder layers, transformers' `gradient_checkpointing_enable`
+gives them a function; both end in torch.utils.checkpoint, which takes a `context_fn`. It is given here, to layers that
+hold experts, unless the user gave one; see dispatch/keep.py for what it keeps. Reentrant checkpointing has no such
+contexts, and exchanges twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
+from torch.utils.checkpoint import checkpoint
+
+from accel_moe.dispatch.keep import kept_exchanges
+from accel_moe.experts import ScatterMoE
+
+
+def keep_exchanges(model: nn.Module) -> None:
+    """From now on, checkpointed layers of `model` keep what their exchange brought. Call it on a sharded model."""
+    holders = [m for m in model.modules() if any(isinstance(child, ScatterMoE) for child in m.modules())]
+    for module in holders:
+        if isinstance(module, CheckpointWrapper):
+            module.checkpoint_fn = _keeping(module.checkpoint_fn)
+    # transformers' may be switched on at any time, before or after
+    switches = [m for m in holders if hasattr(m, "gradient_checkpointing")]
+
+    def look(*_: Any) -> None:
+        for module in switches:
+            if module.gradient_checkpointing:
+                module._gradient_checkpointing_func = _keeping(module._gradient_checkpointing_func)
+
+    model.register_forward_pre_hook(look)
+
+
+def _keeping(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The same checkpoint function, with our contexts where it has none."""
+    if not isinstance(function, partial) or function.func is not checkpoint:
+        return function
+    if function.keywords.get("use_reentrant") is not False or {"context_fn", "debug"} & set(function.keywords):
+        return function
+    return partial(function, context_fn=kept_exchanges)

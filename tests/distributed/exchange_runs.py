@@ -1,0 +1,176 @@
+"""What the ranks of test_exchange.py do."""
+
+from __future__ import annotations
+
+import datetime
+import gc
+import os
+import signal
+import time
+from dataclasses import replace
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+
+from tests.distributed.parity import Case, accelerator_for, build, clean, prepared, whole
+from tests.tiny import batches
+
+
+def own_batch(accelerator, step: int = 0) -> torch.Tensor:
+    batch = batches(step + 1)[step]
+    return batch.chunk(accelerator.num_processes)[accelerator.process_index].to(accelerator.device)
+
+
+def gradients_and_exchanges(case: Case, transformers_checkpointing: str = "") -> tuple[dict[str, torch.Tensor], int]:
+    """One step: every gradient, and how often rows or slots were exchanged in forward and backward."""
+    from accel_moe.dispatch import all_to_all
+
+    if transformers_checkpointing == "before":
+        with mock.patch("tests.distributed.parity.build", checkpointed):
+            accelerator, model, _ = prepared(case)
+    else:
+        accelerator, model, _ = prepared(case)
+    if transformers_checkpointing == "after":
+        model.gradient_checkpointing_enable()
+    model.train()
+    own = own_batch(accelerator)
+    with mock.patch.object(all_to_all, "exchange_rows", side_effect=all_to_all.exchange_rows) as exchange:
+        accelerator.backward(model(input_ids=own, labels=own).loss)
+        calls = exchange.call_count
+    return {clean(n): whole(p.grad) for n, p in model.named_parameters()}, calls
+
+
+def checkpointed(case: Case):
+    model = build(case)
+    model.gradient_checkpointing_enable()
+    return model
+
+
+def backward_twice(case: Case) -> list[dict[str, torch.Tensor]]:
+    """Gradients of one forward, taken twice: its layers are run again twice."""
+    accelerator, model, _ = prepared(case)
+    own = own_batch(accelerator)
+    loss = model(input_ids=own, labels=own).loss
+    found = []
+    for again in (True, False):
+        loss.backward(retain_graph=again)
+        found.append({clean(n): whole(p.grad) for n, p in model.named_parameters()})
+        model.zero_grad()
+    return found
+
+
+def crowded(case: Case, free: list[int]) -> tuple[str, bool]:
+    """A forward where rank r has free[r] bytes left: (the error, whether the next one, with room, went through)."""
+    from accel_moe.dispatch import memory
+
+    accelerator, model, _ = prepared(case)
+    own = own_batch(accelerator)
+    text = ""
+    with mock.patch.object(memory, "free_bytes", lambda device: free[dist.get_rank()]):
+        try:
+            model(input_ids=own)
+        except torch.OutOfMemoryError as error:
+            text = str(error)
+    model(input_ids=own)
+    return text, True
+
+
+class Echo:
+    """A toy dispatcher: every rank gathers every token, computes its own experts, and the sums are reduced."""
+
+    def __init__(self, group, num_experts: int):
+        self.group, self.rank = group, dist.get_rank(group)
+        self.local = num_experts // dist.get_world_size(group)
+
+    def dispatch(self, hidden_states, top_k_index, top_k_weights, *, bytes_per_pair: int = 0):
+        from torch.distributed.nn.functional import all_gather
+
+        from accel_moe.dispatch.base import Dispatched
+
+        rows = torch.cat(all_gather(hidden_states.contiguous(), group=self.group))
+        index = [torch.empty_like(top_k_index) for _ in range(dist.get_world_size(self.group))]
+        dist.all_gather(index, top_k_index.contiguous(), group=self.group)
+        weights = torch.cat(all_gather(top_k_weights.contiguous(), group=self.group))
+        index = torch.cat(index) - self.rank * self.local
+        ours = (index >= 0) & (index < self.local)
+        index, weights = torch.where(ours, index, self.local), torch.where(ours, weights, 0.0)
+        return Dispatched(rows, index, weights, int(ours.sum()), handle=hidden_states.shape[0])
+
+    def combine(self, rows, dispatched):
+        from torch.distributed.nn.functional import all_reduce
+
+        return all_reduce(rows, group=self.group).split(dispatched.handle)[self.rank]
+
+
+def train_with_toy(case: Case):
+    from accel_moe.dispatch import DISPATCHERS
+    from tests.distributed.parity import train_on_rank
+
+    DISPATCHERS["echo"] = Echo
+    return train_on_rank(replace(case, options=(("moe_dispatcher", "echo"),)))
+
+
+def live_bytes(case: Case, steps: int, after: int) -> tuple[int, int]:
+    """Bytes of live tensors (on a GPU, of the allocator) after `after` steps and after all, with other tokens each."""
+    accelerator, model, optimizer = prepared(case)
+    generator = torch.Generator().manual_seed(accelerator.process_index)
+    found = []
+    for step in range(1, steps + 1):
+        own = torch.randint(0, 64, (2, 6), generator=generator).to(accelerator.device)
+        accelerator.backward(model(input_ids=own, labels=own).loss)
+        accelerator.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        if step in (after, steps):
+            gc.collect()
+            found.append(allocated())
+    return found[0], found[1]
+
+
+def allocated() -> int:
+    if torch.cuda.is_available():
+        return torch.cuda.memory_allocated()
+    storages = {}
+    for found in gc.get_objects():
+        if isinstance(found, torch.Tensor) and type(found) is not torch.distributed.tensor.DTensor:
+            storages[found.untyped_storage().data_ptr()] = found.untyped_storage().nbytes()
+    return sum(storages.values())
+
+
+def die_in_step(case: Case, how: str, timeout_s: float, folder: str) -> None:
+    """Rank 1 stops, or is gone, between two exchanges of the second step; rank 0 writes down what it saw."""
+    import accel_moe
+    import accel_moe.cpu
+    from accel_moe.dispatch import all_to_all
+
+    accel_moe.cpu.enable()
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout_s))
+    model = accel_moe.prepare(build(case), moe_ep_degree=case.ep)
+    accelerator = accelerator_for(case, model)
+    model, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters()))
+    send = all_to_all._send_rows
+
+    def last(*arguments):
+        if accelerator.process_index == 1 and how == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if accelerator.process_index == 1:
+            time.sleep(600)
+        return send(*arguments)
+
+    started = time.monotonic()
+    try:
+        for step in range(2):
+            if step == 1:
+                dist.barrier()
+                started = time.monotonic()
+                all_to_all._send_rows = last
+            own = own_batch(accelerator, step)
+            accelerator.backward(model(input_ids=own, labels=own).loss)
+            optimizer.step()
+            optimizer.zero_grad()
+    except BaseException as error:
+        with open(os.path.join(folder, "seen"), "w") as file:
+            file.write(f"{time.monotonic() - started:.1f} {type(error).__name__}: {error}")
+        raise

@@ -1,0 +1,96 @@
+"""The exchange around its happy path: in chunks, under activation checkpointing, without memory, with a dead rank."""
+
+import pytest
+import torch
+
+from tests.distributed import exchange_runs as runs
+from tests.distributed.parity import Case, differences
+from tests.distributed.test_parity import oracle
+from tests.ranks import run_ranks
+
+RECOMPUTE = (("moe_keep_exchanged", False),)
+NO_CHECKPOINTING, KEPT, AGAIN = 2 * 6, 2 * 6, 2 * 8
+"""Exchanges of rows and slots in a step of two layers: three forward and three backward each. Exchanging again costs
+rows and slots; bringing the sums home is left out, because checkpointing stops once it has what backward needs."""
+
+
+def assert_same(found: dict, wanted: dict) -> None:
+    assert found.keys() == wanted.keys()
+    for name, gradient in wanted.items():
+        assert torch.equal(found[name], gradient), (
+            name
+        )  # the same sums in the same order: nothing is computed otherwise
+
+
+@pytest.mark.parametrize("nothing_received", [False, True], ids=["", "nothing received"])
+def test_activation_checkpointing_does_not_exchange_twice(nothing_received):
+    plain, calls = run_ranks(runs.gradients_and_exchanges, 2, Case(2, 2, nothing_received=nothing_received))[0]
+    assert calls == NO_CHECKPOINTING
+    case = Case(2, 2, checkpointing=True, nothing_received=nothing_received)
+    kept, calls = run_ranks(runs.gradients_and_exchanges, 2, case)[0]
+    assert calls == KEPT
+    assert_same(kept, plain)
+    case = Case(2, 2, checkpointing=True, nothing_received=nothing_received, options=RECOMPUTE)
+    again, calls = run_ranks(runs.gradients_and_exchanges, 2, case)[0]
+    assert calls == AGAIN
+    assert_same(again, plain)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3"])
+def test_gradient_checkpointing_of_transformers_does_not_exchange_twice(family, when):
+    case = Case(2, 2, family=family)
+    plain, expected = run_ranks(runs.gradients_and_exchanges, 2, case)[0]
+    kept, calls = run_ranks(runs.gradients_and_exchanges, 2, case, when)[0]
+    assert calls == expected
+    assert_same(kept, plain)
+
+
+def test_a_kept_forward_can_be_run_again_more_than_once():
+    for first, second in run_ranks(runs.backward_twice, 2, Case(2, 2, checkpointing=True)):
+        assert_same(second, first)
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("where", [0, 1])
+def test_what_cannot_fit_is_refused_on_every_rank_before_it_is_allocated(where):
+    free = [2**30, 2**30]
+    free[where] = 4096
+    for text, went_on in run_ranks(runs.crowded, 2, Case(2, 2, nothing_received=True), free):
+        if where == 1:  # sends all its rows away, and needs nothing
+            assert text == ""
+        else:
+            assert "ep rank 0 were sent" in text and "moe_dispatch_chunk_tokens" in text
+        assert went_on
+
+
+def test_chunks_need_less_than_the_whole():
+    """The same memory, too little for all tokens at once, is enough for three at a time."""
+    case = Case(2, 2, nothing_received=True)
+    free = [6 * 32 * 4 + 12 * (2 * 24 + 24) * 4 + 1, 2**30]  # 3 rows from each of 2 ranks, 2 experts for each
+    assert all("moe_dispatch_chunk_tokens" in text for text, _ in run_ranks(runs.crowded, 2, case, free))
+    in_chunks = Case(2, 2, nothing_received=True, options=(("moe_dispatch_chunk_tokens", 3),))
+    assert all(text == "" for text, _ in run_ranks(runs.crowded, 2, in_chunks, free))
+
+
+def test_a_dispatcher_from_outside_the_package_trains_alike():
+    case = Case(2, 2, kernel="grouped_mm")
+    assert not (wrong := differences(run_ranks(runs.train_with_toy, 2, case)[0], oracle(case))), "\n".join(wrong)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [Case(2, 2), Case(2, 2, checkpointing=True), Case(2, 2, options=(("moe_dispatch_chunk_tokens", 5),))],
+    ids=lambda case: case.name,
+)
+def test_two_hundred_steps_with_changing_routings_leave_no_memory_behind(case):
+    for early, late in run_ranks(runs.live_bytes, 2, case, 200, 20):
+        assert late == early
+
+
+@pytest.mark.parametrize("how", ["killed", "stuck"])
+def test_a_rank_that_is_lost_in_a_step_ends_the_job_within_the_timeout(how, tmp_path):
+    with pytest.raises(AssertionError, match="rank"):
+        run_ranks(runs.die_in_step, 2, Case(2, 2), how, 10.0, str(tmp_path), timeout_s=120)
+    seconds, kind = (tmp_path / "seen").read_text().split(" ", 1)
+    assert float(seconds) < 30 and "Error" in kind, (seconds, kind)

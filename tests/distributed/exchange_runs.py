@@ -171,6 +171,8 @@ def die_in_step(case: Case, how: str, timeout_s: float, folder: str) -> None:
             optimizer.step()
             optimizer.zero_grad()
     except BaseException as error:
+        if accelerator.process_index:
+            raise
         with open(os.path.join(folder, "seen"), "w") as file:
             file.write(f"{time.monotonic() - started:.1f} {type(error).__name__}: {error}")
         raise

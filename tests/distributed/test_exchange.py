@@ -88,9 +88,13 @@ def test_two_hundred_steps_with_changing_routings_leave_no_memory_behind(case):
         assert late == early
 
 
-@pytest.mark.parametrize("how", ["killed", "stuck"])
-def test_a_rank_that_is_lost_in_a_step_ends_the_job_within_the_timeout(how, tmp_path):
+@pytest.mark.parametrize(
+    "how, case",
+    [("killed", Case(2, 2)), ("stuck", Case(2, 2)), ("stuck", Case(4, 2))],
+    ids=["killed", "stuck", "stuck, of 4"],
+)
+def test_a_rank_that_is_lost_in_a_step_ends_the_job_within_the_timeout(how, case, tmp_path):
     with pytest.raises(AssertionError, match="rank"):
-        run_ranks(runs.die_in_step, 2, Case(2, 2), how, 10.0, str(tmp_path), timeout_s=120)
+        run_ranks(runs.die_in_step, case.world, case, how, 10.0, str(tmp_path), timeout_s=120)
     seconds, kind = (tmp_path / "seen").read_text().split(" ", 1)
     assert float(seconds) < 30 and "Error" in kind, (seconds, kind)

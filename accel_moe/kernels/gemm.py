@@ -635,6 +635,32 @@ def sum_slots(
 
 
 @triton.jit
+def load_pairs(ptr, offset, mask):
+    """-> gate, up in fp32, at 2 * offset and the place after; 16-bit pairs come as one 32-bit word, in one layout."""
+    if ptr.dtype.element_ty.primitive_bitwidth == 16:
+        word = tl.load(ptr.to(tl.pointer_type(tl.uint32)) + offset, mask=mask, other=0)
+        gate = (word & 0xFFFF).to(tl.uint16).to(ptr.dtype.element_ty, bitcast=True)
+        up = (word >> 16).to(tl.uint16).to(ptr.dtype.element_ty, bitcast=True)
+    else:
+        gate = tl.load(ptr + 2 * offset, mask=mask, other=0.0)
+        up = tl.load(ptr + 2 * offset + 1, mask=mask, other=0.0)
+    return gate.to(tl.float32), up.to(tl.float32)
+
+
+@triton.jit
+def store_pairs(ptr, offset, gate, up, mask):
+    """The other way."""
+    gate, up = gate.to(ptr.dtype.element_ty), up.to(ptr.dtype.element_ty)
+    if ptr.dtype.element_ty.primitive_bitwidth == 16:
+        low = gate.to(tl.uint16, bitcast=True).to(tl.uint32)
+        word = low | (up.to(tl.uint16, bitcast=True).to(tl.uint32) << 16)
+        tl.store(ptr.to(tl.pointer_type(tl.uint32)) + offset, word, mask=mask)
+    else:
+        tl.store(ptr + 2 * offset, gate, mask=mask)
+        tl.store(ptr + 2 * offset + 1, up, mask=mask)
+
+
+@triton.jit
 def activation_backward(
     da,
     scale,
@@ -664,11 +690,8 @@ def activation_backward(
     mask = (lane < rows_left) & (cols < intermediate)
     dtype = sa_tile.dtype.element_ty
     if GATED and INTERLEAVED:
-        col = 2 * col0 + tl.arange(0, 2 * BLOCK_I)[None, :]
-        h_offset = lane * (2 * intermediate) + col
-        h_mask = (lane < rows_left) & (col < 2 * intermediate)
-        h = tl.load(h_tile + h_offset, mask=h_mask, other=0.0).to(tl.float32)
-        gate, up = split_pairs(h, BLOCK_P, 2 * BLOCK_I, True)
+        h_offset = lane * intermediate + cols
+        gate, up = load_pairs(h_tile, h_offset, mask)
         a, from_gate, from_up = glu(gate, up, ACT, ALPHA, SHIFT, LIMIT, LATE)
     elif GATED:
         h_offset = lane * (2 * intermediate) + cols
@@ -682,8 +705,7 @@ def activation_backward(
     tl.store(sa_tile + lane * intermediate + cols, (a * scale[:, None]).to(dtype), mask=mask)
     da = da * scale[:, None]
     if GATED and INTERLEAVED:
-        dh = tl.join(da * from_gate, da * from_up).reshape(BLOCK_P, 2 * BLOCK_I)
-        tl.store(dh_tile + h_offset, dh.to(dtype), mask=h_mask)
+        store_pairs(dh_tile, h_offset, da * from_gate, da * from_up, mask)
     elif GATED:
         tl.store(dh_tile + h_offset, (da * from_gate).to(dtype), mask=mask)
         tl.store(dh_tile + h_offset + intermediate, (da * from_up).to(dtype), mask=mask)

@@ -10,7 +10,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
-from accel_moe import config, dispatch, experts, hooks, load
+from accel_moe import config, dispatch, experts, hooks, load, recognise
 
 logger = logging.getLogger("accel_moe")
 
@@ -36,11 +36,11 @@ def prepare(model: Model, **options: object) -> Model:
     """
     resolved = config.resolve(options)
     dispatch.known_dispatcher(resolved.config.moe_dispatcher)
-    layers = experts.find_experts(model)
+    layers = recognise.find_experts(model)
     if experts.prepared_state(model) is not None:
         return _already_prepared(model, resolved)
     _refuse_wrapped(model)
-    kernel = experts.choose_kernel(resolved.config.moe_kernel, layers)
+    kernel = recognise.choose_kernel(resolved.config.moe_kernel, layers)
     _refuse_unsupported(model, layers, kernel, resolved.config.moe_ep_degree)
     hooks.install()
     state = experts.PreparedState(
@@ -117,5 +117,5 @@ def _refuse_wrapped(model: nn.Module) -> None:
 def _refuse_unsupported(model: nn.Module, layers: dict[str, nn.Module], kernel: str, ep_degree: int) -> None:
     family = getattr(model.config, "model_type", type(model).__name__)
     for name, module in layers.items():
-        if why := experts.refusal(module, kernel=kernel, ep_degree=ep_degree):
+        if why := recognise.refusal(module, kernel=kernel, ep_degree=ep_degree):
             raise ValueError(f"{family}: cannot prepare {name} ({type(module).__name__}): {why}.")

@@ -5,7 +5,7 @@ Mixture-of-Experts block. It is on the experts interface if a class carries `@us
 one of its experts modules is made on the meta device from the family's default config (no weight is allocated,
 no file downloaded), and the same `refusal` that `prepare()` calls says whether it can be run and how.
 
-What is written by hand: why a family off the interface is off it (`experts.OFF_INTERFACE`), and which families the
+What is written by hand: why a family off the interface is off it (`recognise.OFF_INTERFACE`), and which families the
 tests of this package train over several ranks (`OVER_RANKS`, which is what those tests run).
 """
 
@@ -22,7 +22,7 @@ from types import ModuleType
 import torch
 from torch import nn
 
-from accel_moe import experts
+from accel_moe import recognise
 from accel_moe.kernels.gate import gate_of, has_default_gate
 
 _DECORATED = re.compile(r"^@use_experts_implementation[^\n]*\n(?:@[^\n]*\n)*class (\w+)", re.MULTILINE)
@@ -181,9 +181,9 @@ def families(names: Iterable[str] | None = None) -> list[Family]:
 
 def _row(source: Source) -> Family:
     classes = tuple(name for _, name in source.decorated)
-    shims = tuple((module, name) for module, name in source.lookalikes if name in experts.SHIMS)
+    shims = tuple((module, name) for module, name in source.lookalikes if name in recognise.SHIMS)
     if not classes and not shims:
-        note = experts.OFF_INTERFACE.get(source.name, "its experts are not on transformers' experts interface")
+        note = recognise.OFF_INTERFACE.get(source.name, "its experts are not on transformers' experts interface")
         return Family(source.name, tuple(n for _, n in source.lookalikes), "refused", "", "", note, "", ())
     layers, problems = [], []
     for module, name in source.decorated or shims:
@@ -195,23 +195,23 @@ def _row(source: Source) -> Family:
     classes = classes or tuple(name for _, name in shims)
     if not layers:
         return Family(source.name, classes, "refused", "", "", problems[0], "", ())
-    refusals = [why for layer in layers if (why := experts.refusal(layer, kernel="auto", ep_degree=1))]
-    not_ours = [why for layer in layers if (why := experts.not_scattermoe(layer))]
+    refusals = [why for layer in layers if (why := recognise.refusal(layer, kernel="auto", ep_degree=1))]
+    not_ours = [why for layer in layers if (why := recognise.not_scattermoe(layer))]
     maths = "; ".join(dict.fromkeys(describe_maths(layer) for layer in layers))
     keys = hub_key_style(source.name)
     if refusals:
         return Family(source.name, classes, "refused", maths, "", refusals[0], keys, ())
-    own_gate = any(gate_of(experts.as_interface(m)) is None for m in layers)
+    own_gate = any(gate_of(recognise.as_interface(m)) is None for m in layers)
     status = "shim" if not source.decorated else "own gate" if own_gate else "supported"
     kernel = "grouped_mm" if not_ours else "scattermoe"
-    limits = experts.limits(layers[0])
+    limits = recognise.limits(layers[0])
     note = "; ".join(filter(None, [limits, not_ours[0] if not_ours else ""]))
     return Family(source.name, classes, status, maths, kernel, note, keys, tests_of(source.name, bool(limits)))
 
 
 def describe_maths(module: nn.Module) -> str:
     """One experts module's maths in words, from its flags, activation and gate."""
-    layout = experts.as_interface(module)
+    layout = recognise.as_interface(module)
     words = []
     activation = getattr(module, "act_fn", None)
     name = getattr(activation, "__name__", type(activation).__name__) if activation is not None else "swiglu"
@@ -236,7 +236,7 @@ def describe_maths(module: nn.Module) -> str:
 
 def kind_of_maths(module: nn.Module) -> str:
     """A short name for the group of families that one kernel variant serves."""
-    layout = experts.as_interface(module)
+    layout = recognise.as_interface(module)
     if not layout.has_gate:
         return "no gate"
     parts = ["gate" if has_default_gate(layout) else "own gate"]

@@ -24,8 +24,10 @@ import torch
 from torch import nn
 
 from accel_moe import config, load, mesh, recompute, shard
+from accel_moe.adapters import adopt_adapters
 from accel_moe.checkpoint.hooked import HOOKED as CHECKPOINT_ROWS
-from accel_moe.experts import PreparedState, adopt_adapters, find_experts, plain_name, prepared_state, swapped_layers
+from accel_moe.experts import PreparedState, plain_name, prepared_state, swapped_layers
+from accel_moe.recognise import find_experts
 
 logger = logging.getLogger("accel_moe")
 

@@ -181,7 +181,7 @@ def accelerator_without_layers():
 
 def compare_family(accelerator, family: str, folder: str, ep: int) -> list[str]:
     import accel_moe
-    from accel_moe import experts
+    from accel_moe import recognise
     from tests.families import over_ranks, tiny_families
 
     model_class = tiny_families.tiny(family).model_class
@@ -192,8 +192,8 @@ def compare_family(accelerator, family: str, folder: str, ep: int) -> list[str]:
             model = accel_moe.from_pretrained(folder, model_class=model_class, **options)
         else:
             model = model_class.from_pretrained(folder, **options)
-        layers = experts.find_experts(model).values()
-        limited = any(experts.refusal(m, kernel="grouped_mm", ep_degree=ep) for m in layers)
+        layers = recognise.find_experts(model).values()
+        limited = any(recognise.refusal(m, kernel="grouped_mm", ep_degree=ep) for m in layers)
         accel_moe.prepare(model.train(), moe_ep_degree=1 if limited else ep)
         accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap = over_ranks.layer_classes(model)
         accelerator.state.fsdp_plugin.auto_wrap_policy = "transformer_based_wrap"

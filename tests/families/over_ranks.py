@@ -15,9 +15,11 @@ from tests.families import tiny_families
 from tests.families.sweep import compare
 
 SEQUENCES, LENGTH = 4, 6
-ABSOLUTE = 1e-6
-"""For gradients that vanish but for rounding (a router whose choice is hashed, a key's bias before a softmax). The
-loss is a sum over a sequence's outputs, so that other gradients are of order 0.01 to 10."""
+RELATIVE, ABSOLUTE = 1e-4, 1e-6
+"""Of a whole model the experts' sums, taken in another order, pass through what follows: qwen3_5_moe's recurrence makes
+2e-5 of the rounding (FSDP2 alone: 4e-6), the others 1e-5 at most. A wrong factor is of order 1. The absolute part is
+for gradients that vanish but for rounding (a router whose choice is hashed, a key's bias before a softmax). The loss is
+a sum over a sequence's outputs, so that other gradients are of order 0.01 to 10."""
 
 
 @dataclass(frozen=True)
@@ -113,4 +115,4 @@ def differences(run: Run, oracle: Run) -> tuple[float, str]:
         gradients = {n: r.gradients[n] if n in r.gradients else 0 * other.gradients[n] for n in sorted(names)}
         return {"output": torch.cat(r.outputs), "norm": torch.tensor([r.norm]), **gradients}
 
-    return compare(flat(run, oracle), flat(oracle, run), ABSOLUTE)
+    return compare(flat(run, oracle), flat(oracle, run), ABSOLUTE, RELATIVE)

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 import accel_moe
-from accel_moe import catalogue, experts
+from accel_moe import catalogue, recognise
 from tests.families import tiny_families
 
 T, K = 17, 2
@@ -104,8 +104,8 @@ def build_layer(family: str, module_name: str, class_name: str, seed: int = 0) -
 
 def routing(layer: nn.Module, seed: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
     """[T, K] experts, each token's distinct, the last one idle; identity experts among them where there are any."""
-    shim = experts.shim_of(layer)
-    count = experts.as_interface(layer).num_experts
+    shim = recognise.shim_of(layer)
+    count = recognise.as_interface(layer).num_experts
     identity = layer.zero_expert_num if shim is not None and shim.identity_experts else 0
     generator = torch.Generator().manual_seed(seed)
     choice = torch.stack([torch.randperm(count - 1 + identity, generator=generator)[:K] for _ in range(T)])
@@ -115,7 +115,7 @@ def routing(layer: nn.Module, seed: int = 3) -> tuple[torch.Tensor, torch.Tensor
 
 def run_layer(call, layer: nn.Module) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(5)
-    width = layer.down_proj.shape[-1 if experts.as_interface(layer).is_transposed else 1]
+    width = layer.down_proj.shape[-1 if recognise.as_interface(layer).is_transposed else 1]
     hidden = torch.randn(T, width, generator=generator).requires_grad_()
     index, weights = routing(layer)
     weights.requires_grad_()
@@ -140,7 +140,7 @@ def model_row(family: str, kernel: str) -> Row:
         row.result = f"not built: {type(error).__name__}: {error}"
         return row
     row.model = type(ours).__name__
-    layers = experts.find_experts(ours)
+    layers = recognise.find_experts(ours)
     row.experts = ", ".join(sorted({type(m).__name__ for m in layers.values()}))
     row.maths = "; ".join(sorted({catalogue.describe_maths(m) for m in layers.values()}))
     tiny_families.use_own_loop(oracle)
@@ -170,7 +170,10 @@ def run_model(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def compare(
-    found: dict[str, torch.Tensor | None], expected: dict[str, torch.Tensor | None], absolute: float = ABSOLUTE
+    found: dict[str, torch.Tensor | None],
+    expected: dict[str, torch.Tensor | None],
+    absolute: float = ABSOLUTE,
+    relative: float = RELATIVE,
 ) -> tuple[float, str]:
     """(largest relative difference, "ok" or the first thing that is wrong)."""
     if found.keys() != expected.keys():
@@ -186,7 +189,7 @@ def compare(
             return float("inf"), f"the oracle's {name} is not finite"
         largest = right.abs().max().item() if right.numel() else 0.0
         gap = (ours - right).abs().max().item() if right.numel() else 0.0
-        if not gap <= RELATIVE * largest + absolute:
+        if not gap <= relative * largest + absolute:
             wrong = wrong or f"wrong: {name} is off by {gap:.1e}, largest {largest:.1e}"
         if largest > absolute:
             worst = max(worst, gap / largest)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import pytest
 
-from accel_moe import catalogue, experts
+from accel_moe import catalogue, recognise
 from tests.families import over_ranks, sweep, tiny_families
 from tests.families.sweep import Row
 from tests.ranks import run_ranks
@@ -39,8 +39,8 @@ def test_every_other_family_over_two_ranks_equals_its_own_loop_on_one_process(fa
 @pytest.mark.slow
 @pytest.mark.parametrize("family", DEFAULT)
 def test_our_kernels_over_two_ranks_equal_the_loop_of_one_process(family, families_table):
-    layers = experts.find_experts(tiny_families.tiny(family).build()).values()
-    if why := next(filter(None, map(experts.not_scattermoe, layers)), None):
+    layers = recognise.find_experts(tiny_families.tiny(family).build()).values()
+    if why := next(filter(None, map(recognise.not_scattermoe, layers)), None):
         pytest.skip(f"scattermoe does not take it: {why}")
     check(family, families_table, "scattermoe")
 

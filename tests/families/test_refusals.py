@@ -8,12 +8,12 @@ import transformers
 from torch import nn
 
 import accel_moe
-from accel_moe import catalogue, experts
+from accel_moe import catalogue, experts, recognise
 from tests.families import tiny_families
 from tests.tiny import tiny_model
 
 OFF_INTERFACE = [
-    s for s in catalogue.sources() if not s.decorated and not any(name in experts.SHIMS for _, name in s.lookalikes)
+    s for s in catalogue.sources() if not s.decorated and not any(name in recognise.SHIMS for _, name in s.lookalikes)
 ]
 
 
@@ -23,7 +23,7 @@ def test_a_family_off_the_interface_is_refused_with_its_name_and_the_reason(sour
     with pytest.raises(ValueError) as refused:
         accel_moe.prepare(model)
     assert f"model_type {model.config.model_type}" in str(refused.value)
-    assert experts.OFF_INTERFACE[source.name] in str(refused.value)
+    assert recognise.OFF_INTERFACE[source.name] in str(refused.value)
     assert any(name in str(refused.value) for _, name in source.lookalikes)
 
 
@@ -108,7 +108,7 @@ def test_a_shim_refuses_its_class_with_other_parameters_or_another_call():
     layer = Step3p7Experts()
     layer.gate_up_proj = nn.Parameter(torch.zeros(8, 48, 32))
     layer.down_proj = nn.Parameter(torch.zeros(8, 32, 24))
-    assert experts.shim_of(layer) is None
+    assert recognise.shim_of(layer) is None
     with pytest.raises(ValueError, match="Step3p7Experts, but they keep the experts in a form of their own"):
         accel_moe.prepare(nn.Sequential(layer))
 

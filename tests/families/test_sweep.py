@@ -9,7 +9,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from accel_moe import catalogue, experts
+from accel_moe import catalogue, recognise
 from tests.families import sweep, tiny_families
 
 SOURCES = tiny_families.families()
@@ -41,7 +41,7 @@ def one_of_each_kind() -> dict[str, str]:
     for source in SOURCES:
         for module, name in tiny_families.classes_of(source):
             layer, _ = sweep.build_layer(source.name, module, name)
-            if experts.not_scattermoe(layer) is None:
+            if recognise.not_scattermoe(layer) is None:
                 kinds.setdefault(catalogue.describe_maths(layer), source.name)
     return kinds
 

@@ -17,7 +17,7 @@ from types import ModuleType
 import torch
 from torch import nn
 
-from accel_moe import catalogue, experts
+from accel_moe import catalogue, recognise
 
 VOCAB = 64
 TOKENS = (2, 6)
@@ -138,11 +138,11 @@ class Tiny:
 
 
 def families() -> list[catalogue.Source]:
-    return [s for s in catalogue.sources() if s.decorated or any(name in experts.SHIMS for _, name in s.lookalikes)]
+    return [s for s in catalogue.sources() if s.decorated or any(name in recognise.SHIMS for _, name in s.lookalikes)]
 
 
 def classes_of(source: catalogue.Source) -> tuple[tuple[str, str], ...]:
-    return source.decorated or tuple((m, n) for m, n in source.lookalikes if n in experts.SHIMS)
+    return source.decorated or tuple((m, n) for m, n in source.lookalikes if n in recognise.SHIMS)
 
 
 def tiny_config(cls: type, family: str, **more):

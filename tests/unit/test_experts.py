@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import accel_moe
-from accel_moe import experts
+from accel_moe import experts, recognise
 from tests.tiny import batches, tiny_model
 
 FAMILIES = ["mixtral", "qwen3_moe", "olmoe", "deepseek_v3", "granitemoe", "glm4_moe"]
@@ -96,13 +96,13 @@ def test_scattermoe_is_registered_with_transformers_at_import():
 
 
 def test_auto_takes_scattermoe_where_triton_can_run_and_grouped_mm_elsewhere(monkeypatch):
-    layers = experts.find_experts(tiny_model())
-    monkeypatch.setattr(experts, "triton_can_run", lambda: True)
-    assert experts.choose_kernel("auto", layers) == "scattermoe"
-    monkeypatch.setattr(experts, "triton_can_run", lambda: False)
-    assert experts.choose_kernel("auto", layers) == "grouped_mm"
+    layers = recognise.find_experts(tiny_model())
+    monkeypatch.setattr(recognise, "triton_can_run", lambda: True)
+    assert recognise.choose_kernel("auto", layers) == "scattermoe"
+    monkeypatch.setattr(recognise, "triton_can_run", lambda: False)
+    assert recognise.choose_kernel("auto", layers) == "grouped_mm"
     with pytest.raises(ValueError, match="moe_kernel=scattermoe needs a CUDA GPU"):
-        experts.choose_kernel("scattermoe", layers)
+        recognise.choose_kernel("scattermoe", layers)
 
 
 def test_an_unregistered_kernel_is_refused_with_the_registered_ones():
@@ -117,8 +117,8 @@ def test_another_registered_kernel_can_be_named():
         return 2 * ALL_EXPERTS_FUNCTIONS["grouped_mm"](self, hidden_states, top_k_index, top_k_weights)
 
     ALL_EXPERTS_FUNCTIONS.register("twice", twice)
-    layer = experts.find_experts(accel_moe.prepare(tiny_model(), moe_kernel="twice"))["model.layers.0.mlp.experts"]
-    plain = experts.find_experts(accel_moe.prepare(tiny_model()))["model.layers.0.mlp.experts"]
+    layer = recognise.find_experts(accel_moe.prepare(tiny_model(), moe_kernel="twice"))["model.layers.0.mlp.experts"]
+    plain = recognise.find_experts(accel_moe.prepare(tiny_model()))["model.layers.0.mlp.experts"]
     inputs = torch.randn(3, 32), torch.tensor([[0, 1], [2, 3], [4, 5]]), torch.rand(3, 2)
     torch.testing.assert_close(layer(*inputs), 2 * plain(*inputs))
 

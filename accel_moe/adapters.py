@@ -1,0 +1,77 @@
+"""PEFT's LoRA on the experts themselves (`target_parameters`), under expert parallelism.
+
+Without it (ep 1) PEFT's own parametrisation works as it is; with shards it would add a whole matrix to a part of one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from accel_moe.recognise import FoundExperts
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """A change of one weight of all experts: scale * left @ right, left [E, a, r] and right [E, r, b], whole."""
+
+    left: torch.Tensor
+    right: torch.Tensor
+    scale: float
+
+
+class LendsLowRank(nn.Module):
+    """Mixed into a PEFT wrapper of an experts parameter when ep > 1.
+
+    PEFT's own forward adds left @ right to the whole weight by parametrisation, which needs a plain tensor where there
+    is a shard. Instead the factors are lent to the layer, which adds the part of its own experts. Rank, alpha, scaling
+    and active adapters stay PEFT's; so do the names and shapes of lora_A and lora_B, which are dense weights.
+    """
+
+    @contextlib.contextmanager
+    def _activate_lora(self, active_adapters: list[str]) -> Iterator[None]:
+        deltas = self.get_base_layer()._accel_moe_layer.deltas
+        active = [self.get_delta_factors(a) for a in active_adapters if a in self.lora_A]
+        deltas[self.parameter_name] = [LowRank(*factors) for factors in active]
+        try:
+            yield
+        finally:
+            del deltas[self.parameter_name]
+
+
+def adopt_adapters(found: FoundExperts) -> None:
+    """Let the PEFT wrappers around experts work with shards (ep > 1). A second call changes nothing.
+
+    Raises:
+        ValueError: one of them cannot be trained over several ranks; none is changed then.
+    """
+    for adapter in found.adapters:
+        _check_adapter(adapter)
+    for adapter in found.adapters:
+        adapter.__class__ = _lending_class(adapter.__class__)
+
+
+def _check_adapter(adapter: nn.Module) -> None:
+    """LoRA's ParamWrapper of peft 0.17 to 0.21, on a 3-D weight; anything else is refused."""
+    kind = f"{type(adapter).__name__} on {adapter.parameter_name}"
+    if not all(hasattr(adapter, name) for name in ("_activate_lora", "get_delta_factors", "lora_A", "lora_B")):
+        raise ValueError(f"moe_ep_degree > 1 with {kind} is not supported. Use LoRA (LoraConfig.target_parameters).")
+    if adapter.get_param().dim() != 3:
+        raise ValueError(
+            f"moe_ep_degree > 1 with LoRA on {adapter.parameter_name}, which is not a stack of matrices, is not "
+            "supported. Leave it out of target_parameters."
+        )
+
+
+@functools.cache
+def _lending_class(cls: type[nn.Module]) -> type[nn.Module]:
+    return (
+        cls
+        if issubclass(cls, LendsLowRank)
+        else type(cls.__name__, (LendsLowRank, cls), {"__module__": cls.__module__})
+    )

@@ -1,0 +1,369 @@
+"""Which modules are experts, what of them we can run, and what we refuse and why.
+
+Since v5 every MoE family of transformers calls its experts alike,
+
+    experts(hidden_states[T, H], top_k_index[T, K], top_k_weights[T, K]) -> [T, H]
+
+and its decorator leaves the layout on the instance (`has_gate`, `has_bias`, `is_transposed`,
+`is_concatenated`). That seam is all we use: there is no table of architectures here. A module with a flag,
+parameter or dtype that is not understood is refused by name; a wrong guess would train without an error.
+
+Nothing here changes a module.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+import types
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from accel_moe.kernels import scattermoe
+
+LAYOUT_FLAGS = ("has_gate", "has_bias", "is_transposed", "is_concatenated")
+"""What transformers' decorator sets on each instance and every experts function reads."""
+
+
+KNOWN_FLAGS = {
+    *LAYOUT_FLAGS,
+    "has_post_expert_norm",
+    "_is_expert_parallel",
+    "_is_hf_initialized",
+    "_is_full_backward_hook",
+}
+
+
+NORM_KERNELS = ("auto", "eager", "grouped_mm", "batched_mm")
+"""The experts functions that apply `post_expert_norm` where a module has it (transformers 5.23)."""
+
+
+KNOWN_PARAMETERS = {"gate_up_proj", "up_proj", "down_proj", "gate_up_proj_bias", "up_proj_bias", "down_proj_bias"}
+
+
+OFF_INTERFACE = {
+    "aria": "its experts take router logits and route inside, before transformers 5.18",
+    "dbrx": "its expert weights are flattened into 2-D matrices [experts x ffn, hidden]",
+    "doge": "it retrieves rank-1 experts from embedding tables by product keys; there is no expert GEMM",
+    "jetmoe": "it routes inside the experts block, and its attention has experts of its own",
+    "llama4": "every expert runs on every token in one dense bmm, with the routing score applied to the input",
+    "nllb_moe": "its experts are separate fc1/fc2 modules with biases and dropout, one per expert",
+    "switch_transformers": "its experts are separate wi/wo modules, one per expert, with a capacity that drops tokens",
+    "vitpose_backbone": "its experts are chosen per data set, not routed per token",
+}
+"""Why a family that has experts is not on the interface. Only words: the refusal itself needs no list."""
+
+
+CALLED_FOR_SOME_BATCHES = {
+    "Ernie4_5_VLMoeMoeExperts": "its vision experts run only for a batch that has images or video",
+}
+"""Experts that a family's block calls or not, depending on the batch: under ep, ranks that disagree would hang."""
+
+
+@dataclass(frozen=True)
+class Shim:
+    """A family off the interface whose parameters and call fit it: what the decorator would have said.
+
+    Attributes:
+        num_experts: the attribute with the number of experts that have weights.
+        identity_experts: expert numbers from num_experts on pass the token through, times its routing weight.
+        parameters: the parameters that the class had in the tested versions; any other set is refused.
+        flags: the layout flags.
+    """
+
+    num_experts: str = "num_experts"
+    identity_experts: bool = False
+    parameters: tuple[str, ...] = ("down_proj", "gate_up_proj")
+    flags: tuple[tuple[str, bool], ...] = (
+        ("has_gate", True),
+        ("has_bias", False),
+        ("is_transposed", False),
+        ("is_concatenated", True),
+        ("has_post_expert_norm", False),
+        ("_is_expert_parallel", False),
+    )
+
+
+SHIMS = {
+    # 5.17, 5.23: the interface's parameters, signature and `_apply_gate` (clamped after the activation), undecorated.
+    "Step3p7Experts": Shim(),
+    # 5.17, 5.23: the interface's maths for the experts with weights; the others ("zero experts") are the identity.
+    "LongcatFlashExperts": Shim(num_experts="num_routed_experts", identity_experts=True),
+}
+"""Class name to shim. tests/families run each against the family's own loop, in every supported transformers."""
+
+
+class ExpertsView:
+    """What a registered experts function sees in place of the module.
+
+    Parameters are the rank's own local tensors, `num_experts` is e, `_is_expert_parallel` says that sentinel
+    slots may occur; every other attribute is the module's.
+
+    Two attributes are for functions that can use them (ours does): `weight_grad_scale`, a factor owed to every
+    weight gradient, and `num_pairs`, the number of slots that are not sentinels, or None.
+    """
+
+    def __init__(self, module: nn.Module, **answers: Any):
+        self._module = module
+        self.__dict__.update(answers)
+
+    def of(self, num_pairs: int) -> ExpertsView:
+        """The same view with another `num_pairs`."""
+        answers = {name: value for name, value in self.__dict__.items() if name != "_module"}
+        return ExpertsView(self._module, **{**answers, "num_pairs": num_pairs})
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)
+
+
+class FoundExperts(dict[str, nn.Module]):
+    """Experts modules by name; `adapters` are the PEFT wrappers (LoRA `target_parameters`) around them."""
+
+    adapters: list[nn.Module]
+
+
+def is_experts(module: nn.Module) -> bool:
+    """True for an experts module on transformers' experts interface, or with a shim that fits it."""
+    down = module._parameters.get("down_proj")
+    if shim_of(module) is not None:
+        return True
+    flags = all(isinstance(module.__dict__.get(flag), bool) for flag in LAYOUT_FLAGS)
+    return flags and down is not None and down.dim() == 3
+
+
+def shim_of(module: nn.Module) -> Shim | None:
+    """The shim for a module off the interface, if its class, parameters and call are those that it was written for."""
+    if (layer := getattr(module, "_accel_moe_layer", None)) is not None:
+        return layer.shim
+    shim = SHIMS.get(type(module).__name__)
+    if shim is None or is_decorated(type(module)):
+        return None
+    call = tuple(inspect.signature(type(module).forward).parameters)
+    names = tuple(sorted(name for name, p in module._parameters.items() if p is not None))
+    fits = call == ("self", "hidden_states", "top_k_index", "top_k_weights") and names == shim.parameters
+    return shim if fits else None
+
+
+def as_interface(module: nn.Module) -> nn.Module | ExpertsView:
+    """The module, or for a shimmed one a view of it that answers what the decorator would have set."""
+    shim = shim_of(module)
+    if shim is None:
+        return module
+    return ExpertsView(module, **shim_answers(module, shim))
+
+
+def shim_answers(module: nn.Module, shim: Shim) -> dict[str, Any]:
+    """What the decorator would have put on the instance and its class."""
+    answers: dict[str, Any] = {**dict(shim.flags), "num_experts": getattr(module, shim.num_experts)}
+    if not hasattr(module, "_apply_gate"):
+        from transformers.integrations.moe import _default_apply_gate
+
+        answers["_apply_gate"] = types.MethodType(_default_apply_gate, module)
+    return answers
+
+
+def find_experts(model: nn.Module) -> FoundExperts:
+    """Every experts module of `model` by name, swapped ones included.
+
+    Raises:
+        ValueError: the model has none.
+    """
+    found = FoundExperts({name: module for name, module in model.named_modules() if is_experts(module)})
+    found.adapters = [m for m in model.modules() if hasattr(m, "parameter_name") and is_experts(innermost(m))]
+    if quantised := sorted({type(m).__name__ for m in model.modules() if _is_quantised_experts(m)}):
+        raise ValueError(
+            f"accel_moe.prepare() found quantised experts ({', '.join(quantised)}) in {_describe_model(model)}. "
+            "Quantised experts are not supported: load the model dequantised, in bf16 or fp32 (MXFP4 and FP8 "
+            "checkpoints with their quantization config's dequantize=True)."
+        )
+    if not found:
+        classes = {type(m) for m in model.modules() if _sounds_like_experts(m)}
+        lookalikes = sorted(cls.__name__ for cls in classes)
+        folders = {part for cls in classes for part in cls.__module__.split(".")}
+        known = (why for family, why in OFF_INTERFACE.items() if family in folders)
+        reason = next(known, "they keep the experts in a form of their own, outside the interface")
+        hint = (
+            f"It has {', '.join(lookalikes)}, but {reason}."
+            if lookalikes
+            else "It looks like a dense model; accel_moe is for Mixture-of-Experts models."
+        )
+        raise ValueError(
+            f"accel_moe.prepare() found no experts layer in {_describe_model(model)}. Expected modules on "
+            f"transformers' experts interface (@use_experts_implementation). {hint}"
+        )
+    return found
+
+
+def refusal(module: nn.Module, *, kernel: str, ep_degree: int) -> str | None:
+    """Why this experts module cannot be run so, or None. Pure: reads shapes, flags and dtypes only."""
+    flags = {n for n, v in module.__dict__.items() if isinstance(v, bool) and n.lstrip("_").startswith(("has_", "is_"))}
+    if unknown := flags - KNOWN_FLAGS:
+        return f"it sets the flag(s) {', '.join(sorted(unknown))}, which accel_moe does not know"
+    shim, own = shim_of(module), module
+    module = as_interface(module)  # pyright: ignore[reportAssignmentType] a view answers as the module would
+    norm = bool(getattr(module, "has_post_expert_norm", False))
+    if norm and not (_interface_knows_norms() and isinstance(getattr(module, "post_expert_norm", None), nn.Module)):
+        return (
+            "it normalises each expert's output (has_post_expert_norm), but has no post_expert_norm module, or this "
+            "transformers has no experts function that applies it. Use transformers 5.23 or newer"
+        )
+    if norm and ep_degree > 1:
+        return (
+            "it normalises each expert's output with a weight that all experts share (has_post_expert_norm), which "
+            f"moe_ep_degree={ep_degree} would leave with each rank's part of its gradient. Use moe_ep_degree: 1"
+        )
+    if norm and kernel not in NORM_KERNELS:
+        return (
+            f"it normalises each expert's output (has_post_expert_norm), which moe_kernel={kernel} does not. "
+            f"Use one of {', '.join(NORM_KERNELS)}"
+        )
+    if getattr(module, "_is_expert_parallel", False):
+        return (
+            "transformers' own expert parallelism is already on for it. Load the model without "
+            "distributed_config / ep_size, and let moe_ep_degree do it"
+        )
+    parameters = dict(module.named_parameters())
+    known = KNOWN_PARAMETERS | ({"post_expert_norm.weight"} if norm else set())
+    if unknown := set(parameters) - known:
+        return f"it has parameter(s) {', '.join(sorted(unknown))}, which accel_moe does not know"
+    if missing := _weights_of(module) - set(parameters):
+        return f"its flags say that it has {', '.join(sorted(missing))}, and it has not"
+    if surplus := (set(parameters) & KNOWN_PARAMETERS) - _weights_of(module):
+        return f"it has parameter(s) {', '.join(sorted(surplus))}, which its flags say it does not use"
+    if list(module.named_buffers()):
+        return f"it has buffer(s) {', '.join(n for n, _ in module.named_buffers())}, as quantised experts do"
+    for name, parameter in parameters.items():
+        if _is_packed(parameter):
+            return f"{name} is stored as {parameter.dtype}; quantised experts are not supported"
+        if parameter.shape[0] != module.num_experts and name in KNOWN_PARAMETERS:
+            if shim is not None and shim.identity_experts:
+                if ep_degree == 1:
+                    continue
+                return (
+                    f"{name} has {parameter.shape[0]} rows for {module.num_experts} experts with weights (the others "
+                    f"are identity experts), so moe_ep_degree={ep_degree} cannot split it like down_proj. Use "
+                    "moe_ep_degree: 1"
+                )
+            return (
+                f"{name} has {parameter.shape[0]} rows on dim 0, where num_experts={module.num_experts} says otherwise"
+            )
+    if ep_degree > 1 and (why := CALLED_FOR_SOME_BATCHES.get(type(own).__name__)):
+        return (
+            f"{why}, and with moe_ep_degree={ep_degree} a rank without any would leave the others waiting for ever in "
+            "their exchange. Use moe_ep_degree: 1"
+        )
+    if module.num_experts % ep_degree:
+        degrees = ", ".join(str(d) for d in range(1, module.num_experts + 1) if module.num_experts % d == 0)
+        return (
+            f"moe_ep_degree={ep_degree} does not divide num_experts={module.num_experts}. "
+            f"Use one of {degrees}, or remove the key to turn expert parallelism off"
+        )
+    if kernel == "eager" and ep_degree > 1:
+        return (
+            "moe_kernel=eager cannot skip the slots that belong to other ranks, so it does not work with "
+            f"moe_ep_degree={ep_degree}. Use moe_kernel: auto"
+        )
+    if kernel == "scattermoe" and (why := not_scattermoe(own)):
+        return f"moe_kernel=scattermoe cannot run it: {why}. Use moe_kernel: auto"
+    return None
+
+
+def _interface_knows_norms() -> bool:
+    from transformers.integrations.moe import use_experts_implementation
+
+    return "has_post_expert_norm" in inspect.signature(use_experts_implementation).parameters
+
+
+def _weights_of(module: nn.Module | ExpertsView) -> set[str]:
+    """The parameters that an experts function reads from a module with these flags."""
+    up = "gate_up_proj" if module.has_gate else "up_proj"
+    return {up, "down_proj", *([f"{up}_bias", "down_proj_bias"] if module.has_bias else [])}
+
+
+def limits(module: nn.Module) -> str:
+    """How an experts module that runs at ep 1 is limited otherwise, in words; "" if it is not."""
+    layout = as_interface(module)
+    if getattr(layout, "has_post_expert_norm", False):
+        return "moe_ep_degree 1 only: one norm that all experts share"
+    if (shim := shim_of(module)) is not None and shim.identity_experts:
+        return "moe_ep_degree 1 only: identity experts without weights"
+    if why := CALLED_FOR_SOME_BATCHES.get(type(module).__name__):
+        return f"moe_ep_degree 1 only: {why}"
+    return ""
+
+
+def choose_kernel(requested: str, modules: dict[str, nn.Module]) -> str:
+    """Resolve `moe_kernel`.
+
+    `auto` is scattermoe where Triton can run (a CUDA GPU, or Triton's interpreter) and can run these experts, else
+    grouped_mm. One kernel for the whole model.
+
+    Raises:
+        ValueError: the name is not registered, or scattermoe was asked for where Triton cannot run.
+    """
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+    if requested == "auto":
+        able = triton_can_run() and all(not_scattermoe(m) is None for m in modules.values())
+        return "scattermoe" if able else "grouped_mm"
+    known = sorted({"eager", *ALL_EXPERTS_FUNCTIONS.valid_keys()})
+    if requested not in known:
+        raise ValueError(
+            f"moe_kernel={requested!r} is not registered in transformers' experts interface. Use auto or one of "
+            f"{', '.join(known)}."
+        )
+    if requested == "scattermoe" and not triton_can_run():
+        raise ValueError(
+            "moe_kernel=scattermoe needs a CUDA GPU and Triton, and found neither. Use moe_kernel: auto (grouped_mm "
+            "here), or set TRITON_INTERPRET=1 to run the kernels slowly on the CPU for a test."
+        )
+    return requested
+
+
+def not_scattermoe(module: nn.Module) -> str | None:
+    """Why our kernels cannot run this experts module, or None."""
+    why = scattermoe.unsupported_reason(as_interface(module))
+    return why and why.replace(ExpertsView.__name__, type(module).__name__)
+
+
+def triton_can_run() -> bool:
+    from importlib.util import find_spec
+
+    if find_spec("triton") is None:
+        return False
+    return torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def innermost(module: nn.Module) -> nn.Module:
+    while isinstance(inner := getattr(module, "base_layer", None), nn.Module):
+        module = inner
+    return module
+
+
+def is_decorated(cls: type) -> bool:
+    return hasattr(vars(cls).get("forward"), "__wrapped__")
+
+
+def _sounds_like_experts(module: nn.Module) -> bool:
+    name = type(module).__name__.lower()
+    return "expert" in name or name.endswith("moe") or "moeblock" in name
+
+
+def _is_quantised_experts(module: nn.Module) -> bool:
+    """Experts whose stacked weights are packed, or of less than 16 bits (FP8Experts, Mxfp4GptOssExperts, …)."""
+    stacked = (module._parameters.get(name) for name in ("down_proj", "gate_up_proj", "up_proj"))
+    packed = any(p is not None and p.dim() >= 3 and _is_packed(p) for p in stacked)
+    scales = any(name.endswith(("_scale_inv", "_scales", "_blocks")) for name in module._parameters)
+    return packed or (scales and "expert" in type(module).__name__.lower())
+
+
+def _is_packed(parameter: torch.Tensor) -> bool:
+    return not parameter.is_floating_point() or parameter.element_size() < 2
+
+
+def _describe_model(model: nn.Module) -> str:
+    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    return f"{type(model).__name__} (model_type {model_type})" if model_type else type(model).__name__

@@ -6,8 +6,8 @@ checkpoint's weights. One process, no GPU, no process group; memory is bounded b
 tensors, not by the model.
 
     python -m accel_moe.consolidate out/checkpoint-500 out/hub Qwen/Qwen3-30B-A3B
-    python -m accel_moe.consolidate node0/checkpoint-500 node1/checkpoint-500 out/hub base/     (node-local
-    disks) python -m accel_moe.consolidate --inspect out/checkpoint-500
+    python -m accel_moe.consolidate node0/checkpoint-500 node1/checkpoint-500 out/hub base/     (node-local disks)
+    python -m accel_moe.consolidate --inspect out/checkpoint-500
 
 Exit codes: 0 done; 1 the checkpoint or the base cannot be used, or the result is not what it must be; 2
 wrong usage; 130 interrupted (run the same command again: it goes on where it stopped).
@@ -17,7 +17,9 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -101,17 +103,17 @@ def consolidate(args: argparse.Namespace) -> int:
     *folders, out, base_name = args.paths
     import torch
 
-    base = open_base(base_name)
     checkpoint = export.open_checkpoint(folders)
-    plan = export.plan_export(
-        checkpoint,
-        base,
-        dtype=getattr(torch, args.dtype) if args.dtype else None,
-        max_shard_bytes=parse_size(args.max_shard_size) if args.max_shard_size else None,
-        keep_extra=args.keep_extra,
-    )
-    _say_what_is_special(plan)
-    _check(checkpoint, checksums=not args.sizes_only)
+    with _checking(checkpoint, checksums=not args.sizes_only) as wait:  # while the base's classes are imported
+        plan = export.plan_export(
+            checkpoint,
+            open_base(base_name),
+            dtype=getattr(torch, args.dtype) if args.dtype else None,
+            max_shard_bytes=parse_size(args.max_shard_size) if args.max_shard_size else None,
+            keep_extra=args.keep_extra,
+        )
+        _say_what_is_special(plan)
+        wait()
 
     def verify(folder: Path) -> None:
         with _progress("verifying", plan.size_bytes) as bar:
@@ -134,8 +136,22 @@ def consolidate(args: argparse.Namespace) -> int:
     return 0
 
 
-def _check(checkpoint: Any, checksums: bool) -> None:
-    """Raises CheckpointError with everything that is wrong, before anything is written."""
+@contextmanager
+def _checking(checkpoint: Any, checksums: bool) -> Iterator[Callable[[], None]]:
+    """Checks the checkpoint in a thread. The function that it yields waits for that, and raises CheckpointError with
+    everything that is wrong: call it before anything is written. A block that fails first ends the check."""
+    stopped = threading.Event()
+    with ThreadPoolExecutor(1) as pool:
+        checking = pool.submit(_check, checkpoint, checksums, stopped)
+        try:
+            yield checking.result
+        except BaseException:
+            stopped.set()
+            raise
+
+
+def _check(checkpoint: Any, checksums: bool, stopped: threading.Event) -> None:
+    """Raises CheckpointError with everything that is wrong."""
     from accel_moe.checkpoint import export
     from accel_moe.checkpoint.manifest import CheckpointError
 
@@ -149,7 +165,13 @@ def _check(checkpoint: Any, checksums: bool) -> None:
     else:
         total = sum(export.model_files(checkpoint).values())
         with _progress("checking", total) as bar:
-            problems = export.check_checkpoint(checkpoint, checksums=checksums, on_bytes=bar.update)
+
+            def on_bytes(count: int) -> None:
+                if stopped.is_set():
+                    raise CheckpointError("the check was given up")  # nobody waits for it: another error is on its way
+                bar.update(count)
+
+            problems = export.check_checkpoint(checkpoint, checksums=checksums, on_bytes=on_bytes)
     if problems:
         raise CheckpointError(
             f"{checkpoint.name} is damaged: {_list(problems)}. Use another checkpoint, or restore the files."

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from accel_moe import MoEConfig
 from accel_moe.checkpoint import saving
 from accel_moe.hub_format import HubTensor, header_bytes, shard_names
 from tests.ranks import run_ranks
@@ -87,7 +88,7 @@ def write_checkpoint(layers: int, folder: str) -> None:
     for name, parameter in meta_model_of(layers).state_dict().items():
         own = torch.empty((parameter.shape[0] // 4, *parameter.shape[1:])).normal_(generator=generator)
         state[name] = DTensor.from_local(own, mesh, [Shard(0)], run_check=False)
-    model = SimpleNamespace(_accel_moe=SimpleNamespace(config=SimpleNamespace(), model_type="qwen3_moe"))
+    model = SimpleNamespace(_accel_moe=SimpleNamespace(config=MoEConfig(), model_type="qwen3_moe"))
     save = saving.begin(Path(folder), [model])
     saving.fill(save, lambda: saving.write_dcp(save, "pytorch_model_fsdp_0", {"model": state}))
     saving.complete(save)

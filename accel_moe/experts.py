@@ -24,6 +24,7 @@ from accel_moe.adapters import LowRank, adopt_adapters
 from accel_moe.config import MoEConfig, ResolvedConfig
 from accel_moe.dispatch.chunks import in_chunks
 from accel_moe.kernels import scattermoe
+from accel_moe.kernels.gate import gate_of
 from accel_moe.recognise import (
     KNOWN_PARAMETERS,
     SHIMS,
@@ -148,7 +149,10 @@ def swap(modules: dict[str, nn.Module], prepared: PreparedState) -> None:
     if prepared.config.moe_ep_degree > 1 and isinstance(modules, FoundExperts):
         adopt_adapters(modules)
     for module in modules.values():
-        num_experts = as_interface(module).num_experts
+        layout = as_interface(module)
+        num_experts = layout.num_experts
+        if prepared.kernel == "scattermoe":
+            gate_of(layout)  # a gate of the module's own is tried now, where torch.compile does not look
         module._accel_moe_layer = LayerState(prepared, num_experts, prepared.kernel, shim_of(module))
         module.__class__ = _swapped_class(module.__class__)
 

@@ -151,6 +151,11 @@ def _number(module, names: Sequence[str]) -> float:
 
 def _recognise(apply_gate, act: str | None, limit: float, alpha: float) -> Gate | None:
     """The first description that agrees with `apply_gate` on a grid in fp32, gradient included."""
+    with torch.inference_mode(False):
+        return _first_that_agrees(apply_gate, act, limit, alpha)
+
+
+def _first_that_agrees(apply_gate, act: str | None, limit: float, alpha: float) -> Gate | None:
     h, upstream = _grid(limit or 1.0)
     try:
         wanted = _value_and_gradient(apply_gate, h, upstream)
@@ -170,11 +175,12 @@ def _recognise(apply_gate, act: str | None, limit: float, alpha: float) -> Gate 
 
 def _grid(limit: float) -> tuple[Tensor, Tensor]:
     """h [n, 8]: random numbers and pairs of all sides of the limit; and an upstream gradient."""
-    generator = torch.Generator().manual_seed(0)
-    sides = torch.tensor([-8.0, -3.0, -1.01, -0.5, -0.01, 0.0, 0.02, 0.6, 0.99, 1.2, 4.0]) * limit
+    here = {"device": "cpu", "dtype": torch.float32}  # whatever the caller's defaults are
+    random = {"generator": torch.Generator("cpu").manual_seed(0), **here}
+    sides = torch.tensor([-8.0, -3.0, -1.01, -0.5, -0.01, 0.0, 0.02, 0.6, 0.99, 1.2, 4.0], **here) * limit
     pairs = torch.cartesian_prod(sides, sides)
-    rows = torch.cat([pairs.repeat(1, 4), pairs.repeat_interleave(4, 1), 6 * torch.randn(64, 8, generator=generator)])
-    return rows, torch.randn(len(rows), 4, generator=generator)
+    rows = torch.cat([pairs.repeat(1, 4), pairs.repeat_interleave(4, 1), 6 * torch.randn(64, 8, **random)])
+    return rows, torch.randn(len(rows), 4, **random)
 
 
 def _value_and_gradient(function, h: Tensor, upstream: Tensor) -> tuple[Tensor, Tensor]:

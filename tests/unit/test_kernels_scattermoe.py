@@ -176,6 +176,17 @@ def test_a_modules_own_gate_is_recognised_by_what_it_computes(name):
     assert gate_of(view(**of_gate(GATES[name]))) == GATES[name]
 
 
+def test_a_gate_is_recognised_whatever_the_callers_defaults_are():
+    clamped = GATES["interleaved, clamped and scaled"]
+    module = view(**of_gate(clamped))
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("meta"), torch.inference_mode(), torch.autocast(DEVICE, torch.bfloat16):
+            assert gate_of(module) == clamped
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def test_a_gate_that_no_description_fits_is_not_guessed():
     assert gate_of(view(_apply_gate=lambda h: torch.tanh(h.chunk(2, -1)[0]) * h.chunk(2, -1)[1])) is None
     almost = Gate(limit=1.5)

@@ -70,8 +70,8 @@ class MoEConfig:
     )
     moe_keep_exchanged: bool = option(
         True,
-        "Under activation checkpointing, keep what the exchange brought (rows received and rows returned) until "
-        "backward, and do not exchange twice. `false` saves that memory.",
+        "Under activation checkpointing, keep what the exchange brought until backward, and do not exchange twice. "
+        "`false` saves that memory: (rows received + tokens) x hidden size a layer.",
     )
     moe_async_save: bool = option(
         False, "Save in the background: the step waits only for the copy of the tensors to host memory."

@@ -139,14 +139,20 @@ def consolidate(args: argparse.Namespace) -> int:
 @contextmanager
 def _checking(checkpoint: Any, checksums: bool) -> Iterator[Callable[[], None]]:
     """Checks the checkpoint in a thread. The function that it yields waits for that, and raises CheckpointError with
-    everything that is wrong: call it before anything is written. A block that fails first ends the check."""
+    everything that is wrong: call it before anything is written."""
+    from accel_moe.checkpoint.manifest import CheckpointError
+    from accel_moe.hub_format import HubFormatError
+
     stopped = threading.Event()
     with ThreadPoolExecutor(1) as pool:
         checking = pool.submit(_check, checkpoint, checksums, stopped)
         try:
             yield checking.result
-        except BaseException:
+        except (CheckpointError, HubFormatError, OSError, KeyboardInterrupt):
             stopped.set()
+            raise
+        except Exception:
+            checking.result()  # damage explains what nobody expected
             raise
 
 

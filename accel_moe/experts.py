@@ -289,11 +289,12 @@ def _local_view(module: ScatterMoE, layer: LayerState, dtype: torch.dtype) -> Ex
 
 
 def _bytes_per_pair(view: ExpertsView) -> int:
-    """What one (row, expert) pair takes at least in forward: the pre-activation and the activation, [2I] and [I]."""
-    weights = (getattr(view, name, None) for name in ("gate_up_proj", "up_proj", "down_proj"))
-    per_expert = sum(w.numel() * w.element_size() for w in weights if w is not None) // view.num_experts
-    hidden = view.down_proj.shape[-1 if view.is_transposed else -2]
-    return per_expert // hidden
+    """What one (row, expert) pair takes at least in forward: the activation [I], and the pre-activation, [2I] or [I],
+    where it is kept for backward."""
+    down = view.down_proj
+    intermediate = down.numel() // view.num_experts // down.shape[-1 if view.is_transposed else -2]
+    kept = (2 if view.has_gate else 1) if torch.is_grad_enabled() else 0
+    return (1 + kept) * intermediate * down.element_size()
 
 
 def _floating_parameters(module: nn.Module) -> list[tuple[str, torch.Tensor]]:

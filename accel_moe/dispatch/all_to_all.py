@@ -178,7 +178,7 @@ class _BringHome(torch.autograd.Function):
     @staticmethod
     def forward(ctx, rows: torch.Tensor, route: Route) -> torch.Tensor:
         ctx.route = route
-        return remember(lambda: _bring_home(rows, route))
+        return remember(lambda: _bring_home(rows, route), handed_out=True)
 
     @staticmethod
     def backward(ctx, grad_home: torch.Tensor):

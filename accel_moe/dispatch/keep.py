@@ -20,17 +20,18 @@ from typing import Any, TypeVar
 import torch
 
 T = TypeVar("T")
+Run = Callable[[Callable[[], Any], bool], Any]  # what remember() does with its arguments at present
 _thread = threading.local()  # backward, and so the second run, has a thread of its own on a GPU
 
 
-def remember(compute: Callable[[], T]) -> T:
+def remember(compute: Callable[[], T], *, handed_out: bool = False) -> T:
     """compute(); or, where checkpointing runs a kept forward again, what compute() returned the first time.
 
     Tensors come back without the autograd history they got since: call it inside an autograd function's forward, or
-    under no_grad.
+    under no_grad. `handed_out`: the result leaves our hands, and may be changed in place there; a copy is kept.
     """
     stack = _stack()
-    return stack[-1](compute) if stack else compute()
+    return stack[-1](compute, handed_out) if stack else compute()
 
 
 def kept_exchanges() -> tuple[Any, Any]:
@@ -42,15 +43,15 @@ def kept_exchanges() -> tuple[Any, Any]:
 @contextlib.contextmanager
 def nothing_kept() -> Iterator[None]:
     """Within it, `remember` only computes."""
-    with _pushed(lambda compute: compute()):
+    with _pushed(lambda compute, _: compute()):
         yield
 
 
 @contextlib.contextmanager
 def _keep(values: list[Any]) -> Iterator[None]:
-    def run(compute):
+    def run(compute, handed_out):
         value = compute()
-        values.append(_detached(value))
+        values.append(_detached(value, copy=handed_out))
         return value
 
     with _pushed(run):
@@ -66,9 +67,9 @@ class _Replay:
     def __enter__(self) -> None:
         left = iter(self._values)
 
-        def run(compute):
+        def run(compute, handed_out):
             try:
-                return _detached(next(left))
+                return _detached(next(left), copy=handed_out)
             except StopIteration:
                 raise RuntimeError(
                     "A checkpointed forward exchanged more often when it was run again than the first time. It must "
@@ -83,7 +84,7 @@ class _Replay:
 
 
 @contextlib.contextmanager
-def _pushed(run: Callable[[Callable[[], Any]], Any]) -> Iterator[None]:
+def _pushed(run: Run) -> Iterator[None]:
     stack = _stack()
     stack.append(run)
     try:
@@ -92,15 +93,15 @@ def _pushed(run: Callable[[Callable[[], Any]], Any]) -> Iterator[None]:
         stack.pop()
 
 
-def _stack() -> list[Callable[[Callable[[], Any]], Any]]:
+def _stack() -> list[Run]:
     if not hasattr(_thread, "stack"):
         _thread.stack = []
     return _thread.stack
 
 
-def _detached(value: Any) -> Any:
+def _detached(value: Any, copy: bool = False) -> Any:
     if isinstance(value, torch.Tensor):
-        return value.detach()
+        return value.detach().clone() if copy else value.detach()
     if type(value) is tuple:
-        return tuple(map(_detached, value))
+        return tuple(_detached(part, copy) for part in value)
     return value

@@ -20,15 +20,19 @@ def free_bytes(device: torch.device) -> int:
     if device.type != "cuda":
         return UNKNOWN
     allocated = torch.cuda.memory_stats_as_nested_dict(device)["allocated_bytes"]["all"]["current"]
-    return _capacity(device.index) - allocated
+    left = _capacity(device) - allocated
+    if left < _capacity(device) // 5:  # others may have taken or given back memory since it was measured
+        _capacity.cache_clear()
+        left = _capacity(device) - allocated
+    return left
 
 
 @functools.cache
-def _capacity(index: int | None) -> int:
-    """All that this process's tensors may take, measured once: asking the driver in every layer is too slow."""
-    free, total = torch.cuda.mem_get_info(index)
-    allowed = int(total * torch.cuda.get_per_process_memory_fraction(index))
-    return min(free + torch.cuda.memory_reserved(index), allowed)
+def _capacity(device: torch.device) -> int:
+    """All that this process's tensors may take. Measured now and then: asking the driver in every layer is slow."""
+    free, total = torch.cuda.mem_get_info(device)
+    allowed = int(total * torch.cuda.get_per_process_memory_fraction(device))
+    return min(free + torch.cuda.memory_reserved(device), allowed)
 
 
 def check_fits(

@@ -1,5 +1,7 @@
 """The exchange around its happy path: in chunks, under activation checkpointing, without memory, with a dead rank."""
 
+import time
+
 import pytest
 import torch
 
@@ -46,6 +48,32 @@ def test_gradient_checkpointing_of_transformers_does_not_exchange_twice(family, 
     assert_same(kept, plain)
 
 
+def test_what_is_kept_survives_a_model_that_changes_its_experts_output_in_place():
+    from torch.utils.checkpoint import checkpoint
+
+    from accel_moe.dispatch.keep import kept_exchanges, remember
+
+    class Exchange(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return remember(lambda: 2 * x, handed_out=True)
+
+        @staticmethod
+        def backward(ctx, gradient):
+            return 2 * gradient
+
+    def block(x):
+        y = Exchange.apply(x)
+        y *= 3
+        return (y * y).sum()  # saves y
+
+    x = torch.ones(2, requires_grad=True)
+    loss = checkpoint(block, x, use_reentrant=False, context_fn=kept_exchanges)
+    for _ in range(2):
+        (gradient,) = torch.autograd.grad(loss, x, retain_graph=True)
+        assert gradient.tolist() == [72.0, 72.0]
+
+
 def test_a_kept_forward_can_be_run_again_more_than_once():
     for first, second in run_ranks(runs.backward_twice, 2, Case(2, 2, checkpointing=True)):
         assert_same(second, first)
@@ -80,12 +108,14 @@ def test_a_dispatcher_from_outside_the_package_trains_alike():
 
 @pytest.mark.parametrize(
     "case",
-    [Case(2, 2), Case(2, 2, checkpointing=True), Case(2, 2, options=(("moe_dispatch_chunk_tokens", 5),))],
+    [Case(2, 2), Case(2, 2, checkpointing=True), Case(2, 2, options=(("moe_dispatch_chunk_tokens", 200),))],
     ids=lambda case: case.name,
 )
 def test_two_hundred_steps_with_changing_routings_leave_no_memory_behind(case):
-    for early, late in run_ranks(runs.live_bytes, 2, case, 200, 20):
+    for early, late, growth in run_ranks(runs.live_bytes, 2, case, 200, 100):
         assert late == early
+        # one [T, H] a layer and step would be 13 MB; the allocator's own growth levels off (1 to 2 MB by then)
+        assert growth <= 8 * 2**20, growth
 
 
 @pytest.mark.parametrize(
@@ -95,6 +125,10 @@ def test_two_hundred_steps_with_changing_routings_leave_no_memory_behind(case):
 )
 def test_a_rank_that_is_lost_in_a_step_ends_the_job_within_the_timeout(how, case, tmp_path):
     with pytest.raises(AssertionError, match="rank"):
-        run_ranks(runs.die_in_step, case.world, case, how, 10.0, str(tmp_path), timeout_s=120)
-    seconds, kind = (tmp_path / "seen").read_text().split(" ", 1)
-    assert float(seconds) < 30 and "Error" in kind, (seconds, kind)
+        run_ranks(runs.die_in_step, case.world, case, how, 10.0, str(tmp_path), timeout_s=180)
+    lost = float((tmp_path / "lost").read_text())
+    if torch.cuda.is_available():  # NCCL's watchdog ends the process itself: nobody is left to write
+        assert time.time() - lost < 60
+        return
+    seen, error = (tmp_path / "seen-0").read_text().split(" ", 1)
+    assert float(seen) - lost < 30 and "Error" in error, (float(seen) - lost, error)

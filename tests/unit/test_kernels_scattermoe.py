@@ -187,7 +187,23 @@ def test_a_gate_is_recognised_whatever_the_callers_defaults_are():
         torch.set_default_dtype(torch.float32)
 
 
+def test_a_gate_is_recognised_inside_a_checkpointed_forward_and_leaves_no_trace_there():
+    from torch.utils.checkpoint import checkpoint
+
+    module, seen = view(**of_gate(GATES["clamped"])), []
+
+    def layer(x):
+        seen.append(gate_of(module))
+        return (x * x).sum()
+
+    x = torch.ones(3, requires_grad=True)
+    checkpoint(layer, x, use_reentrant=False).backward()
+    assert seen == [GATES["clamped"]] * 2 and x.grad.tolist() == [2.0, 2.0, 2.0]
+
+
 def test_a_gate_that_no_description_fits_is_not_guessed():
+    far = Gate(limit=100.0)  # under a name that nobody knows
+    assert gate_of(view(_apply_gate=lambda h: far(h))) is None
     assert gate_of(view(_apply_gate=lambda h: torch.tanh(h.chunk(2, -1)[0]) * h.chunk(2, -1)[1])) is None
     almost = Gate(limit=1.5)
     assert gate_of(view(_apply_gate=lambda h: almost(h), limit=1.4)) is None

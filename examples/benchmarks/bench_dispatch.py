@@ -26,10 +26,10 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from common import replace_section
 
 from accel_moe.dispatch import all_to_all, make_dispatcher
 
-SECTION_BEGIN, SECTION_END = "<!-- bench_dispatch:begin -->", "<!-- bench_dispatch:end -->"
 GPU = torch.cuda.is_available()
 
 
@@ -53,7 +53,7 @@ def main() -> None:
         section = report(lines, " ".join([command, *sys.argv[1:]]), args)
         print(section)
         if args.results:
-            replace_section(args.results, section)
+            replace_section(args.results, "bench_dispatch", "Dispatch and combine", section)
     dist.destroy_process_group()
 
 
@@ -141,15 +141,6 @@ def report(found: dict[str, float], command: str, args: argparse.Namespace) -> s
     head = "| ranks | tokens | H | E | K | MiB sent | / row per expert | ms | plain ms | GB/s | plain GB/s | ratio |"
     table = [head, "|" + "---|" * len(cells), f"| {' | '.join(cells)} |"]
     return "\n".join([f"`{command}`", "", f"{device}; torch {torch.__version__}. bf16, one layer.", "", *table])
-
-
-def replace_section(path: Path, section: str) -> None:
-    text = path.read_text() if path.exists() else "# Results\n"
-    if SECTION_BEGIN not in text:
-        text = f"{text.rstrip()}\n\n## Dispatch and combine (bench_dispatch.py)\n\n{SECTION_BEGIN}\n{SECTION_END}\n"
-    before, rest = text.split(SECTION_BEGIN)
-    after = rest.split(SECTION_END)[1]
-    path.write_text(f"{before}{SECTION_BEGIN}\n{section}\n{SECTION_END}{after}")
 
 
 if __name__ == "__main__":

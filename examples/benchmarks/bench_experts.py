@@ -13,8 +13,6 @@ matplotlib, a chart, into --out.
 """
 
 import argparse
-import itertools
-import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +20,7 @@ from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
+from common import median_ms
 from torch import Tensor
 from transformers.integrations import moe
 
@@ -154,19 +153,6 @@ def step(forward: Forward, leaves: list[Tensor], index: Tensor, dout: Tensor) ->
     x, w1, w2, weights = leaves
     out = forward(x, w1, w2, index, weights)
     return [out.detach(), *torch.autograd.grad(out, leaves, dout)]
-
-
-def median_ms(run: Callable[[], object], repeats: int) -> float:
-    """The median of `repeats` runs, each between two CUDA events, after three that warm up."""
-    for _ in range(3):
-        run()
-    marks = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
-    marks[0].record()
-    for mark in marks[1:]:
-        run()
-        mark.record()
-    torch.cuda.synchronize()
-    return statistics.median(a.elapsed_time(b) for a, b in itertools.pairwise(marks))
 
 
 def saved_mib(forward: Forward, leaves: list[Tensor], index: Tensor) -> float:

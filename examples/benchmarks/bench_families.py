@@ -14,15 +14,13 @@ from __future__ import annotations
 import argparse
 import copy
 import inspect
-import itertools
 import os
-import statistics
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from common import median_ms, replace_section
 from torch import Tensor, nn
 from transformers.integrations import moe
 
@@ -62,7 +60,6 @@ FUNCTIONS: dict[str, Callable[..., Tensor]] = {
 }
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
-SECTION_BEGIN, SECTION_END = "<!-- bench_families:begin -->", "<!-- bench_families:end -->"
 
 
 def main() -> None:
@@ -80,7 +77,7 @@ def main() -> None:
     section = "\n".join([f"`{command}`", "", f"{device}; {versions}.", "", *blocks])
     print(section)
     if args.results:
-        replace_section(args.results, section)
+        replace_section(args.results, "bench_families", "Families", section)
 
 
 def block(family: str, args: argparse.Namespace) -> str:
@@ -148,34 +145,6 @@ def step(function: Callable[..., Tensor], module: nn.Module, x, index, weights, 
     out = function(module, x, index, weights)
     gradients = torch.autograd.grad(out, [x, weights, *module.parameters()], dout.to(out.dtype))
     return [out.detach(), *gradients]
-
-
-def median_ms(run: Callable[[], object], repeats: int) -> float:
-    """The median of `repeats` runs after three that warm up."""
-    for _ in range(3):
-        run()
-    if not GPU:
-        times = [time.perf_counter()]
-        for _ in range(repeats):
-            run()
-            times.append(time.perf_counter())
-        return statistics.median(1e3 * (b - a) for a, b in itertools.pairwise(times))
-    marks = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
-    marks[0].record()
-    for mark in marks[1:]:
-        run()
-        mark.record()
-    torch.cuda.synchronize()
-    return statistics.median(a.elapsed_time(b) for a, b in itertools.pairwise(marks))
-
-
-def replace_section(path: Path, section: str) -> None:
-    text = path.read_text() if path.exists() else "# Results\n"
-    if SECTION_BEGIN not in text:
-        text = f"{text.rstrip()}\n\n## Families (bench_families.py)\n\n{SECTION_BEGIN}\n{SECTION_END}\n"
-    before, rest = text.split(SECTION_BEGIN)
-    after = rest.split(SECTION_END)[1]
-    path.write_text(f"{before}{SECTION_BEGIN}\n{section}\n{SECTION_END}{after}")
 
 
 if __name__ == "__main__":

@@ -32,10 +32,10 @@ from typing import Any
 
 import torch
 import yaml
+from common import replace_section
 
 HERE = Path(__file__).resolve().parent
 WARMUP_STEPS = 4
-SECTION_BEGIN, SECTION_END = "<!-- bench_train:begin -->", "<!-- bench_train:end -->"
 OURS, FSDP2, TRANSFORMERS_EP = "accel_moe", "FSDP2 + grouped_mm", "transformers EP"
 GPU = torch.cuda.is_available()
 KINDS = {
@@ -123,7 +123,7 @@ def main() -> None:
     section = report(rows, scenarios, f"python {os.path.relpath(__file__)} {' '.join(map(quoted, sys.argv[1:]))}")
     print(f"\n{section}")
     if args.results:
-        replace_section(args.results, section)
+        replace_section(args.results, "bench_train", "A training step", section)
         chart(rows, scenarios, args.results.with_name("train.png"))
 
 
@@ -219,15 +219,6 @@ def chart(rows: list[tuple[str, int, str, dict[str, Any]]], scenarios: dict[str,
     axes.legend()
     figure.tight_layout()
     figure.savefig(path, dpi=120)
-
-
-def replace_section(path: Path, section: str) -> None:
-    text = path.read_text() if path.exists() else "# Results\n"
-    if SECTION_BEGIN not in text:
-        text = f"{text.rstrip()}\n\n## A training step (bench_train.py)\n\n{SECTION_BEGIN}\n{SECTION_END}\n"
-    before, rest = text.split(SECTION_BEGIN)
-    after = rest.split(SECTION_END)[1]
-    path.write_text(f"{before}{SECTION_BEGIN}\n{section}\n{SECTION_END}{after}")
 
 
 def quoted(word: str) -> str:

@@ -1,0 +1,41 @@
+"""What the benchmarks share: a median time, and a section of RESULTS.md that a run replaces."""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+
+def median_ms(run: Callable[[], object], repeats: int) -> float:
+    """The median of `repeats` runs after three that warm up, each between two CUDA events (on a CPU, by the clock)."""
+    for _ in range(3):
+        run()
+    if not torch.cuda.is_available():
+        times = [time.perf_counter()]
+        for _ in range(repeats):
+            run()
+            times.append(time.perf_counter())
+        return statistics.median(1e3 * (b - a) for a, b in itertools.pairwise(times))
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
+    marks[0].record()
+    for mark in marks[1:]:
+        run()
+        mark.record()
+    torch.cuda.synchronize()
+    return statistics.median(a.elapsed_time(b) for a, b in itertools.pairwise(marks))
+
+
+def replace_section(path: Path, benchmark: str, title: str, section: str) -> None:
+    """Put `section` between this benchmark's markers in a Markdown file; at its end, under `title`, the first time."""
+    begin, end = f"<!-- {benchmark}:begin -->", f"<!-- {benchmark}:end -->"
+    text = path.read_text() if path.exists() else "# Results\n"
+    if begin not in text:
+        text = f"{text.rstrip()}\n\n## {title} ({benchmark}.py)\n\n{begin}\n{end}\n"
+    before, rest = text.split(begin)
+    after = rest.split(end)[1]
+    path.write_text(f"{before}{begin}\n{section}\n{end}{after}")

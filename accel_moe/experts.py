@@ -24,6 +24,7 @@ from accel_moe.adapters import LowRank, adopt_adapters
 from accel_moe.config import MoEConfig, ResolvedConfig
 from accel_moe.dispatch.chunks import in_chunks
 from accel_moe.kernels import scattermoe
+from accel_moe.kernels.casts import Casts
 from accel_moe.kernels.gate import gate_of
 from accel_moe.recognise import (
     KNOWN_PARAMETERS,
@@ -119,12 +120,18 @@ class ScatterMoE(nn.Module):
             )
         dispatcher = layer.dispatcher
         view = _local_view(self, layer, compute_dtype)  # outside of chunks: they run again when PEFT lends no more
-        bytes_per_pair = _bytes_per_pair(view)
+        bytes_per_pair = _bytes_per_pair(view, compute_dtype)
 
         def there_and_back(hidden_states, top_k_index, top_k_weights):
-            sent = dispatcher.dispatch(hidden_states, top_k_index, top_k_weights, bytes_per_pair=bytes_per_pair)
+            sent = dispatcher.dispatch(
+                hidden_states,
+                top_k_index,
+                top_k_weights,
+                bytes_per_pair=bytes_per_pair,
+                meanwhile=view.casts and view.casts.prepare,
+            )
             rows = function(view.of(sent.num_pairs), sent.rows, sent.local_index, sent.local_weights)
-            return dispatcher.combine(rows.to(compute_dtype), sent)
+            return dispatcher.combine(rows.to(compute_dtype), sent, meanwhile=view.casts and view.casts.prepare)
 
         if limit := layer.prepared.config.moe_dispatch_chunk_tokens:
             return in_chunks(there_and_back, limit, dispatcher.group, (hidden_states, top_k_index, top_k_weights))
@@ -250,14 +257,29 @@ def _split_identity(
     return top_k_index, top_k_weights.masked_fill(identity, 0.0), (hidden_states * passed).to(hidden_states.dtype)
 
 
+def _casts_of(
+    module: ScatterMoE, layer: LayerState, weights: dict[str, torch.Tensor], dtype: torch.dtype
+) -> Casts | None:
+    """For our fused kernels, which take weights as they are stored and write their gradients in that dtype; None where
+    everything is in `dtype`, and for the others, whose weights are cast under autograd."""
+    if all(w.dtype == dtype for w in weights.values()) or torch.compiler.is_compiling():
+        return None
+    layout = as_interface(module)
+    if layer.kernel != "scattermoe" or layer.deltas or layer.shim is not None or gate_of(layout) is None:
+        return None
+    return Casts([weights[name] for name in scattermoe.parameter_names(layout)], dtype)
+
+
 def _whole_view(module: ScatterMoE, layer: LayerState, dtype: torch.dtype) -> ExpertsView:
-    answers: dict[str, Any] = {name: p.to(dtype) for name, p in _floating_parameters(module)}
+    weights = dict(_floating_parameters(module))
+    casts = _casts_of(module, layer, weights, dtype)
+    answers: dict[str, Any] = {name: w.to(dtype) if casts is None else w for name, w in weights.items()}
     if layer.shim is not None:
         answers.update(shim_answers(module, layer.shim))
         if layer.shim.identity_experts and layer.kernel != "eager":
             answers["gate_up_proj"] = answers["gate_up_proj"][: layer.num_experts]
             answers["_is_expert_parallel"] = True  # identity slots are sentinels now, which grouped_mm must skip
-    return ExpertsView(module, **answers)
+    return ExpertsView(module, casts=casts, **answers)
 
 
 def _local_view(module: ScatterMoE, layer: LayerState, dtype: torch.dtype) -> ExpertsView:
@@ -269,7 +291,10 @@ def _local_view(module: ScatterMoE, layer: LayerState, dtype: torch.dtype) -> Ex
     """
     scale = 1.0 / layer.ep
     weights = dict(_floating_parameters(module))
-    local = {n: (p.to_local() if isinstance(p, DTensor) else p).to(dtype) for n, p in weights.items()}
+    local = {n: p.to_local() if isinstance(p, DTensor) else p for n, p in weights.items()}
+    casts = _casts_of(module, layer, local, dtype)
+    if casts is None:
+        local = {name: w.to(dtype) for name, w in local.items()}
     answers: dict[str, Any] = shim_answers(module, layer.shim) if layer.shim is not None else {}
     answers.update(num_experts=layer.num_local_experts, _is_expert_parallel=True)
     trained = [name for name, weight in local.items() if weight.requires_grad]
@@ -285,16 +310,16 @@ def _local_view(module: ScatterMoE, layer: LayerState, dtype: torch.dtype) -> Ex
             left, right = change.left[own].to(dtype), change.right[own].to(dtype)
             local[name] = torch.baddbmm(local[name], left, right, alpha=change.scale)
     answers.update(weight_grad_scale=1.0 if layer.deltas else scale)
-    return ExpertsView(module, **answers, **local)
+    return ExpertsView(module, casts=casts, **answers, **local)
 
 
-def _bytes_per_pair(view: ExpertsView) -> int:
+def _bytes_per_pair(view: ExpertsView, dtype: torch.dtype) -> int:
     """What one (row, expert) pair takes at least in forward: the activation [I], and the pre-activation, [2I] or [I],
     where it is kept for backward."""
     down = view.down_proj
     intermediate = down.numel() // view.num_experts // down.shape[-1 if view.is_transposed else -2]
     kept = (2 if view.has_gate else 1) if torch.is_grad_enabled() else 0
-    return (1 + kept) * intermediate * down.element_size()
+    return (1 + kept) * intermediate * dtype.itemsize
 
 
 def _floating_parameters(module: nn.Module) -> list[tuple[str, torch.Tensor]]:
@@ -318,10 +343,12 @@ def _count_tokens(layer: LayerState, top_k_index: torch.Tensor) -> None:
         return  # inside a backward: activation checkpointing is running this forward again
     if torch.compiler.is_compiling():
         return
-    size = layer.num_experts + 1  # the last one takes slots without an expert
-    index = top_k_index.reshape(-1).long().clamp(max=layer.num_experts)
-    counts = torch.zeros(size, dtype=torch.long, device=index.device).scatter_add_(0, index, torch.ones_like(index))
-    counts = counts[: layer.num_experts]
+    if top_k_index.is_cuda:  # one kernel, no sync; slots without an expert lie outside
+        size = layer.num_experts + 1
+        counts = torch.histc(top_k_index.long(), bins=size, min=0, max=layer.num_experts)[: layer.num_experts]
+    else:
+        index = top_k_index.reshape(-1).long().clamp(max=layer.num_experts)
+        counts = torch.bincount(index, minlength=layer.num_experts + 1)[: layer.num_experts]
     if layer.tokens_per_expert is None:
         layer.tokens_per_expert = counts
     else:

@@ -18,6 +18,7 @@ models/common/token_dispatcher.py.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -30,9 +31,9 @@ class Dispatched:
     """What one rank's experts have to compute.
 
     Attributes:
-        rows: [R, H], the hidden states that arrived, in arrival order. R is at least 1: a rank that received
-            nothing gets one zero row whose slots are all sentinels, so that every experts function still touches
-            its weights and every rank runs the same autograd graph.
+        rows: [R, H], the hidden states that arrived, in arrival order; perhaps a view, strided by rows. R is at least
+            1: a rank that received nothing gets one zero row whose slots are all sentinels, so that every experts
+            function still touches its weights and every rank runs the same autograd graph.
         local_index: [R, K] int64, this rank's experts 0..e-1; e is the sentinel: a slot that is not ours.
         local_weights: [R, K], in the dtype the router gave; 0 in sentinel slots.
         num_pairs: how many slots are not sentinels, known on the host.
@@ -64,6 +65,7 @@ class Dispatcher(Protocol):
         top_k_weights: torch.Tensor,
         *,
         bytes_per_pair: int = 0,
+        meanwhile: Callable[[], None] | None = None,
     ) -> Dispatched:
         """Send each token to the ranks that own its experts.
 
@@ -73,12 +75,20 @@ class Dispatcher(Protocol):
             top_k_weights: [T, K] floating point.
             bytes_per_pair: what the experts function will take at least for one (row, expert) pair. Where that
                 cannot fit on some rank, every rank raises torch.OutOfMemoryError, before anything is allocated.
+            meanwhile: work of the caller that needs nothing of the exchange; called exactly once, best when the
+                host has something to wait for.
 
         Differentiable in hidden_states and top_k_weights. The gradients of sentinel slots are never read: an
         experts function may leave garbage there.
         """
         ...
 
-    def combine(self, rows: torch.Tensor, dispatched: Dispatched) -> torch.Tensor:
-        """Bring the experts' weighted sums home: [R, H] rows in arrival order to [T, H], summed per token."""
+    def combine(
+        self, rows: torch.Tensor, dispatched: Dispatched, *, meanwhile: Callable[[], None] | None = None
+    ) -> torch.Tensor:
+        """Bring the experts' weighted sums home: [R, H] rows in arrival order to [T, H], summed per token.
+
+        meanwhile: as of dispatch, for the backward: work before the gradients of rows are needed. It may be called once
+        in each backward, or not at all.
+        """
         ...

@@ -1,10 +1,13 @@
 """The only torch.distributed calls inside a forward or a backward.
 
-Thin on purpose: no autograd, no decisions. Every function is a collective over `group`, and is called by every
-rank of it in the same order, whatever the sizes.
+Thin on purpose: no autograd, no decisions. Every function but `copied_to_host`, which a collective's result may need
+next, is a collective over `group`, and is called by every rank of it in the same order, whatever the sizes.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -18,24 +21,41 @@ def exchange_counts(counts: torch.Tensor, group: dist.ProcessGroup) -> torch.Ten
     return gathered
 
 
+def copied_to_host(tensor: torch.Tensor) -> Callable[[], list[Any]]:
+    """Start copying to the host, and return what waits for the copy, and for nothing after it, and gives its list."""
+    if not tensor.is_cuda:
+        return tensor.tolist
+    on_host = tensor.to("cpu", non_blocking=True)
+    copied = torch.cuda.Event()
+    copied.record()
+
+    def wait() -> list[Any]:
+        copied.synchronize()
+        return on_host.tolist()
+
+    return wait
+
+
 def exchange_rows(
     rows: torch.Tensor,
+    received: torch.Tensor,
     send_counts: list[int],
     receive_counts: list[int],
     group: dist.ProcessGroup,
     *,
-    zero_rows: int = 0,
-) -> torch.Tensor:
-    """All-to-all of whole rows: rows[sum(send_counts), ...], grouped by destination, to
-    [sum(receive_counts) + zero_rows, ...], grouped by source, with `zero_rows` rows of zeros after them."""
-    total = sum(receive_counts)
-    received = torch.empty((total + zero_rows, *rows.shape[1:]), dtype=rows.dtype, device=rows.device)
-    received[total:].zero_()
-    dist.all_to_all_single(
-        received[:total],
-        rows.contiguous(),
+    meanwhile: Callable[[], None] | None = None,
+) -> None:
+    """All-to-all of whole rows: rows[sum(send_counts), ...], grouped by destination, fill
+    received[sum(receive_counts), ...], grouped by source. Both contiguous. What `meanwhile` launches runs beside it."""
+    work = dist.all_to_all_single(
+        received,
+        rows,
         output_split_sizes=receive_counts,
         input_split_sizes=send_counts,
         group=group,
+        async_op=meanwhile is not None,
     )
-    return received
+    if meanwhile is not None:
+        meanwhile()
+        assert work is not None
+        work.wait()  # on a GPU: the stream waits, not the host

@@ -1,16 +1,20 @@
 """What the backward keeps and which gradients it computes: the ops of ops.py joined under torch.autograd.
 
 Fused, saved are x, the weights and top_k_weights (held by others anyway), the pre-activation h [P, 2I] and the
-routing as int32. In two halves, what the gate's own torch operations save comes on top: h, its output a [P, I], and
+routing as int32. Weights in another dtype than x (fp32 master weights under bf16 compute) are cast for the products, in
+forward and again in backward, so that no copy of them is kept; their gradients are written once, in their own dtype,
+from the fp32 accumulators. In two halves, what the gate's own torch operations save comes on top: h, its output a [P, I], and
 their like.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from . import launch, ops
+from .casts import Casts
 
 
 def _where_needed(gradients: tuple[Tensor, ...], needs: list[bool]) -> list[Tensor | None]:
@@ -18,13 +22,15 @@ def _where_needed(gradients: tuple[Tensor, ...], needs: list[bool]) -> list[Tens
 
 
 class _Experts(torch.autograd.Function):
-    """The whole layer, fused."""
+    """The whole layer, fused. Of the parameters (w1, w2, b1, b2) only what `casts` makes of them is computed with."""
 
     @staticmethod
-    def forward(ctx, x, w1, w2, b1, b2, index, weights, kind, num_pairs, scale):
-        out, h, *routing = ops.experts_forward(x, w1, w2, b1, b2, index, weights, *kind, num_pairs, True)
-        ctx.save_for_backward(x, w1, w2, b1, b2, weights, h, *routing)
-        ctx.kind, ctx.scale = kind, scale
+    def forward(ctx, x, w1, w2, b1, b2, index, weights, kind, num_pairs, scale, casts):
+        parameters = (w1, w2, b1, b2)
+        forward = ops.direct(ops.experts_forward, x)
+        out, h, *routing = forward(x, *_taken(casts, parameters), index, weights, *kind, num_pairs, True)
+        ctx.save_for_backward(x, *parameters, weights, h, *routing)
+        ctx.kind, ctx.scale, ctx.casts = kind, scale, casts
         return out
 
     @staticmethod
@@ -32,9 +38,22 @@ class _Experts(torch.autograd.Function):
     def backward(ctx, dout):
         *need_tensors, _, need_weights = ctx.needs_input_grad[:7]
         needs = [*need_tensors, need_weights]
-        gradients = ops.experts_backward(dout, *ctx.saved_tensors, *ctx.kind, ctx.scale, needs)
+        x, w1, w2, b1, b2, *saved = ctx.saved_tensors
+        parameters = (w1, w2, b1, b2)
+        learning = [p.dtype for p, need in zip(parameters, need_tensors[1:], strict=True) if need]
+        dtype = functools.reduce(torch.promote_types, learning, x.dtype)
+        backward = ops.direct(ops.experts_backward, x)
+        gradients = backward(dout, x, *_taken(ctx.casts, parameters), *saved, *ctx.kind, ctx.scale, dtype, needs)
         *gradients, dweights = _where_needed(gradients, needs)
-        return *gradients, None, dweights, None, None, None
+        return *gradients, None, dweights, None, None, None, None
+
+
+def _taken(casts: Casts | None, parameters: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+    """The parameters as they are computed with."""
+    if casts is None:
+        return parameters
+    made = iter(casts.take())
+    return tuple(None if p is None else next(made) for p in parameters)
 
 
 class _UpHalf(torch.autograd.Function):
@@ -89,6 +108,7 @@ def experts(
     transposed: bool = False,
     num_pairs: int | None = None,
     weight_grad_scale: float = 1.0,
+    casts: Casts | None = None,
 ) -> Tensor:
     """The fused layer with gradients: x[T,H], index[T,K], weights[T,K] -> [T,H] in x's dtype.
 
@@ -96,15 +116,19 @@ def experts(
     [E, 2I or I] and b2 [E, H] are biases or None. act is one of launch.ACTIVATIONS and `gate` a launch.Gate's numbers;
     without them the first half of w1's rows is the gate, and nothing is clamped. Slots with index >= E are sentinels;
     num_pairs is the number of the others where the host knows it. weight_grad_scale multiplies the gradients of w1, w2,
-    b1 and b2, and nothing else. Raises ValueError on what does not fit together.
+    b1 and b2, and nothing else. With `casts`, which makes the four (those that are there, in that order) in x's dtype, they
+    may be of another; their gradients come in their own. Raises ValueError on what does not fit together.
     """
-    launch.check_inputs(x, w1, w2, index, weights, launch.Layer.of(w1, w2, gated, transposed))
+    parameters = (w1, w2, b1, b2)
+    dtypes = (w1.dtype, w2.dtype) if casts is None else (x.dtype, x.dtype)
+    launch.check_inputs(x, dtypes, index, weights, launch.Layer.of(w1, w2, gated, transposed))
     pairs = -1 if num_pairs is None else num_pairs
     kind = (act, list(gate), gated, transposed)
-    learns = (t for t in (x, w1, w2, b1, b2, weights) if t is not None)
+    learns = (t for t in (x, *parameters, weights) if t is not None)
     if torch.is_grad_enabled() and any(t.requires_grad for t in learns):
-        return _Experts.apply(x, w1, w2, b1, b2, index, weights, kind, pairs, weight_grad_scale)
-    out, *_ = ops.experts_forward(x, w1, w2, b1, b2, index, weights, *kind, pairs, False)
+        return _Experts.apply(x, *parameters, index, weights, kind, pairs, weight_grad_scale, casts)
+    forward = ops.direct(ops.experts_forward, x)
+    out, *_ = forward(x, *_taken(casts, parameters), index, weights, *kind, pairs, False)
     return out
 
 
@@ -127,7 +151,7 @@ def experts_in_halves(
 
     b1 [E, 2I] and b2 [E, H] are biases or None; their gradients carry weight_grad_scale too.
     """
-    launch.check_inputs(x, w1, w2, index, weights, launch.Layer.of(w1, w2, gated, transposed))
+    launch.check_inputs(x, (w1.dtype, w2.dtype), index, weights, launch.Layer.of(w1, w2, gated, transposed))
     routing = ops.sort_rows(index, w1.shape[0], -1 if num_pairs is None else num_pairs)
     h = _UpHalf.apply(x, w1, w2, b1, *routing, gated, transposed, weight_grad_scale)
     return _DownHalf.apply(gate(h), w1, w2, b2, weights, *routing, gated, transposed, weight_grad_scale)

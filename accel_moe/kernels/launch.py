@@ -68,13 +68,16 @@ class Layer:
         return cls(down.shape[0], down.shape[1], down.shape[2], gated, transposed)
 
 
-def check_inputs(x: Tensor, w1: Tensor, w2: Tensor, index: Tensor, weights: Tensor, layer: Layer) -> None:
-    """Raises ValueError when x[T,H], index[T,K] and weights[T,K] do not fit together or with the weights."""
+def check_inputs(
+    x: Tensor, weight_dtypes: tuple[torch.dtype, torch.dtype], index: Tensor, weights: Tensor, layer: Layer
+) -> None:
+    """Raises ValueError when x[T,H], index[T,K] and weights[T,K] do not fit together or with the layer's weights."""
     check_runnable(x)
-    if x.dtype not in DTYPES or w1.dtype != x.dtype or w2.dtype != x.dtype:
+    up, down = weight_dtypes
+    if x.dtype not in DTYPES or up != x.dtype or down != x.dtype:
         raise ValueError(
             f"scattermoe needs hidden_states and both weights in one dtype of float32, bfloat16 or float16; "
-            f"found hidden_states {x.dtype}, up-projection {w1.dtype}, down_proj {w2.dtype}. Cast them, or use "
+            f"found hidden_states {x.dtype}, up-projection {up}, down_proj {down}. Cast them, or use "
             f"torch.autocast."
         )
     if x.ndim != 2 or x.shape[1] != layer.hidden:
@@ -400,13 +403,13 @@ def routing_grad(ds: Tensor, routing: Routing, like: Tensor) -> Tensor:
 
 
 def weight_grad(
-    left: Tensor | Padded, right: Tensor | Padded, routing: Routing, config: Config, scale: float
+    left: Tensor | Padded, right: Tensor | Padded, routing: Routing, config: Config, scale: float, dtype: torch.dtype
 ) -> Tensor:
-    """scale * left.T @ right per expert, [E, left width, right width]; exactly one operand is padded."""
+    """scale * left.T @ right per expert, [E, left width, right width] in dtype; exactly one operand is padded."""
     padded = left if isinstance(left, Padded) else right
     left_data, right_data = (t.data if isinstance(t, Padded) else t for t in (left, right))
     m, n = left_data.shape[1], right_data.shape[1]
-    dw = left_data.new_empty(routing.num_experts, m, n)
+    dw = left_data.new_empty(routing.num_experts, m, n, dtype=dtype)
     tma = _tma_fits(left_data, right_data)
     block_m, block_n, block_p = config.block_k, config.block_n, config.block_p
     grid = (routing.num_experts * triton.cdiv(m, block_m) * triton.cdiv(n, block_n),)
@@ -435,11 +438,13 @@ def weight_grad(
     return dw
 
 
-def bias_grad(src: Tensor, weights: Tensor | None, routing: Routing, like: Tensor, scale: float) -> Tensor:
-    """The gradient of a bias [E, width]: src [P, width] summed per expert, or src [T, width] at each row's token
+def bias_grad(
+    src: Tensor, weights: Tensor | None, routing: Routing, like: Tensor, scale: float, dtype: torch.dtype
+) -> Tensor:
+    """The gradient of a bias [E, width], in dtype: src [P, width] summed per expert, or src [T, width] at each row's token
     times its routing weight.
     """
-    out = torch.empty_like(like, memory_format=torch.contiguous_format)
+    out = torch.empty_like(like, dtype=dtype, memory_format=torch.contiguous_format)
     width, block = like.shape[1], 128
     gemm.sum_expert_rows[(routing.num_experts, triton.cdiv(width, block))](
         src,

@@ -14,7 +14,8 @@ gradient that is not needed comes back with no elements. `scale` multiplies the 
 nothing else.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,6 +24,24 @@ from . import launch
 from .gate import Gate
 from .launch import IDENTITY, PAD, Layer, TileLists, Weight
 from .routing import Routing, sort_slots
+
+
+def _op(name: str) -> Callable[[Callable[..., Any]], Any]:
+    """Register a function as a custom op."""
+
+    def register(function):
+        op = torch.library.custom_op(f"accel_moe::{name}", function, mutates_args=())
+        op.function = function
+        return op
+
+    return register
+
+
+def direct(op: Any, x: Tensor) -> Callable[..., Any]:
+    """The op's own function where nobody looks at ops: the way through torch's dispatcher costs the host a tenth of a
+    millisecond. The op itself under torch.compile, for fake tensors, and in a dispatch mode."""
+    watched = torch.compiler.is_compiling() or type(x) is not Tensor or torch._C._len_torch_dispatch_stack() > 0
+    return op if watched else op.function
 
 
 def _num_rows(index: Tensor, num_pairs: int) -> int:
@@ -40,7 +59,7 @@ def _dense(bias: Tensor | None) -> Tensor | None:
 # ---- Fused
 
 
-@torch.library.custom_op("accel_moe::experts_forward", mutates_args=())
+@_op("experts_forward")
 def experts_forward(
     x: Tensor,
     w1: Tensor,
@@ -93,7 +112,7 @@ def _(x, w1, w2, b1, b2, index, weights, act, gate, gated, transposed, num_pairs
     )
 
 
-@torch.library.custom_op("accel_moe::experts_backward", mutates_args=())
+@_op("experts_backward")
 def experts_backward(
     dout: Tensor,
     x: Tensor,
@@ -111,9 +130,11 @@ def experts_backward(
     gated: bool,
     transposed: bool,
     scale: float,
+    grad_dtype: torch.dtype,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """-> gradients of x, w1, w2, b1, b2 and weights, those that `needs` (six, in that order) asks for."""
+    """-> gradients of x, w1, w2, b1, b2 and weights, those that `needs` (six, in that order) asks for; the middle four
+    in grad_dtype."""
     need_x, need_w1, need_w2, need_b1, need_b2, need_weights = needs
     kind, biased = Gate.of(act, gated, gate), int(b2 is not None)
     with launch.on_device(x):
@@ -135,42 +156,70 @@ def experts_backward(
         if need_w1 or need_w2:
             launch.zero_tail(dh, sa, routing, PAD)
         # Each buffer of P rows is dropped as soon as its last reader is launched: they decide the peak.
-        dw2 = _weight_grad("down_weight_grad", layer, dout_rows, sa, transposed, routing, scale, need_w2)
+        dw2 = _weight_grad("down_weight_grad", layer, dout_rows, sa, transposed, routing, scale, need_w2, grad_dtype)
         ds = sa = dout_rows = None
-        db1 = launch.bias_grad(dh, None, routing, b1, scale) if need_b1 and b1 is not None else x.new_empty(0)
-        db2 = launch.bias_grad(dout, weights, routing, b2, scale) if need_b2 and b2 is not None else x.new_empty(0)
-        dw1 = _up_weight_grad(layer, x, dh, routing, tiles, scale, need_w1)
+        db1 = (
+            launch.bias_grad(dh, None, routing, b1, scale, grad_dtype) if need_b1 and b1 is not None else x.new_empty(0)
+        )
+        db2 = (
+            launch.bias_grad(dout, weights, routing, b2, scale, grad_dtype)
+            if need_b2 and b2 is not None
+            else x.new_empty(0)
+        )
+        dw1 = _up_weight_grad(layer, x, dh, routing, tiles, scale, need_w1, grad_dtype)
         dx = _input_grad(layer, x, w1, dh, routing, tiles, need_x)
     return dx, dw1, dw2, db1, db2, dweights
 
 
 @experts_backward.register_fake
 def _(
-    dout, x, w1, w2, b1, b2, weights, h, row_slot, slot_row, expert_offsets, act, gate, gated, transposed, scale, needs
+    dout,
+    x,
+    w1,
+    w2,
+    b1,
+    b2,
+    weights,
+    h,
+    row_slot,
+    slot_row,
+    expert_offsets,
+    act,
+    gate,
+    gated,
+    transposed,
+    scale,
+    grad_dtype,
+    needs,
 ):
-    likes = (x, w1, w2, b1, b2, weights)
-    return tuple(
-        _like_if(x if like is None else like, n and like is not None) for like, n in zip(likes, needs, strict=True)
-    )
+    gradients = [
+        _like_if(x if like is None else like, n and like is not None)
+        for like, n in zip((x, w1, w2, b1, b2, weights), needs, strict=True)
+    ]
+    return tuple(g.to(grad_dtype) if 0 < i < 5 and g.numel() else g for i, g in enumerate(gradients))
 
 
-def _weight_grad(kernel, layer: Layer, left, right, swap: bool, routing: Routing, scale: float, needed: bool) -> Tensor:
-    """scale * left.T @ right per expert, or its transpose; one of the two is launch.Padded."""
+def _weight_grad(
+    kernel, layer: Layer, left, right, swap: bool, routing: Routing, scale: float, needed: bool, dtype: torch.dtype
+) -> Tensor:
+    """scale * left.T @ right per expert, or its transpose, in dtype; one of the two is launch.Padded."""
     plain = right if isinstance(left, launch.Padded) else left
     if not needed:
         return plain.new_empty(0)
     if swap:
         left, right = right, left
-    run = lambda c: launch.weight_grad(left, right, routing, c, scale)  # noqa: E731
+    run = lambda c: launch.weight_grad(left, right, routing, c, scale, dtype)  # noqa: E731
     return launch.tuned(kernel, layer, routing.num_rows, plain, run)
 
 
-def _up_weight_grad(layer: Layer, x: Tensor, dh: Tensor, routing: Routing, tiles: TileLists, scale, needed) -> Tensor:
+def _up_weight_grad(
+    layer: Layer, x: Tensor, dh: Tensor, routing: Routing, tiles: TileLists, scale: float, needed: bool, dtype
+) -> Tensor:
     """dh.T @ x[token] per expert, as w1 is stored."""
     if not needed:
         return x.new_empty(0)
     x_rows = launch.gather_rows(x, routing, tiles)
-    return _weight_grad("up_weight_grad", layer, dh, x_rows, layer.transposed, routing, scale, True)
+    return _weight_grad("up_weight_grad", layer, dh, x_rows, layer.transposed, routing, scale, True, dtype)
 
 
 def _input_grad(layer: Layer, x: Tensor, w1: Tensor, dh: Tensor, routing: Routing, tiles: TileLists, needed) -> Tensor:
@@ -185,7 +234,7 @@ def _input_grad(layer: Layer, x: Tensor, w1: Tensor, dh: Tensor, routing: Routin
 # ---- In two halves
 
 
-@torch.library.custom_op("accel_moe::sort_rows", mutates_args=())
+@_op("sort_rows")
 def sort_rows(index: Tensor, num_experts: int, num_pairs: int) -> tuple[Tensor, Tensor, Tensor]:
     """index[T,K] -> the routing; num_pairs as in experts_forward."""
     with launch.on_device(index):
@@ -199,7 +248,7 @@ def _(index, num_experts, num_pairs):
     return tuple(torch.empty(size, dtype=torch.int32, device=index.device) for size in sizes)
 
 
-@torch.library.custom_op("accel_moe::up_half", mutates_args=())
+@_op("up_half")
 def up_half(
     x: Tensor,
     w1: Tensor,
@@ -234,7 +283,7 @@ def _(x, w1, w2, b1, row_slot, slot_row, expert_offsets, gated, transposed):
     return x.new_empty(row_slot.shape[0], w1.shape[2 if transposed else 1])
 
 
-@torch.library.custom_op("accel_moe::up_half_backward", mutates_args=())
+@_op("up_half_backward")
 def up_half_backward(
     dh: Tensor,
     x: Tensor,
@@ -256,8 +305,8 @@ def up_half_backward(
         layer = Layer.of(w1, w2, gated, transposed)
         routing = Routing(row_slot, slot_row, expert_offsets, top_k=slot_row.numel() // max(1, x.shape[0]))
         tiles = TileLists(routing)
-        db1 = launch.bias_grad(dh, None, routing, b1, scale) if need_b1 and b1 is not None else x.new_empty(0)
-        dw1 = _up_weight_grad(layer, x, dh, routing, tiles, scale, need_w1)
+        db1 = launch.bias_grad(dh, None, routing, b1, scale, b1.dtype) if need_b1 and b1 is not None else x.new_empty(0)
+        dw1 = _up_weight_grad(layer, x, dh, routing, tiles, scale, need_w1, w1.dtype)
         dx = _input_grad(layer, x, w1, dh, routing, tiles, need_x)
     return dx, dw1, db1
 
@@ -267,7 +316,7 @@ def _(dh, x, w1, w2, b1, row_slot, slot_row, expert_offsets, gated, transposed, 
     return _like_if(x, needs[0]), _like_if(w1, needs[1]), _like_if(x if b1 is None else b1, needs[2] and b1 is not None)
 
 
-@torch.library.custom_op("accel_moe::down_half", mutates_args=())
+@_op("down_half")
 def down_half(
     a: Tensor,
     w1: Tensor,
@@ -296,7 +345,7 @@ def _(a, w1, w2, b2, weights, row_slot, slot_row, expert_offsets, gated, transpo
     return a.new_empty(weights.shape[0], w2.shape[2 if transposed else 1])
 
 
-@torch.library.custom_op("accel_moe::down_half_backward", mutates_args=())
+@_op("down_half_backward")
 def down_half_backward(
     dout: Tensor,
     a: Tensor,
@@ -334,8 +383,12 @@ def down_half_backward(
             launch.dot_bias(dout, b2.contiguous(), ds[-1], routing, tiles)
         dweights = launch.routing_grad(ds, routing, weights) if need_weights else weights.new_empty(0)
         launch.zero_tail(da, sa, routing, PAD)
-        dw2 = _weight_grad("down_weight_grad", layer, dout_rows, sa, transposed, routing, scale, need_w2)
-        db2 = launch.bias_grad(dout, weights, routing, b2, scale) if need_b2 and b2 is not None else a.new_empty(0)
+        dw2 = _weight_grad("down_weight_grad", layer, dout_rows, sa, transposed, routing, scale, need_w2, w2.dtype)
+        db2 = (
+            launch.bias_grad(dout, weights, routing, b2, scale, b2.dtype)
+            if need_b2 and b2 is not None
+            else a.new_empty(0)
+        )
     return da, dw2, db2, dweights
 
 

@@ -35,14 +35,21 @@ def unsupported_reason(module) -> str | None:
     return None
 
 
+def parameter_names(module) -> list[str]:
+    """The parameters an experts module computes with: up-projection, down-projection, and their biases if it has any."""
+    up = "gate_up_proj" if module.has_gate else "up_proj"
+    return [up, "down_proj"] + ([f"{up}_bias", "down_proj_bias"] if module.has_bias else [])
+
+
 def scattermoe_experts_forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """The experts layer, [T,H] in hidden_states' dtype, differentiable in hidden_states, parameters and
     top_k_weights.
 
     self: an experts module, or a view that answers its attributes; a view may also have `weight_grad_scale`
-    (multiplies the gradient of every expert parameter, default 1.0) and `num_pairs` (how many slots are not
-    sentinels, where the host knows; buffers are then of that size). A slot with top_k_index >= num_experts is a
-    sentinel: no work, no contribution, gradient exactly 0. No host sync, no collective. Raises ValueError for a
+    (multiplies the gradient of every expert parameter, default 1.0), `num_pairs` (how many slots are not
+    sentinels, where the host knows; buffers are then of that size) and `casts` (casts.Casts of the parameters,
+    where they are not in hidden_states' dtype; their gradients come in their own). A slot with top_k_index >=
+    num_experts is a sentinel: no work, no contribution, gradient exactly 0. No host sync, no collective. Raises ValueError for a
     module that unsupported_reason refuses and for tensors that do not fit.
     """
     reason = unsupported_reason(self)
@@ -53,26 +60,28 @@ def scattermoe_experts_forward(self, hidden_states: Tensor, top_k_index: Tensor,
         )
     from .autograd import experts, experts_in_halves  # the first call imports Triton
 
-    up = "gate_up_proj" if self.has_gate else "up_proj"
-    names = [up, "down_proj"] + ([f"{up}_bias", "down_proj_bias"] if self.has_bias else [])
-    tensors = [hidden_states, *(getattr(self, name) for name in names)]
-    device = hidden_states.device.type
-    if torch.is_autocast_enabled(device):
-        # As F.linear would under autocast; the casts are differentiable, gradients return in the parameters' dtype.
-        tensors = [t.to(torch.get_autocast_dtype(device)) for t in tensors]
-    x, w1, w2, *biases = tensors
+    x, names = hidden_states, parameter_names(self)
+    parameters, casts = [getattr(self, name) for name in names], getattr(self, "casts", None)
+    if torch.is_autocast_enabled(x.device.type):
+        x = x.to(torch.get_autocast_dtype(x.device.type))  # as F.linear would; differentiable
+        if casts is None:
+            parameters = [p.to(x.dtype) for p in parameters]
     options = {
         "gated": self.has_gate,
         "transposed": self.is_transposed,
         "num_pairs": getattr(self, "num_pairs", None),
         "weight_grad_scale": getattr(self, "weight_grad_scale", 1.0),
     }
-    b1, b2 = biases or (None, None)
+    no_biases = [None] * (4 - len(names))
     gate = gate_of(self)
     if gate is not None:
+        w1, w2, b1, b2 = *parameters, *no_biases
         numbers = gate.numbers
-        out = experts(x, w1, w2, top_k_index, top_k_weights, gate.act, b1=b1, b2=b2, gate=numbers, **options)
+        out = experts(
+            x, w1, w2, top_k_index, top_k_weights, gate.act, b1=b1, b2=b2, gate=numbers, casts=casts, **options
+        )
     else:
         apply_gate = self._apply_gate if self.has_gate else self.act_fn
+        w1, w2, b1, b2 = *parameters, *no_biases
         out = experts_in_halves(x, w1, w2, b1, b2, top_k_index, top_k_weights, apply_gate, **options)
     return out.to(hidden_states.dtype)

@@ -6,10 +6,13 @@
 One layer's exchange, forward and backward, with no experts in between (the rows come back as they went), bf16, random
 routing with mild skew. Reported per rank, medians over --repeats of the slowest rank:
 
-- bytes sent to other ranks in all four exchanges of rows and two of slots, counted where torch.distributed is called,
-  against one row per (token, expert), the textbook way;
+- bytes sent to other ranks in all four exchanges, counted where torch.distributed is called, against one row per
+  (token, expert), the textbook way;
 - bus bandwidth: those bytes over the time of dispatch + combine, forward + backward (packing, unpacking and the host
-  sync included), against `all_to_all_single` of the same bytes, same splits, alone.
+  sync included), against `all_to_all_single` of the same bytes alone. Twice: *alone*, from an idle GPU, where the host
+  cannot launch as fast as the links deliver; and *in a layer*, what the exchange adds to a GPU that has other work
+  where a layer has it (a millisecond of matrix products for the weights' casts and for the experts, forward and
+  backward, and for what follows the layer).
 
 On a machine without a GPU it runs on gloo, to try the script out.
 """
@@ -23,6 +26,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -57,7 +61,7 @@ def main() -> None:
     dist.destroy_process_group()
 
 
-def measure(args: argparse.Namespace, device: torch.device) -> dict[str, float]:
+def measure(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     world, rank = dist.get_world_size(), dist.get_rank()
     generator = torch.Generator().manual_seed(rank)
     skew = 0.5 * torch.randn(args.experts, generator=torch.Generator().manual_seed(99))
@@ -68,11 +72,31 @@ def measure(args: argparse.Namespace, device: torch.device) -> dict[str, float]:
     upstream = torch.randn_like(hidden)
     dispatcher = make_dispatcher("all_to_all", dist.group.WORLD, args.experts)
 
-    def there_and_back() -> None:
-        sent = dispatcher.dispatch(hidden, index, weights)
-        # every row comes home as it went; the weights take part, so that their gradients travel
-        out = dispatcher.combine(sent.rows + sent.local_weights.sum(1, keepdim=True) * 0, sent)
-        torch.autograd.grad(out, (hidden, weights), upstream)
+    square = torch.randn(4096 if GPU else 64, 4096 if GPU else 64, device=device, dtype=torch.bfloat16)
+
+    def work() -> None:
+        for _ in range(5):
+            torch.mm(square, square)
+
+    class Work(torch.autograd.Function):
+        """Other work of the GPU's, forward and backward."""
+
+        @staticmethod
+        def forward(ctx, rows):
+            work()
+            return rows.view_as(rows)
+
+        @staticmethod
+        def backward(ctx, gradient):
+            work()
+            return gradient
+
+    def there_and_back(in_layer: bool = False) -> None:
+        other = Work.apply if in_layer else lambda rows: rows
+        sent = dispatcher.dispatch(hidden, index, weights, meanwhile=work if in_layer else None)
+        out = other(dispatcher.combine(other(sent.rows), sent))  # every row comes home as it went
+        # the weights have a gradient of their own, which travels too
+        torch.autograd.grad((out, sent.local_weights), (hidden, weights), (upstream, sent.local_weights.detach()))
 
     exchanges = recorded(there_and_back)
     sent_bytes = sum(bytes_to_others(rows, splits, rank) for rows, splits, _ in exchanges)
@@ -84,8 +108,17 @@ def measure(args: argparse.Namespace, device: torch.device) -> dict[str, float]:
         for rows, received, give, take in buffers:
             dist.all_to_all_single(received, rows, output_split_sizes=take, input_split_sizes=give)
 
-    plain_s, ours_s = median_s(plain, args.repeats), median_s(there_and_back, args.repeats)
-    return {"sent": sent_bytes, "naive": naive_bytes, "ours_s": ours_s, "plain_s": plain_s}
+    def only_work() -> None:
+        for _ in range(5):
+            work()
+
+    alone = {"plain_s": median_s(plain, args.repeats), "ours_s": median_s(there_and_back, args.repeats)}
+    base_s = median_s(only_work, args.repeats)
+    in_layer = {
+        "plain_s": median_s(lambda: (only_work(), plain()), args.repeats) - base_s,
+        "ours_s": median_s(lambda: there_and_back(in_layer=True), args.repeats) - base_s,
+    }
+    return {"sent": sent_bytes, "naive": naive_bytes, "alone": alone, "in a layer": in_layer}
 
 
 def recorded(step: Callable[[], None]) -> list[tuple[torch.Tensor, list[int], list[int]]]:
@@ -93,9 +126,9 @@ def recorded(step: Callable[[], None]) -> list[tuple[torch.Tensor, list[int], li
     seen = []
     exchange = all_to_all.exchange_rows
 
-    def watch(rows, send_counts, receive_counts, group, **more):
-        seen.append((rows.detach().contiguous().clone(), send_counts, receive_counts))
-        return exchange(rows, send_counts, receive_counts, group, **more)
+    def watch(rows, received, send_counts, receive_counts, group, **options):
+        seen.append((rows.detach().clone(), send_counts, receive_counts))
+        exchange(rows, received, send_counts, receive_counts, group, **options)
 
     all_to_all.exchange_rows = watch
     try:
@@ -129,17 +162,20 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def report(found: dict[str, float], command: str, args: argparse.Namespace) -> str:
+def report(found: dict[str, Any], command: str, args: argparse.Namespace) -> str:
     device = torch.cuda.get_device_name() if GPU else "CPU, gloo"
-    ours, plain = (found["sent"] / found[name] / 1e9 for name in ("ours_s", "plain_s"))
-    cells = [
-        f"{dist.get_world_size()}", f"{args.tokens}", f"{args.hidden_size}", f"{args.experts}", f"{args.top_k}",
-        f"{found['sent'] / 2**20:.1f}", f"{found['sent'] / found['naive']:.3f}",
-        f"{found['ours_s'] * 1e3:.2f}", f"{found['plain_s'] * 1e3:.2f}",
-        f"{ours:.0f}", f"{plain:.0f}", f"{ours / plain:.2f}",
-    ]  # fmt: skip
-    head = "| ranks | tokens | H | E | K | MiB sent | / row per expert | ms | plain ms | GB/s | plain GB/s | ratio |"
-    table = [head, "|" + "---|" * len(cells), f"| {' | '.join(cells)} |"]
+    head = "| ranks | tokens | H | E | K | MiB sent | / row per expert | | ms | plain ms | GB/s | plain GB/s | ratio |"
+    table = [head, "|" + "---|" * 13]
+    for where in ("alone", "in a layer"):
+        times = found[where]
+        ours, plain = (found["sent"] / times[name] / 1e9 for name in ("ours_s", "plain_s"))
+        cells = [
+            f"{dist.get_world_size()}", f"{args.tokens}", f"{args.hidden_size}", f"{args.experts}", f"{args.top_k}",
+            f"{found['sent'] / 2**20:.1f}", f"{found['sent'] / found['naive']:.3f}", where,
+            f"{times['ours_s'] * 1e3:.2f}", f"{times['plain_s'] * 1e3:.2f}",
+            f"{ours:.0f}", f"{plain:.0f}", f"{ours / plain:.2f}",
+        ]  # fmt: skip
+        table.append(f"| {' | '.join(cells)} |")
     return "\n".join([f"`{command}`", "", f"{device}; torch {torch.__version__}. bf16, one layer.", "", *table])
 
 

@@ -199,6 +199,21 @@ def measure(
     return Result(name, forward_ms, step_ms, 18 * T * K * H * I / step_ms / 1e9, saved, peak, tuple(errors))
 
 
+def profile(forward: Forward, inputs: list[Tensor]) -> str:
+    """One step's kernels, the longest first: milliseconds, launches and name of each."""
+    leaves, index, dout = _leaves(inputs)
+    step(forward, leaves, index, dout)
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        step(forward, leaves, index, dout)
+        torch.cuda.synchronize()
+    on_gpu = [e for e in profiler.key_averages() if e.device_type == torch.autograd.DeviceType.CUDA]
+    on_gpu.sort(key=lambda e: -e.self_device_time_total)
+    lines = [f"{e.self_device_time_total / 1e3:8.3f} ms {e.count:4d} x {e.key[:90]}" for e in on_gpu]
+    total_ms = sum(e.self_device_time_total for e in on_gpu) / 1e3
+    return "\n".join([f"{total_ms:8.3f} ms of {sum(e.count for e in on_gpu)} kernels", *lines[:24]])
+
+
 # ---- Reporting
 
 
@@ -265,6 +280,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
     parser.add_argument("--routing-dtype", default="bfloat16", choices=["bfloat16", "float32"])
     parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--profile", action="store_true", help="also list the kernels of one step of each")
     parser.add_argument("--out", type=Path, default=Path("runs/bench_experts"))
     args = parser.parse_args()
     if not torch.cuda.is_available():
@@ -285,9 +301,13 @@ def main() -> None:
             measure(peer, forward, shape, inputs, reference, 3 if peer == "eager" else args.repeats)
             for peer, forward in implementations(args.only).items()
         ]
+        block = table(name, shape, all_results[name])
+        if args.profile:
+            for peer, forward in implementations(args.only).items():
+                if peer != "eager":
+                    block += f"\n{peer}, one step of {name}:\n\n```\n{profile(forward, inputs)}\n```\n"
         del inputs, reference
         torch.cuda.empty_cache()
-        block = table(name, shape, all_results[name])
         print(block, flush=True)
         text += block + "\n"
     (args.out / "experts.md").write_text(text)

@@ -5,8 +5,9 @@
 
 Each (scenario, number of GPUs, way) runs in processes of its own: random weights from one seed, fp32 master weights,
 bf16 compute, fused AdamW, no clipping, no activation checkpointing, random tokens. Reported: the median time of a step
-between device synchronisations, tokens/s/GPU, the greatest peak memory of a rank over the timed steps, and the loss of
-the last step (alike for all ways, or something is wrong). One more step, after those that are timed, runs under the
+from CUDA event to CUDA event, with no synchronisation in between, as a training loop runs; tokens/s/GPU, and how many
+times those of the fastest peer; the greatest peak memory of a rank over the timed steps, and the part it is of that
+peer's; and the loss of the last step (alike for all ways, or something is wrong). One more step, after those that are timed, runs under the
 profiler: where rank 0's GPU spent it, by kind of kernel (the times overlap, and idle is none of them). The table is
 printed and, with --results, replaces this benchmark's section in that file, with a chart beside it. On a machine
 without a GPU it runs on gloo ranks, to try the script out.
@@ -17,6 +18,7 @@ A way that this installation does not have, and one that runs out of memory, get
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import platform
@@ -160,7 +162,7 @@ def no_transformers_ep(gpus: int) -> str | None:
 
 
 def report(rows: list[tuple[str, int, str, dict[str, Any]]], scenarios: dict[str, Scenario], command: str) -> str:
-    """The Markdown section: how it was measured, then one row per way, with its ratio to FSDP2 + grouped_mm."""
+    """The Markdown section: how it was measured, then one row per way, with its ratios to the fastest peer."""
     import accelerate
     import transformers
 
@@ -169,24 +171,28 @@ def report(rows: list[tuple[str, int, str, dict[str, Any]]], scenarios: dict[str
         f"torch {torch.__version__}, transformers {transformers.__version__}, accelerate {accelerate.__version__}"
     )
     lines = [f"`{command}`", "", f"{device}; {versions}. fp32 master weights, bf16 compute, fused AdamW.", ""]
-    lines += ["| scenario | tokens a GPU | GPUs | way | ms/step | tokens/s/GPU | x FSDP2 | peak GiB | loss |"]
-    lines += ["|---|---|---|---|---|---|---|---|---|"]
+    lines += ["| scenario | tokens a GPU | GPUs | way | ms/step | tokens/s/GPU | x peer | peak GiB | of peer | loss |"]
+    lines += ["|---|---|---|---|---|---|---|---|---|---|"]
     profiles = [
         "",
         f"| GPU time of a step, ms | way | {' | '.join(KINDS)} | other |",
         "|---|---|" + "---|" * (len(KINDS) + 1),
     ]
-    yardstick = {(name, gpus): result.get("step_s") for name, gpus, way, result in rows if way == FSDP2}
+    peers: dict[tuple[str, int], dict[str, Any]] = {}
+    for name, gpus, way, result in rows:
+        if way != OURS and "step_s" in result:
+            peers[name, gpus] = min(peers.get((name, gpus), result), result, key=lambda r: r["step_s"])
     for name, gpus, way, result in rows:
         scenario = scenarios[name]
         cells = [name, f"{scenario.batch_size} x {scenario.seq_len}", str(gpus), way]
         if "why_not" in result:
-            cells += [result["why_not"], "", "", "", ""]
+            cells += [result["why_not"], "", "", "", "", ""]
         else:
-            step_s, other_s = result["step_s"], yardstick.get((name, gpus))
-            peak = f"{result['peak_bytes'] / 2**30:.1f}" if result["peak_bytes"] else "-"
-            ratio = f"{other_s / step_s:.2f}" if other_s else "-"
-            cells += [f"{step_s * 1e3:.0f}", f"{scenario.tokens / step_s:,.0f}", ratio, peak, f"{result['loss']:.3f}"]
+            step_s, peak_bytes, peer = result["step_s"], result["peak_bytes"], peers.get((name, gpus))
+            cells += [f"{step_s * 1e3:.0f}", f"{scenario.tokens / step_s:,.0f}"]
+            cells += [f"{peer['step_s'] / step_s:.2f}" if peer else "-"]
+            cells += [f"{peak_bytes / 2**30:.1f}" if peak_bytes else "-"]
+            cells += [f"{peak_bytes / peer['peak_bytes']:.2f}" if peer and peak_bytes else "-", f"{result['loss']:.3f}"]
         lines.append(f"| {' | '.join(cells)} |")
         if split := result.get("split_ms"):
             times = [f"{split.get(kind, 0):.0f}" for kind in [*KINDS, "other"]]
@@ -246,20 +252,21 @@ def work(way: str, scenario: Scenario, folder: Path, steps: int) -> None:
         backward(loss)
         optimizer.step()
         optimizer.zero_grad()
-        synchronize()
         return loss
 
-    loss, times_s = torch.zeros(()), []
-    for step in range(WARMUP_STEPS + steps):
-        if step == WARMUP_STEPS and GPU:
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
-        synchronize()
-        start_s = time.perf_counter()
-        loss = train(step)
-        times_s.append(time.perf_counter() - start_s)
+    for step in range(WARMUP_STEPS):
+        train(step)
+    if GPU:
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    loss, marks = torch.zeros(()), [mark()]
+    for step in range(steps):
+        loss = train(WARMUP_STEPS + step)
+        marks.append(mark())
+    step_s = statistics.median(seconds_between(a, b) for a, b in itertools.pairwise(marks))
     peak_bytes = torch.cuda.max_memory_allocated() if GPU else 0
-    measured = torch.tensor([peak_bytes, statistics.median(times_s[WARMUP_STEPS:])], dtype=torch.double, device=device)
+    measured = torch.tensor([peak_bytes, step_s], dtype=torch.double, device=device)
     loss = loss.detach().double().to(device)
     torch.distributed.all_reduce(measured, op=torch.distributed.ReduceOp.MAX)
     torch.distributed.all_reduce(loss)
@@ -278,6 +285,7 @@ def profiled(step: Callable[[], Any]) -> dict[str, float]:
 
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
         step()
+        torch.cuda.synchronize()
     split: dict[str, float] = {}
     for event in profiler.key_averages():
         if event.device_type == torch.autograd.DeviceType.CUDA:
@@ -287,9 +295,20 @@ def profiled(step: Callable[[], Any]) -> dict[str, float]:
     return split
 
 
-def synchronize() -> None:
-    if GPU:
-        torch.cuda.synchronize()
+def mark() -> torch.cuda.Event | float:
+    """A moment of the GPU's, or where there is none of the clock's."""
+    if not GPU:
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def seconds_between(start: torch.cuda.Event | float, end: torch.cuda.Event | float) -> float:
+    if isinstance(start, float) or isinstance(end, float):
+        return float(end) - float(start)  # pyright: ignore[reportArgumentType]
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
 
 
 def random_model(scenario: Scenario, device: torch.device | str) -> torch.nn.Module:

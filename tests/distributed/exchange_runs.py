@@ -84,7 +84,7 @@ class Echo:
         self.group, self.rank = group, dist.get_rank(group)
         self.local = num_experts // dist.get_world_size(group)
 
-    def dispatch(self, hidden_states, top_k_index, top_k_weights, *, bytes_per_pair: int = 0):
+    def dispatch(self, hidden_states, top_k_index, top_k_weights, *, bytes_per_pair=0, meanwhile=None):
         from torch.distributed.nn.functional import all_gather
 
         from accel_moe.dispatch.base import Dispatched
@@ -98,7 +98,7 @@ class Echo:
         index, weights = torch.where(ours, index, self.local), torch.where(ours, weights, 0.0)
         return Dispatched(rows, index, weights, int(ours.sum()), handle=hidden_states.shape[0])
 
-    def combine(self, rows, dispatched):
+    def combine(self, rows, dispatched, *, meanwhile=None):
         from torch.distributed.nn.functional import all_reduce
 
         return all_reduce(rows, group=self.group).split(dispatched.handle)[self.rank]
@@ -158,7 +158,7 @@ def die_in_step(case: Case, how: str, timeout_s: float, folder: str) -> None:
     for module in model.modules():
         if (state := getattr(module, "_accel_moe_layer", None)) is not None:
             state.dispatcher.group = mesh.get_group("ep")
-    send = all_to_all._send_rows
+    send = all_to_all._send_out
 
     def last(*arguments):
         if rank == 1:
@@ -170,7 +170,7 @@ def die_in_step(case: Case, how: str, timeout_s: float, folder: str) -> None:
         return send(*arguments)
 
     dist.barrier()
-    all_to_all._send_rows = last
+    all_to_all._send_out = last
     try:
         accelerator.backward(model(input_ids=own, labels=own).loss)
     except BaseException as error:

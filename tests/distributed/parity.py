@@ -228,10 +228,10 @@ def sabotage_router_gradient() -> None:
     """Rank 1 loses the routing weights' gradient."""
     from accel_moe.dispatch import all_to_all
 
-    original = all_to_all._SendSlots.backward
+    original = all_to_all._SendOut.backward
 
-    def dropped(ctx, grad_index, grad_weights):
-        gradient, *rest = original(ctx, grad_index, grad_weights)
-        return (gradient * (torch.distributed.get_rank() != 1), *rest)
+    def dropped(ctx, *gradients):
+        hidden, weights, *rest = original(ctx, *gradients)
+        return (hidden, weights * (torch.distributed.get_rank() != 1), *rest)
 
-    all_to_all._SendSlots.backward = staticmethod(dropped)
+    all_to_all._SendOut.backward = staticmethod(dropped)

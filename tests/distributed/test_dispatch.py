@@ -119,7 +119,9 @@ def check_chunks(limit: int) -> None:
         most.clear()
         chunked = in_chunks(layer, limit, dist.group.WORLD, tokens)
         assert max(most) <= max(1, world * limit), kind
-        torch.testing.assert_close(chunked, whole, rtol=0, atol=0, msg=lambda m, kind=kind: f"{kind}: {m}")
+        # cuBLAS may add in another order for fewer rows: fp32 noise; a CPU does not.
+        noise = 1e-5 if device.type == "cuda" else 0.0
+        torch.testing.assert_close(chunked, whole, rtol=noise, atol=noise, msg=lambda m, kind=kind: f"{kind}: {m}")
         for gradient, want in zip(torch.autograd.grad(chunked, wanted, upstream), expected):
             torch.testing.assert_close(gradient, want, rtol=1e-5, atol=1e-5, msg=lambda m, kind=kind: f"{kind}: {m}")
 
@@ -148,8 +150,9 @@ def check_rows_sent_once() -> None:
     index = torch.tensor([[0, 1, 2], [0, 4, 5], [6, 7, 5]])  # ranks {0}, {0, 1}, {1}
     hidden = torch.arange(3.0)[:, None].expand(3, H) + 10 * rank
     sent = dispatcher.dispatch(hidden, index, torch.ones(3, 3))
-    expected = [0.0, 1.0, 10.0, 11.0] if rank == 0 else [1.0, 2.0, 11.0, 12.0]
+    expected = [10.0, 11.0, 0.0, 1.0] if rank == 0 else [1.0, 2.0, 11.0, 12.0]  # the other rank's, then our own
     assert sent.rows[:, 0].tolist() == expected
+    assert (sent.handle.num_sent, sent.handle.num_own) == (2, 2)  # our own do not travel
     assert sent.num_pairs == (8 if rank == 0 else 10)
     assert sent.local_index[0].tolist() == ([0, 1, 2] if rank == 0 else [4, 0, 1])
 

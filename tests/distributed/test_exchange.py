@@ -11,9 +11,9 @@ from tests.distributed.test_parity import oracle
 from tests.ranks import run_ranks
 
 RECOMPUTE = (("moe_keep_exchanged", False),)
-NO_CHECKPOINTING, KEPT, AGAIN = 2 * 6, 2 * 6, 2 * 8
-"""Exchanges of rows and slots in a step of two layers: three forward and three backward each. Exchanging again costs
-rows and slots; bringing the sums home is left out, because checkpointing stops once it has what backward needs."""
+NO_CHECKPOINTING, KEPT, AGAIN = 8, 8, 10
+"""Exchanges of a step of two layers: two forward and two backward each. Exchanging again costs the way out; bringing
+the sums home is left out, because checkpointing stops once it has what backward needs."""
 
 
 def assert_same(found: dict, wanted: dict) -> None:
@@ -127,8 +127,10 @@ def test_a_rank_that_is_lost_in_a_step_ends_the_job_within_the_timeout(how, case
     with pytest.raises(AssertionError, match="rank"):
         run_ranks(runs.die_in_step, case.world, case, how, 10.0, str(tmp_path), timeout_s=180)
     lost = float((tmp_path / "lost").read_text())
-    if torch.cuda.is_available():  # NCCL's watchdog ends the process itself: nobody is left to write
-        assert time.time() - lost < 60
+    if torch.cuda.is_available():
+        # NCCL's watchdog ends the process itself: nobody is left to write. It sees the timeout after 10 s, and then
+        # takes another minute to wait for the others' dumps and to abort.
+        assert time.time() - lost < 120
         return
     seen, error = (tmp_path / "seen-0").read_text().split(" ", 1)
     assert float(seen) - lost < 30 and "Error" in error, (float(seen) - lost, error)

@@ -104,16 +104,17 @@ def test_frozen_experts_ask_the_experts_function_for_no_weight_gradient(monkeypa
     assert asked == [(False, False)] * 2
 
 
-def count_exchanges(parameters: tuple[str, ...]) -> list[int]:
-    """On a rank: exchanges in the forward, and in the backward, of one step in which only `parameters` train."""
+def widths_exchanged(parameters: tuple[str, ...]) -> tuple[list[int], list[int]]:
+    """On a rank: the bytes of a row in each exchange of the forward, and of the backward, of one step in which only
+    `parameters` train."""
     from accel_moe.dispatch import all_to_all
 
-    calls = [0]
+    widths = []
     original = all_to_all.exchange_rows
 
-    def counted(*args, **options):
-        calls[0] += 1
-        return original(*args, **options)
+    def counted(rows, *args, **options):
+        widths.append(rows.shape[1] * rows.element_size())
+        return original(rows, *args, **options)
 
     all_to_all.exchange_rows = counted
     import accel_moe.cpu
@@ -130,23 +131,28 @@ def count_exchanges(parameters: tuple[str, ...]) -> list[int]:
     model, optimizer = accelerator.prepare(model, optimizer)
     own = batches(1)[0].chunk(2)[accelerator.process_index]
     loss = model(input_ids=own, labels=own).loss
-    forward = calls[0]
+    forward = len(widths)
     accelerator.backward(loss)
-    return [forward, calls[0] - forward]
+    return widths[:forward], widths[forward:]
+
+
+ROW, WITH_WEIGHTS, WEIGHTS = 4 * 32, 4 * 32 + 64, 64
+"""Bytes: 32 fp32 values; with two weights (and two expert numbers), padded to 64; and two weights alone."""
 
 
 @pytest.mark.parametrize(
     ("trained", "backward"),
     [
-        # 2 layers; a forward sends rows, sends slots, brings rows home; each has its backward where it is needed
-        ("lm_head.weight", 0),
-        ("model.layers.1.mlp.gate.weight", 2),  # layer 1: home, and the routing weights' way back
-        ("model.layers.1.self_attn.q_proj.weight", 3),
-        ("model.embed_tokens.weight", 6),
+        # 2 layers; a forward sends rows out and brings them home; each has its backward where it is needed
+        ("lm_head.weight", []),
+        ("model.layers.1.mlp.gate.weight", [ROW, WEIGHTS]),  # layer 1; from its experts only the weights' gradients
+        ("model.layers.1.self_attn.q_proj.weight", [ROW, WITH_WEIGHTS]),
+        ("model.embed_tokens.weight", [ROW, WITH_WEIGHTS] * 2),
     ],
 )
 def test_no_gradient_passes_through_the_exchange_that_nobody_needs(trained, backward):
-    assert run_ranks(count_exchanges, 2, (trained,)) == [[6, backward]] * 2
+    forward = [WITH_WEIGHTS, ROW] * 2
+    assert run_ranks(widths_exchanged, 2, (trained,)) == [(forward, backward)] * 2
 
 
 @pytest.mark.parametrize("parameters", [(), EXPERTS], ids=["attention", "experts"])

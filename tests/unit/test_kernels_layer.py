@@ -11,6 +11,7 @@ import torch
 
 from accel_moe.kernels import launch, ops
 from accel_moe.kernels.autograd import experts
+from accel_moe.kernels.casts import Casts
 from accel_moe.kernels.gate import Gate
 from accel_moe.kernels.routing import sort_slots
 
@@ -233,6 +234,24 @@ def test_backward_launches_no_gemm_for_frozen_weights(monkeypatch):
     experts(x.requires_grad_(), w1, w2, index, weights, "silu").sum().backward()
     with pytest.raises(AssertionError, match="weight gradient computed"):
         experts(x, w1.requires_grad_(), w2, index, weights, "silu").sum().backward()
+
+
+def test_weights_of_another_dtype_are_cast_twice_and_get_their_gradients_in_their_own():
+    x, w1, w2, index, weights = make()
+    dout = torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
+    expected = run(experts, [x, w1, w2, index, weights], dout, act="silu")
+    masters = [w.double().requires_grad_() for w in (w1, w2)]
+    casts = Casts(masters, torch.float32)
+    casts.prepare()
+    leaves = [x.clone().requires_grad_(), *masters, weights.clone().requires_grad_()]
+    out = experts(leaves[0], *masters, index, leaves[3], "silu", casts=casts)
+    assert casts._made is None  # handed out, and nobody keeps them until backward
+    saved = {t.data_ptr() for t in out.grad_fn.saved_tensors if t is not None}
+    assert {w.data_ptr() for w in masters} <= saved
+    found = [out.detach(), *torch.autograd.grad(out, leaves, dout)]
+    assert [g.dtype for g in found[2:4]] == [torch.float64] * 2
+    for gradient, wanted in zip(found, expected):
+        assert torch.equal(gradient.float(), wanted)  # the same products; float64 only holds the fp32 sums
 
 
 def test_saved_for_backward_is_h_and_integers_besides_the_inputs():

@@ -1,0 +1,196 @@
+"""What a rank does by itself before and after an exchange: count copies, place them, pack rows, sum them at home.
+
+A *copy* is one (token, rank) pair: the row that token sends to that rank, however many of its experts live there.
+Copies are numbered by the rank they go to, the other ranks in order and our own last, so that what leaves comes
+first; our own rows go straight to where the received ones lie, and no collective touches them.
+
+On a GPU each function is one kernel (kernels/exchange.py); here is the same in plain torch, for CPUs and to check
+the kernels against. T tokens, K top-k, H hidden.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+_ALIGN = 16  # bytes: what a TMA copy and a vector load ask of every part
+_ALIGN_ROW = 64  # and of a row: Triton takes a stride that 16 elements divide for aligned
+
+
+class Rows(NamedTuple):
+    """n rows: values [n, H], routing weights [n, K], expert numbers [n, K] int32 (the number of local experts for a
+    slot that belongs to another rank). Each may be a strided view."""
+
+    values: Tensor
+    weights: Tensor | None = None
+    index: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class RowLayout:
+    """How a row travels: its H values, then its K weights and its K expert numbers, where it has them; each part at a
+    multiple of 16 bytes, the row at one of 64. One collective brings all of it.
+
+    Attributes:
+        weights_dtype: None when rows carry neither weights nor numbers.
+    """
+
+    hidden: int
+    dtype: torch.dtype
+    top_k: int = 0
+    weights_dtype: torch.dtype | None = None
+    with_index: bool = False
+
+    @property
+    def _weights_at(self) -> int:
+        return _aligned(self.hidden * self.dtype.itemsize, _ALIGN)
+
+    @property
+    def _index_at(self) -> int:
+        return self._weights_at + _aligned(
+            self.top_k * self.weights_dtype.itemsize if self.weights_dtype else 0, _ALIGN
+        )
+
+    @property
+    def nbytes(self) -> int:
+        return _aligned(self._index_at + (4 * self.top_k if self.with_index else 0), _ALIGN_ROW)
+
+    @property
+    def width(self) -> int:
+        """Of a row, in elements of `dtype`: H alone needs no alignment."""
+        return self.nbytes // self.dtype.itemsize if self.weights_dtype else self.hidden
+
+    def empty(self, rows: int, device: torch.device) -> Tensor:
+        """[rows, width] in `dtype`."""
+        return torch.empty(rows, self.width, dtype=self.dtype, device=device)
+
+    def view(self, buffer: Tensor) -> Rows:
+        """The parts of a buffer that `empty` made, or of some of its rows."""
+        if self.weights_dtype is None:
+            return Rows(buffer)
+        weights = _columns(buffer, self.weights_dtype, self._weights_at, self.top_k)
+        index = _columns(buffer, torch.int32, self._index_at, self.top_k) if self.with_index else None
+        return Rows(buffer[:, : self.hidden], weights, index)
+
+
+def count(index: Tensor, experts_per_rank: int, ranks: int, free_bytes: int) -> tuple[Tensor, Tensor]:
+    """Of index[T, K], contiguous: [ranks, 3] int64, the rows and the (row, expert) pairs for each rank, and free_bytes; and what
+    `place` needs besides. No host sync."""
+    if index.is_cuda:
+        from accel_moe.kernels import exchange
+
+        return exchange.count(index, experts_per_rank, ranks, free_bytes)
+    destination = _destination(index, experts_per_rank, ranks)
+    needed = torch.zeros(index.shape[0], ranks + 1, dtype=torch.bool, device=index.device)
+    needed = needed.scatter_(1, destination, True)[:, :ranks]
+    pairs = torch.bincount(destination.reshape(-1), minlength=ranks + 1)[:ranks]
+    return torch.stack([needed.sum(0), pairs, torch.full_like(pairs, free_bytes)], dim=1), needed
+
+
+def place(index: Tensor, counted: Tensor, experts_per_rank: int, ranks: int, own_rank: int) -> tuple[Tensor, Tensor]:
+    """The copies' numbers.
+
+    Args:
+        counted: the second value of `count`.
+
+    Returns:
+        slot [T, ranks] int32, the copy of each token for each rank, -1 where it needs none; and copy
+        [T * min(ranks, K)] int32, token * ranks + rank of each copy, undefined past the last.
+    """
+    if index.is_cuda:
+        from accel_moe.kernels import exchange
+
+        return exchange.place(index, counted, experts_per_rank, ranks, own_rank)
+    tokens, top_k = index.shape
+    order = torch.tensor([*(r for r in range(ranks) if r != own_rank), own_rank], device=index.device)
+    rank, token = counted[:, order].t().nonzero(as_tuple=True)
+    rank = order[rank]
+    copy = torch.zeros(tokens * min(ranks, top_k), dtype=torch.int32, device=index.device)
+    copy[: token.numel()] = token * ranks + rank
+    slot = torch.full((tokens, ranks), -1, dtype=torch.int32, device=index.device)
+    slot[token, rank] = torch.arange(token.numel(), dtype=torch.int32, device=index.device)
+    return slot, copy
+
+
+def pack(
+    source: Tensor,
+    copy: Tensor | None,
+    index: Tensor | None,
+    weights: Tensor | None,
+    sent: Rows,
+    own: Rows,
+    experts_per_rank: int,
+    ranks: int,
+) -> None:
+    """Fills `sent` with the first rows and `own` with the others.
+
+    Args:
+        source: [T, H], strided by rows.
+        copy: of `place`, for rows picked by token; None for rows of source as they lie.
+        index: [T, K], for the expert numbers on the rank each row goes to; None when rows carry none.
+        weights: [T, K], contiguous; None when rows carry none. With index, 0 in slots of other ranks.
+    """
+    if source.is_cuda:
+        from accel_moe.kernels import exchange
+
+        return exchange.pack(source, copy, index, weights, sent, own, experts_per_rank, ranks)
+    first = 0
+    for part in (sent, own):
+        rows = slice(first, first := first + part.values.shape[0])
+        token, rank = (rows, None) if copy is None else (copy[rows].long() // ranks, copy[rows, None] % ranks)
+        part.values.copy_(source[token])
+        if weights is None or part.weights is None:
+            continue
+        part.weights.copy_(weights[token])
+        if index is not None and part.index is not None:
+            local = index[token] - rank * experts_per_rank
+            ours = (local >= 0) & (local < experts_per_rank)
+            part.index.copy_(torch.where(ours, local, experts_per_rank))
+            part.weights.masked_fill_(~ours, 0.0)
+
+
+def sum_home(
+    returned: Rows, own: Rows, slot: Tensor, index: Tensor, experts_per_rank: int
+) -> tuple[Tensor, Tensor | None]:
+    """Each token's copies summed, in rank order and in fp32 (no atomics: the same bits every time); and, where rows
+    carry weights, each slot's weight as the rank it went to gave it, 0 for a slot without an expert.
+
+    Args:
+        returned, own: the copies in order: those that came back, and those that never left.
+        slot: [T, ranks] of `place`.
+        index: [T, K], which says where each slot went.
+
+    Returns:
+        [T, H] in the values' dtype, and [T, K] or None.
+    """
+    if slot.is_cuda:
+        from accel_moe.kernels import exchange
+
+        return exchange.sum_home(returned[:2], own[:2], slot, index, experts_per_rank)
+    values = torch.cat([returned.values, own.values, own.values.new_zeros(1, own.values.shape[1])])
+    total = sum(values[slot[:, r]].to(torch.promote_types(values.dtype, torch.float32)) for r in range(slot.shape[1]))
+    assert isinstance(total, Tensor)
+    if returned.weights is None or own.weights is None:
+        return total.to(values.dtype), None
+    weights = torch.cat([returned.weights, own.weights, own.weights.new_zeros(1, index.shape[1])])
+    nowhere = slot.new_full((slot.shape[0], 1), -1)
+    row = torch.cat([slot, nowhere], dim=1).long().gather(1, _destination(index, experts_per_rank, slot.shape[1]))
+    return total.to(values.dtype), weights.gather(0, row.remainder_(len(weights)))
+
+
+def _destination(index: Tensor, experts_per_rank: int, ranks: int) -> Tensor:
+    """[T, K] int64: the rank of each slot; `ranks` for one without an expert."""
+    return (index.long() // experts_per_rank).clamp_(max=ranks)
+
+
+def _aligned(nbytes: int, to: int) -> int:
+    return -(-nbytes // to) * to
+
+
+def _columns(buffer: Tensor, dtype: torch.dtype, first_byte: int, columns: int) -> Tensor:
+    """Columns of a contiguous buffer, read as another dtype."""
+    first = first_byte // dtype.itemsize
+    return buffer.view(dtype)[:, first : first + columns]

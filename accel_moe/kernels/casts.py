@@ -1,0 +1,31 @@
+"""Weights in the compute dtype: made when they are needed or a little before, and kept no longer."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class Casts:
+    """Casts of parameters that are stored in another dtype, fp32 master weights under bf16 compute say.
+
+    A layer needs them in forward and again in backward. Kept from one to the other, those of every layer would lie in
+    memory together (half of the fp32 weights' size); they are made twice instead. `prepare` makes them ahead, while the
+    GPU would wait for something else; `take` hands them out once, making them where nobody did.
+    """
+
+    def __init__(self, parameters: list[Tensor], dtype: torch.dtype):
+        self._parameters = parameters
+        self._dtype = dtype
+        self._made: list[Tensor] | None = None
+
+    def prepare(self) -> None:
+        self._made = self._made or self._make()
+
+    def take(self) -> list[Tensor]:
+        """In the parameters' order."""
+        made, self._made = self._made or self._make(), None
+        return made
+
+    def _make(self) -> list[Tensor]:
+        return [p.detach().to(self._dtype) for p in self._parameters]

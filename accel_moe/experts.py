@@ -25,7 +25,7 @@ from accel_moe.config import MoEConfig, ResolvedConfig
 from accel_moe.dispatch.chunks import in_chunks
 from accel_moe.kernels import scattermoe
 from accel_moe.kernels.casts import Casts
-from accel_moe.kernels.gate import gate_of
+from accel_moe.kernels.gate import Gate, gate_of
 from accel_moe.recognise import (
     KNOWN_PARAMETERS,
     SHIMS,
@@ -70,11 +70,15 @@ class LayerState:
     num_experts: int
     kernel: str
     shim: Shim | None = None
+    gate: Gate | None = None
+    """Where our kernels know it."""
     dispatcher: Dispatcher | None = None
     compute_dtype: torch.dtype | None = None
     """Set where FSDP ignores the layer, and so does not cast its weights."""
     tokens_per_expert: torch.Tensor | None = field(default=None, repr=False)
     """[E] int64 on the layer's device: slots routed to each expert since the last `expert_load`."""
+    pair_widths: tuple[int, int] | None = None
+    """Values that a (row, expert) pair takes without and with a backward to come; read off the weights once."""
     deltas: dict[str, list[LowRank]] = field(default_factory=dict, repr=False)
     """LoRA on the experts, under ep: by parameter, what its PEFT wrapper lends for the length of a forward."""
 
@@ -97,44 +101,59 @@ class ScatterMoE(nn.Module):
     ) -> torch.Tensor:
         """[T, H], [T, K], [T, K] to [T, H] in the dtype of hidden_states. A collective when ep > 1."""
         layer = self._accel_moe_layer
-        _count_tokens(layer, top_k_index)
-        dtype = hidden_states.dtype
+        routed, dtype = top_k_index, hidden_states.dtype
         compute_dtype = _compute_dtype(self, hidden_states)
         function = experts_function(layer.kernel, self)
         hidden_states = hidden_states.to(compute_dtype)
         passed = None
         if layer.shim is not None and layer.shim.identity_experts and layer.kernel != "eager":
             top_k_index, top_k_weights, passed = _split_identity(hidden_states, top_k_index, top_k_weights, layer)
-        out = self._run(layer, function, hidden_states, top_k_index, top_k_weights)
+        if layer.ep == 1:
+            _count_tokens(layer, routed)
+            out = function(_whole_view(self, layer, compute_dtype), hidden_states, top_k_index, top_k_weights)
+        else:
+            out = self._over_ranks(layer, function, hidden_states, top_k_index, top_k_weights, routed)
         return (out if passed is None else out + passed).to(dtype)
 
-    def _run(self, layer: LayerState, function, hidden_states, top_k_index, top_k_weights) -> torch.Tensor:
-        compute_dtype = hidden_states.dtype
-        if layer.ep == 1:
-            view = _whole_view(self, layer, compute_dtype)
-            return function(view, hidden_states, top_k_index, top_k_weights)
+    def _over_ranks(
+        self, layer: LayerState, function, hidden_states, top_k_index, top_k_weights, routed
+    ) -> torch.Tensor:
         if layer.dispatcher is None:
             raise RuntimeError(
                 f"{type(self).__name__} runs with moe_ep_degree={layer.ep} but its experts were never sharded. "
                 "Pass the model through accelerator.prepare(model, optimizer) with FSDP2 before its first forward."
             )
-        dispatcher = layer.dispatcher
-        view = _local_view(self, layer, compute_dtype)  # outside of chunks: they run again when PEFT lends no more
-        bytes_per_pair = _bytes_per_pair(view, compute_dtype)
+        dispatcher, compute_dtype, chunk_tokens = (
+            layer.dispatcher,
+            hidden_states.dtype,
+            layer.prepared.config.moe_dispatch_chunk_tokens,
+        )
+        bytes_per_pair = _bytes_per_pair(self, layer, compute_dtype)
+        views: list[ExpertsView] = []
+
+        def make_ready() -> None:
+            """What needs nothing of the exchange: the host does it while it would wait for the counts."""
+            if not views:
+                _count_tokens(layer, routed)
+                views.append(_local_view(self, layer, compute_dtype))
+            if (casts := views[0].casts) is not None:
+                casts.prepare()
 
         def there_and_back(hidden_states, top_k_index, top_k_weights):
             sent = dispatcher.dispatch(
-                hidden_states,
-                top_k_index,
-                top_k_weights,
-                bytes_per_pair=bytes_per_pair,
-                meanwhile=view.casts and view.casts.prepare,
+                hidden_states, top_k_index, top_k_weights, bytes_per_pair=bytes_per_pair, meanwhile=make_ready
             )
+            if not views:
+                make_ready()
+            view = views[0]
             rows = function(view.of(sent.num_pairs), sent.rows, sent.local_index, sent.local_weights)
             return dispatcher.combine(rows.to(compute_dtype), sent, meanwhile=view.casts and view.casts.prepare)
 
-        if limit := layer.prepared.config.moe_dispatch_chunk_tokens:
-            return in_chunks(there_and_back, limit, dispatcher.group, (hidden_states, top_k_index, top_k_weights))
+        if chunk_tokens:
+            make_ready()  # before the chunks: they run again when PEFT lends no more
+            return in_chunks(
+                there_and_back, chunk_tokens, dispatcher.group, (hidden_states, top_k_index, top_k_weights)
+            )
         return there_and_back(hidden_states, top_k_index, top_k_weights)
 
     def extra_repr(self) -> str:
@@ -157,10 +176,9 @@ def swap(modules: dict[str, nn.Module], prepared: PreparedState) -> None:
         adopt_adapters(modules)
     for module in modules.values():
         layout = as_interface(module)
-        num_experts = layout.num_experts
-        if prepared.kernel == "scattermoe":
-            gate_of(layout)  # a gate of the module's own is tried now, where torch.compile does not look
-        module._accel_moe_layer = LayerState(prepared, num_experts, prepared.kernel, shim_of(module))
+        # a gate of the module's own is tried now, where torch.compile does not look
+        gate = gate_of(layout) if prepared.kernel == "scattermoe" else None
+        module._accel_moe_layer = LayerState(prepared, layout.num_experts, prepared.kernel, shim_of(module), gate)
         module.__class__ = _swapped_class(module.__class__)
 
 
@@ -264,10 +282,9 @@ def _casts_of(
     everything is in `dtype`, and for the others, whose weights are cast under autograd."""
     if all(w.dtype == dtype for w in weights.values()) or torch.compiler.is_compiling():
         return None
-    layout = as_interface(module)
-    if layer.kernel != "scattermoe" or layer.deltas or layer.shim is not None or gate_of(layout) is None:
+    if layer.gate is None or layer.deltas or layer.shim is not None:
         return None
-    return Casts([weights[name] for name in scattermoe.parameter_names(layout)], dtype)
+    return Casts([weights[name] for name in scattermoe.parameter_names(module)], dtype)
 
 
 def _whole_view(module: ScatterMoE, layer: LayerState, dtype: torch.dtype) -> ExpertsView:
@@ -279,7 +296,7 @@ def _whole_view(module: ScatterMoE, layer: LayerState, dtype: torch.dtype) -> Ex
         if layer.shim.identity_experts and layer.kernel != "eager":
             answers["gate_up_proj"] = answers["gate_up_proj"][: layer.num_experts]
             answers["_is_expert_parallel"] = True  # identity slots are sentinels now, which grouped_mm must skip
-    return ExpertsView(module, casts=casts, **answers)
+    return ExpertsView(module, casts=casts, known_gate=layer.gate, **answers)
 
 
 def _local_view(module: ScatterMoE, layer: LayerState, dtype: torch.dtype) -> ExpertsView:
@@ -310,16 +327,17 @@ def _local_view(module: ScatterMoE, layer: LayerState, dtype: torch.dtype) -> Ex
             left, right = change.left[own].to(dtype), change.right[own].to(dtype)
             local[name] = torch.baddbmm(local[name], left, right, alpha=change.scale)
     answers.update(weight_grad_scale=1.0 if layer.deltas else scale)
-    return ExpertsView(module, casts=casts, **answers, **local)
+    return ExpertsView(module, casts=casts, known_gate=layer.gate, **answers, **local)
 
 
-def _bytes_per_pair(view: ExpertsView, dtype: torch.dtype) -> int:
+def _bytes_per_pair(module: ScatterMoE, layer: LayerState, dtype: torch.dtype) -> int:
     """What one (row, expert) pair takes at least in forward: the activation [I], and the pre-activation, [2I] or [I],
     where it is kept for backward."""
-    down = view.down_proj
-    intermediate = down.numel() // view.num_experts // down.shape[-1 if view.is_transposed else -2]
-    kept = (2 if view.has_gate else 1) if torch.is_grad_enabled() else 0
-    return (1 + kept) * intermediate * dtype.itemsize
+    if layer.pair_widths is None:
+        layout: Any = as_interface(module)
+        intermediate: int = layout.down_proj.shape[-2 if layout.is_transposed else -1]
+        layer.pair_widths = intermediate, (3 if layout.has_gate else 2) * intermediate
+    return layer.pair_widths[torch.is_grad_enabled()] * dtype.itemsize
 
 
 def _floating_parameters(module: nn.Module) -> list[tuple[str, torch.Tensor]]:

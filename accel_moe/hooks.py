@@ -56,11 +56,12 @@ def shard_then_prepare(original):
     def fsdp2_prepare_model(accelerator, model):
         state = prepared_state(model)
         with _values_from_files(accelerator, model):
-            ignored = []
-            if state is not None and state.config.moe_ep_degree > 1 and state.mesh_plan is None:
-                ignored = _shard(accelerator, model, state)
-            with _ignoring(accelerator, model, ignored):
+            if state is None or state.config.moe_ep_degree == 1 or state.mesh_plan is not None:
                 return original(accelerator, model)
+            with _ignoring(accelerator, model, _shard(accelerator, model, state)):
+                model = original(accelerator, model)
+            shard.prefetch_next_layers(model)
+            return model
 
     return fsdp2_prepare_model
 

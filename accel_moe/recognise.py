@@ -24,6 +24,7 @@ from torch import nn
 
 from accel_moe.kernels import scattermoe
 from accel_moe.kernels.casts import Casts
+from accel_moe.kernels.gate import Gate
 
 LAYOUT_FLAGS = ("has_gate", "has_bias", "is_transposed", "is_concatenated")
 """What transformers' decorator sets on each instance and every experts function reads."""
@@ -103,14 +104,16 @@ class ExpertsView:
     Parameters are the rank's own local tensors, `num_experts` is e, `_is_expert_parallel` says that sentinel
     slots may occur; every other attribute is the module's.
 
-    Three attributes are for functions that can use them (ours does): `weight_grad_scale`, a factor owed to every
-    weight gradient; `num_pairs`, the number of slots that are not sentinels, or None; and `casts`, which makes the
-    parameters in the compute dtype where their own is another, or None.
+    Four attributes are for functions that can use them (ours does): `weight_grad_scale`, a factor owed to every
+    weight gradient; `num_pairs`, the number of slots that are not sentinels, or None; `casts`, which makes the
+    parameters in the compute dtype where their own is another, or None; and `known_gate`, the gate our kernels know it
+    by, so that nobody has to look again at every forward, or None.
     """
 
     def __init__(self, module: nn.Module, **answers: Any):
         self._module = module
         self.casts: Casts | None = None
+        self.known_gate: Gate | None = None
         self.__dict__.update(answers)
 
     def of(self, num_pairs: int) -> ExpertsView:

@@ -14,11 +14,13 @@ The order is torchtitan's (models/moe, apply_moe_ep_tp then apply_fsdp): ep firs
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
 from accel_moe.dispatch import make_dispatcher
@@ -114,6 +116,21 @@ def _own_experts(parameter: nn.Parameter, ep_mesh: DeviceMesh, dtype: torch.dtyp
         if low < high:
             own[low - first : high - first].copy_(some[low - start : high - start])
     return own
+
+
+def prefetch_next_layers(model: nn.Module) -> None:
+    """Have each decoder layer's forward start the all-gather of the next one's weights.
+
+    FSDP2 leaves that to the host's running ahead of the GPU, and our layers make it wait, for their counts: the next
+    layer's weights would be asked for when they are needed. Chains are the children of each ModuleList; what is not in
+    one (embeddings, the head) is left as it was. After torchtitan (models/llama4/infra/parallelize.py, apply_fsdp:
+    explicit prefetching where expert parallelism syncs device and host).
+    """
+    for blocks in (m for m in model.modules() if isinstance(m, nn.ModuleList)):
+        chain = [[m for m in block.modules() if isinstance(m, FSDPModule)] for block in blocks]
+        for units, following in itertools.pairwise(chain):
+            if units and following and any(isinstance(m, ScatterMoE) for m in blocks.modules()):
+                units[0].set_modules_to_forward_prefetch(following)
 
 
 class WithoutShardedExperts:

@@ -26,6 +26,7 @@ DeepEP (deepseek-ai/DeepEP, README, "dispatch").
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -100,15 +101,14 @@ class AllToAllDispatcher:
     ) -> torch.Tensor:
         return _SendBack.apply(rows, dispatched.handle, meanwhile)
 
-    @torch.no_grad()
     def _route(
         self, top_k_index: torch.Tensor, bytes_per_row: int, bytes_per_pair: int, pending: list[Callable[[], None]]
     ) -> tuple[Route, int]:
         index = top_k_index.contiguous()
         ours, counted = rows.count(index, self.num_local_experts, self.ep, memory.free_bytes(index.device))
         gathered = copied_to_host(exchange_counts(ours, self.group))
-        slot, copy = rows.place(index, counted, self.num_local_experts, self.ep, self.ep_rank)
         _run(pending)  # the GPU has work while the host waits for the counts, and while it launches what they decide
+        slot, copy = rows.place(index, counted, self.num_local_experts, self.ep, self.ep_rank)
         counts = gathered()  # [from][to][3]; host sync: sizes are Python integers
         rows_to = [sum(of[to][0] for of in counts) for to in range(self.ep)]
         pairs_to = [sum(of[to][1] for of in counts) for to in range(self.ep)]
@@ -177,18 +177,26 @@ class _SendOut(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden_states: torch.Tensor, top_k_weights: torch.Tensor, route: Route):
         ctx.route = route
+        ctx.set_materialize_grads(False)
         weights = top_k_weights.contiguous()
         layout = RowLayout(hidden_states.shape[1], hidden_states.dtype, weights.shape[1], weights.dtype, True)
         received = remember(lambda: _send_out(hidden_states.contiguous(), weights, layout, route))
         values, local_weights, local_index = layout.view(received)
         assert local_weights is not None and local_index is not None
-        local_index = local_index.long()
+        local_index, local_weights = local_index.long(), local_weights.clone(memory_format=torch.contiguous_format)
         ctx.mark_non_differentiable(local_index)
-        return values, local_index, local_weights.clone(memory_format=torch.contiguous_format)
+        ctx.zeros = [
+            functools.partial(torch.zeros, t.shape, dtype=t.dtype, device=t.device) for t in (values, local_weights)
+        ]
+        return values, local_index, local_weights
 
     @staticmethod
-    def backward(ctx, grad_values: torch.Tensor, _grad_index, grad_weights: torch.Tensor):
+    def backward(ctx, grad_values: torch.Tensor | None, _grad_index, grad_weights: torch.Tensor | None):
         needs_values, needs_weights, _ = ctx.needs_input_grad
+        # A gradient that this rank's experts do not have is zero: the other ranks wait for it all the same.
+        grad_values, grad_weights = (
+            zeros() if g is None else g for g, zeros in zip((grad_values, grad_weights), ctx.zeros)
+        )
         grad_hidden, grad_top_k = _send_back(
             grad_values if needs_values else grad_values[:, :0], grad_weights if needs_weights else None, ctx.route
         )

@@ -10,6 +10,7 @@ the kernels against. T tokens, K top-k, H hidden.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -44,17 +45,17 @@ class RowLayout:
     weights_dtype: torch.dtype | None = None
     with_index: bool = False
 
-    @property
+    @functools.cached_property
     def _weights_at(self) -> int:
         return _aligned(self.hidden * self.dtype.itemsize, _ALIGN)
 
-    @property
+    @functools.cached_property
     def _index_at(self) -> int:
         return self._weights_at + _aligned(
             self.top_k * self.weights_dtype.itemsize if self.weights_dtype else 0, _ALIGN
         )
 
-    @property
+    @functools.cached_property
     def nbytes(self) -> int:
         return _aligned(self._index_at + (4 * self.top_k if self.with_index else 0), _ALIGN_ROW)
 
@@ -77,8 +78,8 @@ class RowLayout:
 
 
 def count(index: Tensor, experts_per_rank: int, ranks: int, free_bytes: int) -> tuple[Tensor, Tensor]:
-    """Of index[T, K], contiguous: [ranks, 3] int64, the rows and the (row, expert) pairs for each rank, and free_bytes; and what
-    `place` needs besides. No host sync."""
+    """Of index[T, K], contiguous: [ranks, 3] int64, the rows and the (row, expert) pairs for each rank, and free_bytes;
+    and what `place` needs besides. No host sync."""
     if index.is_cuda:
         from accel_moe.kernels import exchange
 
@@ -140,7 +141,7 @@ def pack(
     first = 0
     for part in (sent, own):
         rows = slice(first, first := first + part.values.shape[0])
-        token, rank = (rows, None) if copy is None else (copy[rows].long() // ranks, copy[rows, None] % ranks)
+        token, rank = (rows, 0) if copy is None else (copy[rows].long() // ranks, copy[rows, None] % ranks)
         part.values.copy_(source[token])
         if weights is None or part.weights is None:
             continue

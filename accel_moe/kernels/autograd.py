@@ -3,8 +3,8 @@
 Fused, saved are x, the weights and top_k_weights (held by others anyway), the pre-activation h [P, 2I] and the
 routing as int32. Weights in another dtype than x (fp32 master weights under bf16 compute) are cast for the products, in
 forward and again in backward, so that no copy of them is kept; their gradients are written once, in their own dtype,
-from the fp32 accumulators. In two halves, what the gate's own torch operations save comes on top: h, its output a [P, I], and
-their like.
+from the fp32 accumulators. In two halves, what the gate's own torch operations save comes on top: h, its output a
+[P, I], and their like.
 """
 
 import functools
@@ -30,7 +30,7 @@ class _Experts(torch.autograd.Function):
         forward = ops.direct(ops.experts_forward, x)
         out, h, *routing = forward(x, *_taken(casts, parameters), index, weights, *kind, num_pairs, True)
         ctx.save_for_backward(x, *parameters, weights, h, *routing)
-        ctx.kind, ctx.scale, ctx.casts = kind, scale, casts
+        ctx.kind, ctx.scale, ctx.casts, ctx.filled = kind, scale, casts, num_pairs >= 0
         return out
 
     @staticmethod
@@ -42,8 +42,8 @@ class _Experts(torch.autograd.Function):
         parameters = (w1, w2, b1, b2)
         learning = [p.dtype for p, need in zip(parameters, need_tensors[1:], strict=True) if need]
         dtype = functools.reduce(torch.promote_types, learning, x.dtype)
-        backward = ops.direct(ops.experts_backward, x)
-        gradients = backward(dout, x, *_taken(ctx.casts, parameters), *saved, *ctx.kind, ctx.scale, dtype, needs)
+        casts, options = _taken(ctx.casts, parameters), (*ctx.kind, ctx.scale, dtype, ctx.filled, needs)
+        gradients = ops.direct(ops.experts_backward, x)(dout, x, *casts, *saved, *options)
         *gradients, dweights = _where_needed(gradients, needs)
         return *gradients, None, dweights, None, None, None, None
 
@@ -116,8 +116,8 @@ def experts(
     [E, 2I or I] and b2 [E, H] are biases or None. act is one of launch.ACTIVATIONS and `gate` a launch.Gate's numbers;
     without them the first half of w1's rows is the gate, and nothing is clamped. Slots with index >= E are sentinels;
     num_pairs is the number of the others where the host knows it. weight_grad_scale multiplies the gradients of w1, w2,
-    b1 and b2, and nothing else. With `casts`, which makes the four (those that are there, in that order) in x's dtype, they
-    may be of another; their gradients come in their own. Raises ValueError on what does not fit together.
+    b1 and b2, and nothing else. With `casts`, which makes the four (those that are there, in that order) in x's dtype,
+    they may be of another; their gradients come in their own. Raises ValueError on what does not fit together.
     """
     parameters = (w1, w2, b1, b2)
     dtypes = (w1.dtype, w2.dtype) if casts is None else (x.dtype, x.dtype)

@@ -40,7 +40,7 @@ import triton.language as tl
 SORT_CHUNK = tl.constexpr(128)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_slots", "slots_per_block"])
 def count_slots(index_ptr, count_ptr, num_slots, num_experts, slots_per_block, BINS: tl.constexpr):
     """count[block, e] = slots of this block that chose expert e. Sentinels (index >= num_experts) count as
     bin E.
@@ -54,7 +54,7 @@ def count_slots(index_ptr, count_ptr, num_slots, num_experts, slots_per_block, B
     tl.store(count_ptr + block * BINS + tl.arange(0, BINS), counts)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_slots", "num_rows", "slots_per_block", "num_blocks"])
 def place_slots(
     index_ptr,
     count_ptr,
@@ -98,7 +98,7 @@ def place_slots(
         place += tl.histogram(expert, BINS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["max_tiles"])
 def list_tiles(
     expert_offset_ptr,
     tile_expert_ptr,
@@ -779,7 +779,7 @@ def activation_backward_halves(
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def down_backward(
     dout_src,
     w_src,
@@ -947,7 +947,7 @@ def down_backward(
     tl.store(ds_ptr + col_tile.to(tl.int64) * num_rows + rows, ds, mask=in_expert)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_slots", "num_rows"])
 def sum_routing_grad(ds_ptr, slot_row_ptr, out_ptr, num_slots, num_rows, num_parts, BLOCK: tl.constexpr):
     """d top_k_weights[slot] = sum of the slot's ds partials, in order; exactly 0 for a sentinel."""
     slot = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -958,7 +958,7 @@ def sum_routing_grad(ds_ptr, slot_row_ptr, out_ptr, num_slots, num_rows, num_par
     tl.store(out_ptr + slot, acc.to(out_ptr.dtype.element_ty), mask=slot < num_slots)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def zero_tail(
     first_ptr,
     second_ptr,

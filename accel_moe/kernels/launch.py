@@ -441,8 +441,8 @@ def weight_grad(
 def bias_grad(
     src: Tensor, weights: Tensor | None, routing: Routing, like: Tensor, scale: float, dtype: torch.dtype
 ) -> Tensor:
-    """The gradient of a bias [E, width], in dtype: src [P, width] summed per expert, or src [T, width] at each row's token
-    times its routing weight.
+    """The gradient of a bias [E, width], in dtype: src [P, width] summed per expert, or src [T, width] at each row's
+    token times its routing weight.
     """
     out = torch.empty_like(like, dtype=dtype, memory_format=torch.contiguous_format)
     width, block = like.shape[1], 128

@@ -131,10 +131,11 @@ def experts_backward(
     transposed: bool,
     scale: float,
     grad_dtype: torch.dtype,
+    filled: bool,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """-> gradients of x, w1, w2, b1, b2 and weights, those that `needs` (six, in that order) asks for; the middle four
-    in grad_dtype."""
+    in grad_dtype. filled: every one of the P rows is in use."""
     need_x, need_w1, need_w2, need_b1, need_b2, need_weights = needs
     kind, biased = Gate.of(act, gated, gate), int(b2 is not None)
     with launch.on_device(x):
@@ -153,7 +154,7 @@ def experts_backward(
         if b2 is not None:
             launch.dot_bias(dout, b2.contiguous(), ds[-1], routing, tiles)
         dweights = launch.routing_grad(ds, routing, weights) if need_weights else weights.new_empty(0)
-        if need_w1 or need_w2:
+        if (need_w1 or need_w2) and not filled:
             launch.zero_tail(dh, sa, routing, PAD)
         # Each buffer of P rows is dropped as soon as its last reader is launched: they decide the peak.
         dw2 = _weight_grad("down_weight_grad", layer, dout_rows, sa, transposed, routing, scale, need_w2, grad_dtype)
@@ -190,6 +191,7 @@ def _(
     transposed,
     scale,
     grad_dtype,
+    filled,
     needs,
 ):
     gradients = [

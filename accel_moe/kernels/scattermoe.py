@@ -36,7 +36,7 @@ def unsupported_reason(module) -> str | None:
 
 
 def parameter_names(module) -> list[str]:
-    """The parameters an experts module computes with: up-projection, down-projection, and their biases if it has any."""
+    """What an experts module computes with: up-projection, down-projection, and their biases if it has any."""
     up = "gate_up_proj" if module.has_gate else "up_proj"
     return [up, "down_proj"] + ([f"{up}_bias", "down_proj_bias"] if module.has_bias else [])
 
@@ -45,14 +45,16 @@ def scattermoe_experts_forward(self, hidden_states: Tensor, top_k_index: Tensor,
     """The experts layer, [T,H] in hidden_states' dtype, differentiable in hidden_states, parameters and
     top_k_weights.
 
-    self: an experts module, or a view that answers its attributes; a view may also have `weight_grad_scale`
-    (multiplies the gradient of every expert parameter, default 1.0), `num_pairs` (how many slots are not
-    sentinels, where the host knows; buffers are then of that size) and `casts` (casts.Casts of the parameters,
-    where they are not in hidden_states' dtype; their gradients come in their own). A slot with top_k_index >=
-    num_experts is a sentinel: no work, no contribution, gradient exactly 0. No host sync, no collective. Raises ValueError for a
-    module that unsupported_reason refuses and for tensors that do not fit.
+    self: an experts module, or a view that answers its attributes. A view may also have `weight_grad_scale`
+    (multiplies the gradient of every expert parameter, default 1.0); `num_pairs` (how many slots are not sentinels,
+    where the host knows; buffers are then of that size); `casts` (casts.Casts of the parameters, where they are not in
+    hidden_states' dtype; their gradients come in their own); and `known_gate` (gate_of it, where somebody asked that,
+    and unsupported_reason, before). A slot with top_k_index >= num_experts is a sentinel: no work, no contribution,
+    gradient exactly 0. No host sync, no collective. Raises ValueError for a module that unsupported_reason refuses and
+    for tensors that do not fit.
     """
-    reason = unsupported_reason(self)
+    known = getattr(self, "known_gate", None)
+    reason = None if known is not None else unsupported_reason(self)
     if reason is not None:
         raise ValueError(
             f"scattermoe does not support this experts layer: {reason}. Choose "
@@ -73,7 +75,7 @@ def scattermoe_experts_forward(self, hidden_states: Tensor, top_k_index: Tensor,
         "weight_grad_scale": getattr(self, "weight_grad_scale", 1.0),
     }
     no_biases = [None] * (4 - len(names))
-    gate = gate_of(self)
+    gate = known or gate_of(self)
     if gate is not None:
         w1, w2, b1, b2 = *parameters, *no_biases
         numbers = gate.numbers

@@ -7,10 +7,11 @@ Each (scenario, number of GPUs, way) runs in processes of its own: random weight
 bf16 compute, fused AdamW, no clipping, no activation checkpointing, random tokens. Reported: the median time of a step
 from CUDA event to CUDA event, with no synchronisation in between, as a training loop runs; tokens/s/GPU, and how many
 times those of the fastest peer; the greatest peak memory of a rank over the timed steps, and the part it is of that
-peer's; and the loss of the last step (alike for all ways, or something is wrong). One more step, after those that are timed, runs under the
-profiler: where rank 0's GPU spent it, by kind of kernel (the times overlap, and idle is none of them). The table is
-printed and, with --results, replaces this benchmark's section in that file, with a chart beside it. On a machine
-without a GPU it runs on gloo ranks, to try the script out.
+peer's; and the loss of the last step (alike for all ways, or something is wrong). One more step, after those that are
+timed, runs under the profiler: where rank 0's GPU spent it, by kind of kernel (the times overlap, and idle is none of
+them; a collective's time includes the wait for the other ranks). The table is printed and, with --results, replaces
+this benchmark's section in that file, with a chart beside it. On a machine without a GPU it runs on gloo ranks, to try
+the script out.
 
 A way that this installation does not have, and one that runs out of memory, get a row that says so.
 """

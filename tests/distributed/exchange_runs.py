@@ -177,3 +177,10 @@ def die_in_step(case: Case, how: str, timeout_s: float, folder: str) -> None:
         with open(os.path.join(folder, f"seen-{rank}"), "w") as file:
             file.write(f"{time.time()} {type(error).__name__}: {error}")
         raise
+
+
+def layers_prefetched(case: Case) -> list[list[int]]:
+    """For each decoder layer, the numbers of those whose weights its forward asks for."""
+    _, model, _ = prepared(case)
+    states = [layer._get_fsdp_state() for layer in model.model.layers]
+    return [[states.index(ahead) for ahead in state._states_to_forward_prefetch] for state in states]

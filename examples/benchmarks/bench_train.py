@@ -82,6 +82,8 @@ class Scenario:
     seq_len: int
     lora_rank: int = 0
     """LoRA of this rank on attention, everything else frozen; 0 trains all weights."""
+    least_gpus: int = 1
+    """With fewer it is left out."""
 
     def model_config(self):
         from transformers import AutoConfig
@@ -132,6 +134,8 @@ def main() -> None:
 
 def run_way(args: argparse.Namespace, way: str, name: str, gpus: int, folder: Path) -> dict[str, Any]:
     """Start the ranks of one way; what rank 0 measured, or {"why_not": …}."""
+    if gpus < (least := read_scenarios(args.scenarios)[name].least_gpus):
+        return {"why_not": f"needs {least} GPUs"}
     if way == TRANSFORMERS_EP and (why := no_transformers_ep(gpus)):
         return {"why_not": why}
     if way == TRANSFORMERS_EP and read_scenarios(args.scenarios)[name].lora_rank:

@@ -147,7 +147,7 @@ class ScatterMoE(nn.Module):
                 make_ready()
             view = views[0]
             rows = function(view.of(sent.num_pairs), sent.rows, sent.local_index, sent.local_weights)
-            return dispatcher.combine(rows.to(compute_dtype), sent, meanwhile=view.casts and view.casts.prepare)
+            return dispatcher.combine(rows.to(compute_dtype), sent)
 
         if chunk_tokens:
             make_ready()  # before the chunks: they run again when PEFT lends no more
@@ -361,12 +361,14 @@ def _count_tokens(layer: LayerState, top_k_index: torch.Tensor) -> None:
         return  # inside a backward: activation checkpointing is running this forward again
     if torch.compiler.is_compiling():
         return
-    if top_k_index.is_cuda:  # one kernel, no sync; slots without an expert lie outside
-        size = layer.num_experts + 1
-        counts = torch.histc(top_k_index.long(), bins=size, min=0, max=layer.num_experts)[: layer.num_experts]
+    size = layer.num_experts + 1  # the last one takes slots without an expert
+    if top_k_index.is_cuda and not torch.are_deterministic_algorithms_enabled():
+        # One kernel and no sync. Its counts are exact, but torch refuses it where it was asked for determinism.
+        counts = torch.histc(top_k_index.long().clamp(max=layer.num_experts), bins=size, min=0, max=layer.num_experts)
     else:
         index = top_k_index.reshape(-1).long().clamp(max=layer.num_experts)
-        counts = torch.bincount(index, minlength=layer.num_experts + 1)[: layer.num_experts]
+        counts = torch.zeros(size, dtype=torch.long, device=index.device).scatter_add_(0, index, torch.ones_like(index))
+    counts = counts[: layer.num_experts]
     if layer.tokens_per_expert is None:
         layer.tokens_per_expert = counts
     else:

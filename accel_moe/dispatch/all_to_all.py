@@ -96,10 +96,8 @@ class AllToAllDispatcher:
         values, local_index, local_weights = _SendOut.apply(hidden_states, top_k_weights, route)
         return Dispatched(values, local_index, local_weights, num_pairs, handle=route)
 
-    def combine(
-        self, rows: torch.Tensor, dispatched: Dispatched, *, meanwhile: Callable[[], None] | None = None
-    ) -> torch.Tensor:
-        return _SendBack.apply(rows, dispatched.handle, meanwhile)
+    def combine(self, rows: torch.Tensor, dispatched: Dispatched) -> torch.Tensor:
+        return _SendBack.apply(rows, dispatched.handle)
 
     def _route(
         self, top_k_index: torch.Tensor, bytes_per_row: int, bytes_per_pair: int, pending: list[Callable[[], None]]
@@ -129,13 +127,7 @@ def _run(pending: list[Callable[[], None]]) -> None:
         pending.pop()()
 
 
-def _send_out(
-    source: torch.Tensor,
-    weights: torch.Tensor | None,
-    layout: RowLayout,
-    route: Route,
-    meanwhile: Callable[[], None] | None = None,
-) -> torch.Tensor:
+def _send_out(source: torch.Tensor, weights: torch.Tensor | None, layout: RowLayout, route: Route) -> torch.Tensor:
     """[T, H] (and [T, K], which then travel with the local expert numbers) to [max(R, 1), layout.width]: the rows from
     the other ranks, by source, then our own. The one row of a rank that received nothing is zero, without an expert."""
     sent = layout.empty(route.num_sent, source.device)
@@ -147,7 +139,7 @@ def _send_out(
     index = None if weights is None else route.index
     to_others, to_own, ranks = layout.view(sent), layout.view(own), route.slot.shape[1]
     rows.pack(source, route.copy, index, weights, to_others, to_own, route.experts_per_rank, ranks)
-    exchange_rows(sent, others, route.send_counts, route.receive_counts, route.group, meanwhile=meanwhile)
+    exchange_rows(sent, others, route.send_counts, route.receive_counts, route.group)
     return received
 
 
@@ -207,11 +199,11 @@ class _SendBack(torch.autograd.Function):
     """Phase 4."""
 
     @staticmethod
-    def forward(ctx, values: torch.Tensor, route: Route, meanwhile: Callable[[], None] | None) -> torch.Tensor:
-        ctx.route, ctx.meanwhile = route, meanwhile
+    def forward(ctx, values: torch.Tensor, route: Route) -> torch.Tensor:
+        ctx.route = route
         return remember(lambda: _send_back(values, None, route)[0], handed_out=True)
 
     @staticmethod
     def backward(ctx, grad_home: torch.Tensor):
         layout = RowLayout(grad_home.shape[1], grad_home.dtype)
-        return _send_out(grad_home.contiguous(), None, layout, ctx.route, ctx.meanwhile), None, None
+        return _send_out(grad_home.contiguous(), None, layout, ctx.route), None

@@ -83,12 +83,6 @@ class Dispatcher(Protocol):
         """
         ...
 
-    def combine(
-        self, rows: torch.Tensor, dispatched: Dispatched, *, meanwhile: Callable[[], None] | None = None
-    ) -> torch.Tensor:
-        """Bring the experts' weighted sums home: [R, H] rows in arrival order to [T, H], summed per token.
-
-        meanwhile: as of dispatch, for the backward: work before the gradients of rows are needed. It may be called once
-        in each backward, or not at all.
-        """
+    def combine(self, rows: torch.Tensor, dispatched: Dispatched) -> torch.Tensor:
+        """Bring the experts' weighted sums home: [R, H] rows in arrival order to [T, H], summed per token."""
         ...

@@ -42,20 +42,9 @@ def exchange_rows(
     send_counts: list[int],
     receive_counts: list[int],
     group: dist.ProcessGroup,
-    *,
-    meanwhile: Callable[[], None] | None = None,
 ) -> None:
     """All-to-all of whole rows: rows[sum(send_counts), ...], grouped by destination, fill
-    received[sum(receive_counts), ...], grouped by source. Both contiguous. What `meanwhile` launches runs beside it."""
-    work = dist.all_to_all_single(
-        received,
-        rows,
-        output_split_sizes=receive_counts,
-        input_split_sizes=send_counts,
-        group=group,
-        async_op=meanwhile is not None,
+    received[sum(receive_counts), ...], grouped by source. Both contiguous."""
+    dist.all_to_all_single(
+        received, rows, output_split_sizes=receive_counts, input_split_sizes=send_counts, group=group
     )
-    if meanwhile is not None:
-        meanwhile()
-        assert work is not None
-        work.wait()  # on a GPU: the stream waits, not the host

@@ -126,9 +126,9 @@ def recorded(step: Callable[[], None]) -> list[tuple[torch.Tensor, list[int], li
     seen = []
     exchange = all_to_all.exchange_rows
 
-    def watch(rows, received, send_counts, receive_counts, group, **options):
+    def watch(rows, received, send_counts, receive_counts, group):
         seen.append((rows.detach().clone(), send_counts, receive_counts))
-        exchange(rows, received, send_counts, receive_counts, group, **options)
+        exchange(rows, received, send_counts, receive_counts, group)
 
     all_to_all.exchange_rows = watch
     try:

@@ -98,7 +98,7 @@ class Echo:
         index, weights = torch.where(ours, index, self.local), torch.where(ours, weights, 0.0)
         return Dispatched(rows, index, weights, int(ours.sum()), handle=hidden_states.shape[0])
 
-    def combine(self, rows, dispatched, *, meanwhile=None):
+    def combine(self, rows, dispatched):
         from torch.distributed.nn.functional import all_reduce
 
         return all_reduce(rows, group=self.group).split(dispatched.handle)[self.rank]

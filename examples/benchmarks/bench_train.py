@@ -48,7 +48,7 @@ KINDS = {
         "down_backward",
         "weight_grad",
         "grouped",
-        "cutlass::gemm::GemmUniv",
+        "enable_3x_kernel_for_sm9x",  # torch's grouped_mm
     ),
     "routing, sums": (
         "slots",

@@ -4,8 +4,9 @@
 
 Nothing is measured here. `MEASURED` holds rates that other benchmarks measured on H100s (RESULTS.md), `LINKS` what the
 links of a DGX H100 are built for and the share of it that collectives usually reach; the rest is counting. The first
-row of the table is the run that exists, beside what the model says of it: that is the check, and the factor between the
-two is applied to the other rows in a column of its own.
+rows of the table are the runs that exist, beside what the model says of them: that is the check. The factor between the
+first of them, which the GPU bounds, and the model is applied to the other rows in a column of its own; the second, which
+the host bounds, checks `HOST_MS_PER_LAYER`.
 """
 
 from __future__ import annotations
@@ -78,7 +79,9 @@ MEASURED = {
 }
 LINKS = {"NVLink": 450 * GB * 0.7, "InfiniBand": 50 * GB * 0.8}  # a GPU, one direction: DGX H100, NDR 400 Gb/s
 ELEMENTWISE_PASSES = 60  # over [tokens, hidden] in bf16, forward + backward, a layer: norms, rope, residuals, casts
-LAYER_OVERHEAD_MS = 0.35  # the host sync of a dispatch and the launches that wait for it, forward and backward
+HOST_MS_PER_LAYER = 18.0
+"""What the host needs to launch one decoder layer's forward and backward, eager transformers under FSDP2 and our
+dispatch, on the virtual machine of the measurements: no step is shorter than that for all layers."""
 
 
 def ranks_hit(model: Model, ep: int) -> float:
@@ -104,9 +107,8 @@ def terms_ms(job: Job) -> dict[str, float]:
     ms["cross entropy"] = 4 * t * m.vocabulary * 4 / MEASURED["cross entropy, bytes/s"] * 1e3
     own = m.parameters / (job.ep * job.efsdp)
     ms["AdamW"] = 28 * own / MEASURED["AdamW, bytes/s"] * 1e3
-    # fp32 weights to bf16 and bf16 gradients to fp32, of the experts that a rank computes with
+    # fp32 weights to bf16, in forward and again in backward, of the experts that a rank computes with
     ms["expert casts"] = 2 * 6 * m.layers * m.experts_per_layer / job.ep / MEASURED["elementwise, bytes/s"] * 1e3
-    ms["host"] = m.layers * LAYER_OVERHEAD_MS
     ms["exchange"] = exchange_ms(job)
     ms["dense FSDP"] = fsdp_ms(job, m.layers * m.dense_per_layer + m.embeddings, job.ep * job.efsdp, strided=False)
     ms["expert FSDP"] = fsdp_ms(job, m.layers * m.experts_per_layer / job.ep, job.efsdp, strided=job.ep >= job.per_node)
@@ -140,16 +142,22 @@ def fsdp_ms(job: Job, parameters: float, group: int, *, strided: bool) -> float:
     return (moved / link + reduced / LINKS["InfiniBand"]) * 1e3
 
 
+def host_ms(job: Job) -> float:
+    """The least a step takes, however fast the GPU: the launches, those of checkpointing's second forward included."""
+    return job.model.layers * HOST_MS_PER_LAYER * (4 / 3 if job.checkpointing else 1)
+
+
 def step_ms(terms: dict[str, float]) -> tuple[float, float]:
-    """(nothing overlaps, all of FSDP hides behind compute): the truth is between them."""
+    """Of the GPU: (nothing overlaps, all of FSDP hides behind compute); the truth is between them."""
     communication = terms["dense FSDP"] + terms["expert FSDP"]
     rest = sum(terms.values()) - communication
     return rest + communication, max(rest, communication)
 
 
-SIX, WHOLE = Model(layers=6), Model(layers=48)
+SIX, SIXTEEN, WHOLE = Model(layers=6), Model(layers=16), Model(layers=48)
 JOBS = [
-    Job("6 layers, 2 GPUs, ep 2", SIX, ep=2, measured_ms=201),
+    Job("6 layers, 2 GPUs, ep 2", SIX, ep=2, measured_ms=180),
+    Job("16 layers, 4 GPUs, ep 4, 4096 tokens", SIXTEEN, ep=4, tokens=4096, measured_ms=305),
     Job("8 GPUs, ep 8", WHOLE, ep=8, checkpointing=True),
     Job("8 GPUs, ep 4 x efsdp 2", WHOLE, ep=4, efsdp=2, checkpointing=True),
     Job("64 GPUs, ep 8 x efsdp 8", WHOLE, ep=8, efsdp=8, checkpointing=True),
@@ -166,17 +174,18 @@ JOBS = [
 def main() -> None:
     names = list(terms_ms(JOBS[0]))
     unexplained = JOBS[0].measured_ms / step_ms(terms_ms(JOBS[0]))[0]
-    print(f"| job | {' | '.join(names)} | step ms | tokens/s/GPU on paper | / {unexplained:.2f} | measured |")
-    print("|---|" + "---|" * (len(names) + 4))
+    print(f"| job | {' | '.join(names)} | GPU ms | host ms | tokens/s/GPU on paper | / {unexplained:.2f} | measured |")
+    print("|---|" + "---|" * (len(names) + 5))
     for job in JOBS:
-        terms = terms_ms(job)
+        terms, host = terms_ms(job), host_ms(job)
         slow, fast = step_ms(terms)
-        rates = [
-            f"{job.tokens / (slow * f) * 1e3:,.0f} to {job.tokens / (fast * f) * 1e3:,.0f}" for f in (1.0, unexplained)
-        ]
+        rates = []
+        for factor in (1.0, unexplained):
+            low, high = (job.tokens / max(ms * factor, host) * 1e3 for ms in (slow, fast))
+            rates.append(f"{low:,.0f} to {high:,.0f}" if high - low > 1 else f"{low:,.0f}")
         found = f"{job.measured_ms:.0f} ms, {job.tokens / job.measured_ms * 1e3:,.0f}" if job.measured_ms else ""
-        cells = [job.name, *(f"{terms[name]:.0f}" for name in names), f"{fast:.0f} to {slow:.0f}", *rates, found]
-        print(f"| {' | '.join(cells)} |")
+        cells = [job.name, *(f"{terms[name]:.0f}" for name in names), f"{fast:.0f} to {slow:.0f}", f"{host:.0f}"]
+        print(f"| {' | '.join([*cells, *rates, found])} |")
 
 
 if __name__ == "__main__":

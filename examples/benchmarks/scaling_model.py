@@ -5,8 +5,8 @@
 Nothing is measured here. `MEASURED` holds rates that other benchmarks measured on H100s (RESULTS.md), `LINKS` what the
 links of a DGX H100 are built for and the share of it that collectives usually reach; the rest is counting. The first
 rows of the table are the runs that exist, beside what the model says of them: that is the check. The factor between the
-first of them, which the GPU bounds, and the model is applied to the other rows in a column of its own; the second, which
-the host bounds, checks `HOST_MS_PER_LAYER`.
+first of them, which the GPU bounds, and the model is applied to the other rows in a column of its own; the second,
+which the host bounds, checks `HOST_MS_PER_LAYER`.
 """
 
 from __future__ import annotations

@@ -18,8 +18,8 @@ from __future__ import annotations
 import argparse
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -104,7 +104,7 @@ def consolidate(args: argparse.Namespace) -> int:
     import torch
 
     checkpoint = export.open_checkpoint(folders)
-    with _checking(checkpoint, checksums=not args.sizes_only) as wait:  # while the base's classes are imported
+    with _checking(checkpoint, checksums=not args.sizes_only) as check:  # while the base's classes are imported
         plan = export.plan_export(
             checkpoint,
             open_base(base_name),
@@ -113,33 +113,39 @@ def consolidate(args: argparse.Namespace) -> int:
             keep_extra=args.keep_extra,
         )
         _say_what_is_special(plan)
-        wait()
 
-    def verify(folder: Path) -> None:
-        with _progress("verifying", plan.size_bytes) as bar:
-            problems = export.verify_export(plan, folder, on_bytes=bar.update)
-        if problems:
-            raise CheckpointError(
-                f"the result in {folder} is not the checkpoint: {_list(problems)}. Please report this."
-            )
+        def verify(folder: Path) -> None:
+            with _progress("verifying", plan.size_bytes) as bar:
+                problems = export.verify_export(plan, folder, on_bytes=bar.update)
+            if problems:
+                raise CheckpointError(
+                    f"the result in {folder} is not the checkpoint: {_list(problems)}. Please report this."
+                )
 
-    with _progress("consolidating", plan.size_bytes) as bar:
-        export.write_export(
-            plan,
-            Path(out),
-            workers=args.workers,
-            on_bytes=bar.update,
-            on_resume=bar.update,
-            before_commit=verify if args.verify else None,
-        )
+        if args.workers > 1:
+            check.result()  # they are forked, and a check that goes on meanwhile has threads
+        with _progress("consolidating", plan.size_bytes) as bar:
+            try:
+                export.write_export(
+                    plan,
+                    Path(out),
+                    workers=args.workers,
+                    on_bytes=bar.update,
+                    on_resume=bar.update,
+                    before_commit=verify if args.verify else None,
+                    vouched=check,
+                )
+            except CheckpointError:
+                check.result()  # damage explains what came of it
+                raise
     print(f"{out}: {len(plan.outputs)} tensors, {plan.size_bytes / 1e9:.2f} GB in {len(plan.files())} file(s)")
     return 0
 
 
 @contextmanager
-def _checking(checkpoint: Any, checksums: bool) -> Iterator[Callable[[], None]]:
-    """Checks the checkpoint in a thread. The function that it yields waits for that, and raises CheckpointError with
-    everything that is wrong: call it before anything is written."""
+def _checking(checkpoint: Any, checksums: bool) -> Iterator[Future[None]]:
+    """Checks the checkpoint in a thread. What it yields raises CheckpointError with everything that is wrong: ask it
+    before any result counts."""
     from accel_moe.checkpoint.manifest import CheckpointError
     from accel_moe.hub_format import HubFormatError
 
@@ -147,7 +153,7 @@ def _checking(checkpoint: Any, checksums: bool) -> Iterator[Callable[[], None]]:
     with ThreadPoolExecutor(1) as pool:
         checking = pool.submit(_check, checkpoint, checksums, stopped)
         try:
-            yield checking.result
+            yield checking
         except (CheckpointError, HubFormatError, OSError, KeyboardInterrupt):
             stopped.set()
             raise

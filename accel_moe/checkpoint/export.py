@@ -24,7 +24,7 @@ import os
 import shutil
 import signal
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -391,6 +391,7 @@ def write_export(
     on_bytes: Callable[[int], None] | None = None,
     on_resume: Callable[[int], None] | None = None,
     before_commit: Callable[[Path], None] | None = None,
+    vouched: Future[None] | None = None,
 ) -> None:
     """Writes the whole result to OUT.tmp and renames it to OUT.
 
@@ -399,6 +400,8 @@ def write_export(
         on_bytes: hears how many bytes were written, group by group.
         on_resume: hears, once, how many bytes an interrupted export of the same plan had left.
         before_commit: called with OUT.tmp when it is complete; what it raises keeps OUT from appearing.
+        vouched: a check of the checkpoint that may still be going on. Until it has passed, nothing that is written
+            counts as done for a later run, and OUT does not appear; what it raises is raised, and OUT.tmp goes.
 
     Raises CheckpointError when OUT exists, or another process writes OUT.tmp; OSError when the disk is full.
     """
@@ -412,7 +415,8 @@ def write_export(
             on_resume(sum(plan.group_bytes(plan.groups[i]) for i in done))
         writer = _GroupWriter(plan, staging)
         try:
-            _write_groups(plan, writer, [i for i in range(len(plan.groups)) if i not in done], workers, note, on_bytes)
+            todo = [i for i in range(len(plan.groups)) if i not in done]
+            _write_groups(plan, writer, todo, workers, note, on_bytes, vouched)
             if plan.keep_extra:
                 for key, data in plan.base.read_raw(plan.extras):
                     count = writer.write_raw(key, data)
@@ -421,6 +425,12 @@ def write_export(
             for file in plan.files():
                 with open(staging / file, "rb") as stream:
                     os.fsync(stream.fileno())
+            if vouched is not None:
+                vouched.result()
+        except BaseException:
+            if vouched is not None and vouched.done() and vouched.exception() is not None:
+                shutil.rmtree(staging)
+            raise
         finally:
             writer.close()
         _write_small_files(plan, staging)
@@ -441,6 +451,7 @@ def _write_groups(
     workers: int,
     note: Callable[[Sequence[int]], None],
     on_bytes: Callable[[int], None] | None,
+    vouched: Future[None] | None,
 ) -> None:
     unsynced: list[int] = []
     unsynced_bytes = 0
@@ -456,6 +467,10 @@ def _write_groups(
 
     def flush() -> None:
         nonlocal unsynced_bytes
+        if vouched is not None and not vouched.done():
+            return
+        if vouched is not None:
+            vouched.result()
         if unsynced:
             _sync_files(plan, writer.folder)
             note(unsynced)

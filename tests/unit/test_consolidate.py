@@ -6,6 +6,8 @@ import json
 import os
 import shutil
 import signal
+import threading
+from concurrent.futures import Future
 
 import pytest
 import torch
@@ -227,6 +229,30 @@ def test_an_interrupted_export_goes_on_where_it_stopped(tmp_path, trained, monke
     assert calls[7:] == list(range(7, len(plan.groups)))
     assert resumed == [sum(plan.group_bytes(plan.groups[i]) for i in first)]
     assert_same_tensors(read_weights(tmp_path / "out"), expected)
+
+
+def test_what_is_written_before_the_check_has_passed_does_not_count(tmp_path, trained, monkeypatch):
+    checkpoint, base, _ = trained
+    plan = export.plan_export(export.open_checkpoint([checkpoint]), open_base(str(base)))
+    monkeypatch.setattr(export, "_SYNC_BYTES", 1)  # note every group
+    check = Future()
+    write = export._GroupWriter.write
+
+    def interrupted(self, index):
+        if index == 2:
+            raise KeyboardInterrupt
+        return write(self, index)
+
+    monkeypatch.setattr(export._GroupWriter, "write", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        export.write_export(plan, tmp_path / "out", vouched=check)
+    assert (tmp_path / "out.tmp" / export._JOURNAL).read_text().count(".") == 0
+    monkeypatch.setattr(export._GroupWriter, "write", write)
+    resumed = []
+    threading.Timer(0.2, check.set_exception, [CheckpointError("damaged")]).start()
+    with pytest.raises(CheckpointError, match="damaged"):
+        export.write_export(plan, tmp_path / "out", on_resume=resumed.append, vouched=check)
+    assert not resumed and not list(tmp_path.glob("out*"))
 
 
 def test_an_interrupted_export_of_another_checkpoint_is_not_resumed(tmp_path, trained, monkeypatch):

@@ -277,10 +277,25 @@ def _main_dtype(tensors: Iterable[HubTensor]) -> str:
     return max(sizes, key=lambda dtype: sizes[dtype]) if sizes else "F32"
 
 
+def _refuse_adapters(checkpoint: Checkpoint, base: BaseModel) -> None:
+    """Raises CheckpointError, with the way to a merged model, for the checkpoint of a PEFT run."""
+    adapters = [name for name in checkpoint.reader.tensors if "lora_" in name or name.startswith("base_model.model.")]
+    if adapters:
+        raise CheckpointError(
+            f"{checkpoint.name} is of a PEFT run ({len(adapters)} tensors such as {adapters[0]}), and consolidate does not "
+            "merge adapters. After load_state in the training script, gather the adapter on every rank, "
+            "{n: p.full_tensor() for n, p in model.named_parameters() if 'lora_' in n}, and save it on the main process "
+            "with accelerator.unwrap_model(model).save_pretrained(ADAPTER, state_dict=...); then merge it offline: "
+            f"PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({base.name!r}), ADAPTER)"
+            ".merge_and_unload().save_pretrained(OUT)."
+        )
+
+
 def _match_checkpoint(checkpoint: Checkpoint, converter: HubConverter, base: BaseModel) -> list[ConversionGroup]:
     """The converter's groups with sources that the checkpoint has, tied weights resolved. Raises
     CheckpointError."""
     stored = checkpoint.reader.tensors
+    _refuse_adapters(checkpoint, base)
     shapes = {name: tuple(tensor.shape) for name, tensor in converter.model.state_dict().items()}
     aliases = converter.tied_aliases()
     problems = []

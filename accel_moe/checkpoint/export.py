@@ -282,11 +282,11 @@ def _refuse_adapters(checkpoint: Checkpoint, base: BaseModel) -> None:
     adapters = [name for name in checkpoint.reader.tensors if "lora_" in name or name.startswith("base_model.model.")]
     if adapters:
         raise CheckpointError(
-            f"{checkpoint.name} is of a PEFT run ({len(adapters)} tensors such as {adapters[0]}), and consolidate does not "
-            "merge adapters. After load_state in the training script, gather the adapter on every rank, "
-            "{n: p.full_tensor() for n, p in model.named_parameters() if 'lora_' in n}, and save it on the main process "
-            "with accelerator.unwrap_model(model).save_pretrained(ADAPTER, state_dict=...); then merge it offline: "
-            f"PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({base.name!r}), ADAPTER)"
+            f"{checkpoint.name} is of a PEFT run ({len(adapters)} tensors such as {adapters[0]}), and consolidate does "
+            "not merge adapters. After load_state in the training script, gather the adapter on every rank, "
+            "{n: p.full_tensor() for n, p in model.named_parameters() if 'lora_' in n}, and save it on the main "
+            "process with accelerator.unwrap_model(model).save_pretrained(ADAPTER, state_dict=...); then merge it "
+            f"offline: PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({base.name!r}), ADAPTER)"
             ".merge_and_unload().save_pretrained(OUT)."
         )
 

@@ -89,7 +89,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         print(f"error: {error}. Make room or mend the folder, then run the same command again.", file=sys.stderr)
     except KeyboardInterrupt:
-        print("interrupted. Run the same command again: it goes on where it stopped.", file=sys.stderr)
+        print(
+            "interrupted. Run the same command again: it goes on where it stopped (with what was written before the "
+            "checksums were found right, from the start).",
+            file=sys.stderr,
+        )
         return EXIT_INTERRUPTED
     return EXIT_FAILED
 
@@ -134,6 +138,7 @@ def consolidate(args: argparse.Namespace) -> int:
                     on_resume=bar.update,
                     before_commit=verify if args.verify else None,
                     vouched=check,
+                    vouched_by="sizes" if args.sizes_only else "checksums",
                 )
             except CheckpointError:
                 check.result()  # damage explains what came of it

@@ -129,6 +129,7 @@ class ScatterMoE(nn.Module):
             layer.prepared.config.moe_dispatch_chunk_tokens,
         )
         bytes_per_pair = _bytes_per_pair(self, layer, compute_dtype)
+        bytes_meanwhile = _bytes_of_casts(self, layer, compute_dtype)
         views: list[ExpertsView] = []
 
         def make_ready() -> None:
@@ -141,12 +142,17 @@ class ScatterMoE(nn.Module):
 
         def there_and_back(hidden_states, top_k_index, top_k_weights):
             sent = dispatcher.dispatch(
-                hidden_states, top_k_index, top_k_weights, bytes_per_pair=bytes_per_pair, meanwhile=make_ready
+                hidden_states,
+                top_k_index,
+                top_k_weights,
+                bytes_per_pair=bytes_per_pair,
+                meanwhile=make_ready,
+                bytes_meanwhile=bytes_meanwhile,
             )
             if not views:
                 make_ready()
-            view = views[0]
-            rows = function(view.of(sent.num_pairs), sent.rows, sent.local_index, sent.local_weights)
+            received = sent.rows if layer.kernel == "scattermoe" else sent.rows.contiguous()
+            rows = function(views[0].of(sent.num_pairs), received, sent.local_index, sent.local_weights)
             return dispatcher.combine(rows.to(compute_dtype), sent)
 
         if chunk_tokens:
@@ -340,6 +346,12 @@ def _bytes_per_pair(module: ScatterMoE, layer: LayerState, dtype: torch.dtype) -
     return layer.pair_widths[torch.is_grad_enabled()] * dtype.itemsize
 
 
+def _bytes_of_casts(module: ScatterMoE, layer: LayerState, dtype: torch.dtype) -> int:
+    """Of this rank's experts in dtype, where they are not in it already."""
+    stored = (p for _, p in _floating_parameters(module) if p.dtype != dtype)
+    return sum(p.numel() for p in stored) // layer.ep * dtype.itemsize
+
+
 def _floating_parameters(module: nn.Module) -> list[tuple[str, torch.Tensor]]:
     """The weights as they read: with ep 1, PEFT parametrises them for the length of a forward."""
     found = ((name, getattr(module, name, None)) for name in sorted(KNOWN_PARAMETERS))
@@ -372,7 +384,7 @@ def _count_tokens(layer: LayerState, top_k_index: torch.Tensor) -> None:
     if layer.tokens_per_expert is None:
         layer.tokens_per_expert = counts
     else:
-        layer.tokens_per_expert += counts
+        layer.tokens_per_expert = layer.tokens_per_expert + counts  # the old one may come from inference mode
 
 
 @functools.cache

@@ -322,7 +322,7 @@ class TensorReader:
         self.reader.set_up_storage_reader(self.metadata, is_coordinator=True)
         self._dcp_names: dict[str, str] = {}
         self.tensors: dict[str, TensorEntry] = {}
-        self._check_crc = manifest is None  # with one, checksums were compared before anything is read
+        self._check_crc = manifest is None  # with one, checksums are compared before any result counts
         self._places = {
             (index.fqn, tuple(index.offset)): info
             for index, info in (self.metadata.storage_data or {}).items()

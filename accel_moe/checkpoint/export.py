@@ -1,7 +1,7 @@
 """From a DCP checkpoint to Hub-format safetensors, group by group: the engine of `accel_moe.consolidate`.
 
     open_checkpoint(folders)            what is there, and whether a manifest vouches for it
-    check_checkpoint(checkpoint)        files, sizes, checksums, chunks: before anything is written
+    check_checkpoint(checkpoint)        files, sizes, checksums, chunks: before any result counts
     plan_export(checkpoint, base, …)    which parameters become which tensors of which file, from shapes alone
     write_export(plan, out, …)          stream: read a group, convert it, write its tensors where their file
                                         has them
@@ -284,7 +284,7 @@ def _refuse_adapters(checkpoint: Checkpoint, base: BaseModel) -> None:
         raise CheckpointError(
             f"{checkpoint.name} is of a PEFT run ({len(adapters)} tensors such as {adapters[0]}), and consolidate does "
             "not merge adapters. After load_state in the training script, gather the adapter on every rank, "
-            "{n: p.full_tensor() for n, p in model.named_parameters() if 'lora_' in n}, and save it on the main "
+            "{n: t.full_tensor() for n, t in model.state_dict().items() if 'lora_' in n}, and save it on the main "
             "process with accelerator.unwrap_model(model).save_pretrained(ADAPTER, state_dict=...); then merge it "
             f"offline: PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({base.name!r}), ADAPTER)"
             ".merge_and_unload().save_pretrained(OUT)."
@@ -407,6 +407,7 @@ def write_export(
     on_resume: Callable[[int], None] | None = None,
     before_commit: Callable[[Path], None] | None = None,
     vouched: Future[None] | None = None,
+    vouched_by: str = "",
 ) -> None:
     """Writes the whole result to OUT.tmp and renames it to OUT.
 
@@ -416,7 +417,9 @@ def write_export(
         on_resume: hears, once, how many bytes an interrupted export of the same plan had left.
         before_commit: called with OUT.tmp when it is complete; what it raises keeps OUT from appearing.
         vouched: a check of the checkpoint that may still be going on. Until it has passed, nothing that is written
-            counts as done for a later run, and OUT does not appear; what it raises is raised, and OUT.tmp goes.
+            counts as done for a later run, and OUT does not appear. What it raises is raised at the end; if that is a
+            CheckpointError, OUT.tmp goes.
+        vouched_by: what that check looked at; a later run that looks at something else starts over.
 
     Raises CheckpointError when OUT exists, or another process writes OUT.tmp; OSError when the disk is full.
     """
@@ -424,7 +427,7 @@ def write_export(
         raise CheckpointError(f"{out} exists and is not empty. Remove it, or give another OUT.")
     staging = out.with_name(out.name + ".tmp")
     staging.mkdir(parents=True, exist_ok=True)
-    with _journal(staging, plan.fingerprint()) as (done, note):
+    with _journal(staging, f"{plan.fingerprint()} {vouched_by}") as (done, note):
         _create_files(plan, staging, keep=bool(done))
         if done and on_resume is not None:
             on_resume(sum(plan.group_bytes(plan.groups[i]) for i in done))
@@ -440,14 +443,10 @@ def write_export(
             for file in plan.files():
                 with open(staging / file, "rb") as stream:
                     os.fsync(stream.fileno())
-            if vouched is not None:
-                vouched.result()
-        except BaseException:
-            if vouched is not None and vouched.done() and vouched.exception() is not None:
-                shutil.rmtree(staging)
-            raise
         finally:
             writer.close()
+            if vouched is not None and vouched.done() and isinstance(vouched.exception(), CheckpointError):
+                shutil.rmtree(staging, ignore_errors=True)
         _write_small_files(plan, staging)
         if before_commit is not None:
             before_commit(staging)
@@ -482,10 +481,8 @@ def _write_groups(
 
     def flush() -> None:
         nonlocal unsynced_bytes
-        if vouched is not None and not vouched.done():
-            return
-        if vouched is not None:
-            vouched.result()
+        if vouched is not None and (not vouched.done() or vouched.exception() is not None):
+            return  # what it raises comes at the end
         if unsynced:
             _sync_files(plan, writer.folder)
             note(unsynced)
@@ -502,6 +499,8 @@ def _write_groups(
             with _worker_pool(writer, workers) as pool:
                 for done in as_completed([pool.submit(_work, index) for index in order]):
                     finished(*done.result())
+        if vouched is not None:
+            vouched.result()
     finally:
         flush()
 

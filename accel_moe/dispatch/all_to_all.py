@@ -88,10 +88,12 @@ class AllToAllDispatcher:
         *,
         bytes_per_pair: int = 0,
         meanwhile: Callable[[], None] | None = None,
+        bytes_meanwhile: int = 0,
     ) -> Dispatched:
         bytes_per_row = hidden_states.shape[1] * hidden_states.element_size()
         pending = [] if meanwhile is None else [meanwhile]
-        route, num_pairs = remember(lambda: self._route(top_k_index, bytes_per_row, bytes_per_pair, pending))
+        sizes = bytes_per_row, bytes_per_pair, bytes_meanwhile
+        route, num_pairs = remember(lambda: self._route(top_k_index, sizes, pending))
         _run(pending)  # where the route was remembered
         values, local_index, local_weights = _SendOut.apply(hidden_states, top_k_weights, route)
         return Dispatched(values, local_index, local_weights, num_pairs, handle=route)
@@ -100,10 +102,12 @@ class AllToAllDispatcher:
         return _SendBack.apply(rows, dispatched.handle)
 
     def _route(
-        self, top_k_index: torch.Tensor, bytes_per_row: int, bytes_per_pair: int, pending: list[Callable[[], None]]
+        self, top_k_index: torch.Tensor, sizes: tuple[int, int, int], pending: list[Callable[[], None]]
     ) -> tuple[Route, int]:
         index = top_k_index.contiguous()
-        ours, counted = rows.count(index, self.num_local_experts, self.ep, memory.free_bytes(index.device))
+        bytes_per_row, bytes_per_pair, bytes_meanwhile = sizes
+        free = memory.free_bytes(index.device) - bytes_meanwhile
+        ours, counted = rows.count(index, self.num_local_experts, self.ep, free)
         gathered = copied_to_host(exchange_counts(ours, self.group))
         _run(pending)  # the GPU has work while the host waits for the counts, and while it launches what they decide
         slot, copy = rows.place(index, counted, self.num_local_experts, self.ep, self.ep_rank)
@@ -139,7 +143,7 @@ def _send_out(source: torch.Tensor, weights: torch.Tensor | None, layout: RowLay
     index = None if weights is None else route.index
     to_others, to_own, ranks = layout.view(sent), layout.view(own), route.slot.shape[1]
     rows.pack(source, route.copy, index, weights, to_others, to_own, route.experts_per_rank, ranks)
-    exchange_rows(sent, others, route.send_counts, route.receive_counts, route.group)
+    exchange_rows(layout.wire(sent), layout.wire(others), route.send_counts, route.receive_counts, route.group)
     return received
 
 
@@ -159,7 +163,7 @@ def _send_back(
         rows.pack(values[others], None, None, weights[others], layout.view(sent), nothing, route.experts_per_rank, 1)
         kept = Rows(values[own], weights[own])
     returned = layout.empty(route.num_sent, values.device)
-    exchange_rows(sent, returned, route.receive_counts, route.send_counts, route.group)
+    exchange_rows(layout.wire(sent), layout.wire(returned), route.receive_counts, route.send_counts, route.group)
     return rows.sum_home(layout.view(returned), kept, route.slot, route.index, route.experts_per_rank)
 
 

@@ -66,6 +66,7 @@ class Dispatcher(Protocol):
         *,
         bytes_per_pair: int = 0,
         meanwhile: Callable[[], None] | None = None,
+        bytes_meanwhile: int = 0,
     ) -> Dispatched:
         """Send each token to the ranks that own its experts.
 
@@ -75,8 +76,9 @@ class Dispatcher(Protocol):
             top_k_weights: [T, K] floating point.
             bytes_per_pair: what the experts function will take at least for one (row, expert) pair. Where that
                 cannot fit on some rank, every rank raises torch.OutOfMemoryError, before anything is allocated.
-            meanwhile: work of the caller that needs nothing of the exchange; called exactly once, best when the
-                host has something to wait for.
+            meanwhile: work of the caller that needs nothing of the exchange, and that it does itself afterwards where
+                nobody called it; best called when the host has something to wait for.
+            bytes_meanwhile: what that allocates.
 
         Differentiable in hidden_states and top_k_weights. The gradients of sentinel slots are never read: an
         experts function may leave garbage there.

@@ -68,6 +68,10 @@ class RowLayout:
         """[rows, width] in `dtype`."""
         return torch.empty(rows, self.width, dtype=self.dtype, device=device)
 
+    def wire(self, buffer: Tensor) -> Tensor:
+        """A buffer as a collective should see it: bytes, where other things lie between the values."""
+        return buffer if self.weights_dtype is None else buffer.view(torch.uint8)
+
     def view(self, buffer: Tensor) -> Rows:
         """The parts of a buffer that `empty` made, or of some of its rows."""
         if self.weights_dtype is None:
@@ -156,8 +160,8 @@ def pack(
 def sum_home(
     returned: Rows, own: Rows, slot: Tensor, index: Tensor, experts_per_rank: int
 ) -> tuple[Tensor, Tensor | None]:
-    """Each token's copies summed, in rank order and in fp32 (no atomics: the same bits every time); and, where rows
-    carry weights, each slot's weight as the rank it went to gave it, 0 for a slot without an expert.
+    """Each token's copies summed, in rank order and in fp32 or better (no atomics: the same bits every time); and, where
+    rows carry weights, each slot's weight as the rank it went to gave it, 0 for a slot without an expert.
 
     Args:
         returned, own: the copies in order: those that came back, and those that never left.
@@ -167,7 +171,7 @@ def sum_home(
     Returns:
         [T, H] in the values' dtype, and [T, K] or None.
     """
-    if slot.is_cuda:
+    if slot.is_cuda and returned.values.dtype != torch.float64:  # which the kernel would sum in fp32
         from accel_moe.kernels import exchange
 
         return exchange.sum_home(returned[:2], own[:2], slot, index, experts_per_rank)

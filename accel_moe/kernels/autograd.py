@@ -30,7 +30,7 @@ class _Experts(torch.autograd.Function):
         forward = ops.direct(ops.experts_forward, x)
         out, h, *routing = forward(x, *_taken(casts, parameters), index, weights, *kind, num_pairs, True)
         ctx.save_for_backward(x, *parameters, weights, h, *routing)
-        ctx.kind, ctx.scale, ctx.casts, ctx.filled = kind, scale, casts, num_pairs >= 0
+        ctx.kind, ctx.scale, ctx.filled = kind, scale, num_pairs >= 0
         return out
 
     @staticmethod
@@ -42,10 +42,15 @@ class _Experts(torch.autograd.Function):
         parameters = (w1, w2, b1, b2)
         learning = [p.dtype for p, need in zip(parameters, need_tensors[1:], strict=True) if need]
         dtype = functools.reduce(torch.promote_types, learning, x.dtype)
-        casts, options = _taken(ctx.casts, parameters), (*ctx.kind, ctx.scale, dtype, ctx.filled, needs)
+        # not kept from forward, and of the saved tensors, so that nothing outlives them
+        casts, options = _cast(parameters, x.dtype), (*ctx.kind, ctx.scale, dtype, ctx.filled, needs)
         gradients = ops.direct(ops.experts_backward, x)(dout, x, *casts, *saved, *options)
         *gradients, dweights = _where_needed(gradients, needs)
         return *gradients, None, dweights, None, None, None, None
+
+
+def _cast(parameters: tuple[Tensor | None, ...], dtype: torch.dtype) -> tuple[Tensor | None, ...]:
+    return tuple(None if p is None else p.to(dtype) for p in parameters)
 
 
 def _taken(casts: Casts | None, parameters: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:

@@ -7,11 +7,11 @@ from torch import Tensor
 
 
 class Casts:
-    """Casts of parameters that are stored in another dtype, fp32 master weights under bf16 compute say.
+    """Casts of parameters that are stored in another dtype, fp32 master weights under bf16 compute say, for a forward.
 
-    A layer needs them in forward and again in backward. Kept from one to the other, those of every layer would lie in
-    memory together (half of the fp32 weights' size); they are made twice instead. `prepare` makes them ahead, while the
-    GPU would wait for something else; `take` hands them out once, making them where nobody did.
+    Backward needs them, too. Kept until then, those of every layer would lie in memory together (half of the fp32
+    weights' size); backward makes its own instead. `prepare` makes them ahead, while the GPU would wait for something
+    else; `take` hands them out once, making them where nobody did.
     """
 
     def __init__(self, parameters: list[Tensor], dtype: torch.dtype):

@@ -84,7 +84,9 @@ class Echo:
         self.group, self.rank = group, dist.get_rank(group)
         self.local = num_experts // dist.get_world_size(group)
 
-    def dispatch(self, hidden_states, top_k_index, top_k_weights, *, bytes_per_pair=0, meanwhile=None):
+    def dispatch(
+        self, hidden_states, top_k_index, top_k_weights, *, bytes_per_pair=0, meanwhile=None, bytes_meanwhile=0
+    ):
         from torch.distributed.nn.functional import all_gather
 
         from accel_moe.dispatch.base import Dispatched

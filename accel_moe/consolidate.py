@@ -90,8 +90,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}. Make room or mend the folder, then run the same command again.", file=sys.stderr)
     except KeyboardInterrupt:
         print(
-            "interrupted. Run the same command again: it goes on where it stopped (with what was written before the "
-            "checksums were found right, from the start).",
+            "interrupted. Run the same command again: it goes on where it stopped; what was written before the "
+            "checksums were verified is written again.",
             file=sys.stderr,
         )
         return EXIT_INTERRUPTED

@@ -160,7 +160,7 @@ def pack(
 def sum_home(
     returned: Rows, own: Rows, slot: Tensor, index: Tensor, experts_per_rank: int
 ) -> tuple[Tensor, Tensor | None]:
-    """Each token's copies summed, in rank order and in fp32 or better (no atomics: the same bits every time); and, where
+    """Each token's copies summed, in rank order, in fp32 or better (no atomics: the same bits every time); and, where
     rows carry weights, each slot's weight as the rank it went to gave it, 0 for a slot without an expert.
 
     Args:

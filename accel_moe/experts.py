@@ -123,11 +123,7 @@ class ScatterMoE(nn.Module):
                 f"{type(self).__name__} runs with moe_ep_degree={layer.ep} but its experts were never sharded. "
                 "Pass the model through accelerator.prepare(model, optimizer) with FSDP2 before its first forward."
             )
-        dispatcher, compute_dtype, chunk_tokens = (
-            layer.dispatcher,
-            hidden_states.dtype,
-            layer.prepared.config.moe_dispatch_chunk_tokens,
-        )
+        dispatcher, compute_dtype = layer.dispatcher, hidden_states.dtype
         bytes_per_pair = _bytes_per_pair(self, layer, compute_dtype)
         bytes_meanwhile = _bytes_of_casts(self, layer, compute_dtype)
         views: list[ExpertsView] = []
@@ -155,11 +151,9 @@ class ScatterMoE(nn.Module):
             rows = function(views[0].of(sent.num_pairs), received, sent.local_index, sent.local_weights)
             return dispatcher.combine(rows.to(compute_dtype), sent)
 
-        if chunk_tokens:
+        if limit := layer.prepared.config.moe_dispatch_chunk_tokens:
             make_ready()  # before the chunks: they run again when PEFT lends no more
-            return in_chunks(
-                there_and_back, chunk_tokens, dispatcher.group, (hidden_states, top_k_index, top_k_weights)
-            )
+            return in_chunks(there_and_back, limit, dispatcher.group, (hidden_states, top_k_index, top_k_weights))
         return there_and_back(hidden_states, top_k_index, top_k_weights)
 
     def extra_repr(self) -> str:
@@ -375,8 +369,9 @@ def _count_tokens(layer: LayerState, top_k_index: torch.Tensor) -> None:
         return
     size = layer.num_experts + 1  # the last one takes slots without an expert
     if top_k_index.is_cuda and not torch.are_deterministic_algorithms_enabled():
-        # One kernel and no sync. Its counts are exact, but torch refuses it where it was asked for determinism.
-        counts = torch.histc(top_k_index.long().clamp(max=layer.num_experts), bins=size, min=0, max=layer.num_experts)
+        # One kernel and no sync; it leaves out what is above max. Its counts are exact, but torch refuses it where it
+        # was asked for determinism.
+        counts = torch.histc(top_k_index.long(), bins=size, min=0, max=layer.num_experts)
     else:
         index = top_k_index.reshape(-1).long().clamp(max=layer.num_experts)
         counts = torch.zeros(size, dtype=torch.long, device=index.device).scatter_add_(0, index, torch.ones_like(index))

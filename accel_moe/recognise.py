@@ -285,8 +285,7 @@ def _interface_knows_norms() -> bool:
 
 def _weights_of(module: nn.Module | ExpertsView) -> set[str]:
     """The parameters that an experts function reads from a module with these flags."""
-    up = "gate_up_proj" if module.has_gate else "up_proj"
-    return {up, "down_proj", *([f"{up}_bias", "down_proj_bias"] if module.has_bias else [])}
+    return set(scattermoe.parameter_names(module))
 
 
 def limits(module: nn.Module) -> str:

@@ -127,9 +127,11 @@ def prefetch_next_layers(model: nn.Module) -> None:
     explicit prefetching where expert parallelism syncs device and host).
     """
     for blocks in (m for m in model.modules() if isinstance(m, nn.ModuleList)):
+        if not any(isinstance(m, ScatterMoE) for m in blocks.modules()):
+            continue
         chain = [[m for m in block.modules() if isinstance(m, FSDPModule)] for block in blocks]
         for units, following in itertools.pairwise(chain):
-            if units and following and any(isinstance(m, ScatterMoE) for m in blocks.modules()):
+            if units and following:
                 units[0].set_modules_to_forward_prefetch(following)
 
 

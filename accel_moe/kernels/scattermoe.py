@@ -74,16 +74,14 @@ def scattermoe_experts_forward(self, hidden_states: Tensor, top_k_index: Tensor,
         "num_pairs": getattr(self, "num_pairs", None),
         "weight_grad_scale": getattr(self, "weight_grad_scale", 1.0),
     }
-    no_biases = [None] * (4 - len(names))
+    w1, w2, b1, b2 = *parameters, *[None] * (4 - len(names))
     gate = known or gate_of(self)
     if gate is not None:
-        w1, w2, b1, b2 = *parameters, *no_biases
         numbers = gate.numbers
         out = experts(
             x, w1, w2, top_k_index, top_k_weights, gate.act, b1=b1, b2=b2, gate=numbers, casts=casts, **options
         )
     else:
         apply_gate = self._apply_gate if self.has_gate else self.act_fn
-        w1, w2, b1, b2 = *parameters, *no_biases
         out = experts_in_halves(x, w1, w2, b1, b2, top_k_index, top_k_weights, apply_gate, **options)
     return out.to(hidden_states.dtype)

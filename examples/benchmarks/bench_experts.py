@@ -20,7 +20,7 @@ from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
-from common import median_ms
+from common import kernels_of, median_ms
 from torch import Tensor
 from transformers.integrations import moe
 
@@ -204,14 +204,9 @@ def profile(forward: Forward, inputs: list[Tensor]) -> str:
     leaves, index, dout = _leaves(inputs)
     step(forward, leaves, index, dout)
     torch.cuda.synchronize()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
-        step(forward, leaves, index, dout)
-        torch.cuda.synchronize()
-    on_gpu = [e for e in profiler.key_averages() if e.device_type == torch.autograd.DeviceType.CUDA]
-    on_gpu.sort(key=lambda e: -e.self_device_time_total)
-    lines = [f"{e.self_device_time_total / 1e3:8.3f} ms {e.count:4d} x {e.key[:90]}" for e in on_gpu]
-    total_ms = sum(e.self_device_time_total for e in on_gpu) / 1e3
-    return "\n".join([f"{total_ms:8.3f} ms of {sum(e.count for e in on_gpu)} kernels", *lines[:24]])
+    kernels = sorted(kernels_of(lambda: step(forward, leaves, index, dout)), key=lambda kernel: -kernel[1])
+    total = f"{sum(ms for _, ms, _ in kernels):8.3f} ms of {sum(count for *_, count in kernels)} kernels"
+    return "\n".join([total, *(f"{ms:8.3f} ms {count:4d} x {name[:90]}" for name, ms, count in kernels[:24])])
 
 
 # ---- Reporting

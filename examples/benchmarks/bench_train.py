@@ -35,7 +35,7 @@ from typing import Any
 
 import torch
 import yaml
-from common import replace_section
+from common import kernels_of, replace_section
 
 HERE = Path(__file__).resolve().parent
 WARMUP_STEPS = 4
@@ -286,17 +286,10 @@ def work(way: str, scenario: Scenario, folder: Path, steps: int) -> None:
 
 def profiled(step: Callable[[], Any]) -> dict[str, float]:
     """Milliseconds of this rank's GPU by kind of kernel, over one step."""
-    from torch.profiler import ProfilerActivity, profile
-
-    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
-        step()
-        torch.cuda.synchronize()
     split: dict[str, float] = {}
-    for event in profiler.key_averages():
-        if event.device_type == torch.autograd.DeviceType.CUDA:
-            words = KINDS.items()
-            kind = next((kind for kind, parts in words if any(part in event.key for part in parts)), "other")
-            split[kind] = split.get(kind, 0.0) + event.self_device_time_total / 1e3
+    for name, ms, _ in kernels_of(step):
+        kind = next((kind for kind, parts in KINDS.items() if any(part in name for part in parts)), "other")
+        split[kind] = split.get(kind, 0.0) + ms
     return split
 
 

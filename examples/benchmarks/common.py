@@ -1,4 +1,4 @@
-"""What the benchmarks share: a median time, and a section of RESULTS.md that a run replaces."""
+"""What the benchmarks share: a median time, the kernels of a run, and a section of RESULTS.md that a run replaces."""
 
 from __future__ import annotations
 
@@ -28,6 +28,15 @@ def median_ms(run: Callable[[], object], repeats: int) -> float:
         mark.record()
     torch.cuda.synchronize()
     return statistics.median(a.elapsed_time(b) for a, b in itertools.pairwise(marks))
+
+
+def kernels_of(run: Callable[[], object]) -> list[tuple[str, float, int]]:
+    """What one run launches on this process's GPU: (name, milliseconds in all, launches) of each kernel."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        run()
+        torch.cuda.synchronize()
+    on_gpu = (e for e in profiler.key_averages() if e.device_type == torch.autograd.DeviceType.CUDA)
+    return [(e.key, e.self_device_time_total / 1e3, e.count) for e in on_gpu]
 
 
 def replace_section(path: Path, benchmark: str, title: str, section: str) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from . import launch, ops
 from .casts import Casts
+from .counts import LaterPairs
 
 
 def _where_needed(gradients: tuple[Tensor, ...], needs: list[bool]) -> list[Tensor | None]:
@@ -25,12 +26,14 @@ class _Experts(torch.autograd.Function):
     """The whole layer, fused. Of the parameters (w1, w2, b1, b2) only what `casts` makes of them is computed with."""
 
     @staticmethod
-    def forward(ctx, x, w1, w2, b1, b2, index, weights, kind, num_pairs, scale, casts):
-        parameters = (w1, w2, b1, b2)
+    def forward(ctx, x, w1, w2, b1, b2, index, weights, kind, num_pairs, scale, casts, rows_ready):
+        parameters, later = (w1, w2, b1, b2), num_pairs if isinstance(num_pairs, LaterPairs) else None
+        pairs, kept = (num_pairs, -1) if later is None else (-1, later.kept(index.numel()))
         forward = ops.direct(ops.experts_forward, x)
-        out, h, *routing = forward(x, *_taken(casts, parameters), index, weights, *kind, num_pairs, True)
+        out, h, *routing = forward(x, *_taken(casts, parameters), index, weights, *kind, pairs, kept)
         ctx.save_for_backward(x, *parameters, weights, h, *routing)
-        ctx.kind, ctx.scale, ctx.filled = kind, scale, num_pairs >= 0
+        ctx.kind, ctx.scale, ctx.later, ctx.filled = kind, scale, later, later is not None or pairs >= 0
+        ctx.casts, ctx.rows_ready = casts if casts is not None and casts.of_module else None, rows_ready
         return out
 
     @staticmethod
@@ -43,10 +46,25 @@ class _Experts(torch.autograd.Function):
         learning = [p.dtype for p, need in zip(parameters, need_tensors[1:], strict=True) if need]
         dtype = functools.reduce(torch.promote_types, learning, x.dtype)
         # not kept from forward, and of the saved tensors, so that nothing outlives them
-        casts, options = _cast(parameters, x.dtype), (*ctx.kind, ctx.scale, dtype, ctx.filled, needs)
-        gradients = ops.direct(ops.experts_backward, x)(dout, x, *casts, *saved, *options)
+        casts = _cast(parameters, x.dtype) if ctx.casts is None else _taken(ctx.casts, parameters)
+        options = *ctx.kind, ctx.scale, dtype, ctx.filled, needs
+        if ctx.later is not None:
+            saved = _counted(ctx.later, ctx.kind, x, casts, *saved)
+        backward = ops.direct(ops.experts_backward, x)
+        early = {} if backward is ops.experts_backward else {"rows_ready": ctx.rows_ready}
+        gradients = backward(dout, x, *casts, *saved, *options, **early)
         *gradients, dweights = _where_needed(gradients, needs)
-        return *gradients, None, dweights, None, None, None, None
+        return *gradients, None, dweights, None, None, None, None, None
+
+
+def _counted(later: LaterPairs, kind, x, casts, weights, h, row_slot, slot_row, expert_offsets) -> tuple[Tensor, ...]:
+    """What the forward saved, in as many rows as it turned out to use."""
+    pairs, kept = later.wait(), h.shape[0]
+    row_slot = row_slot[:pairs]
+    if kept < pairs:
+        w1, w2, b1, _ = casts
+        h = ops.pre_activation(x, w1, w2, b1, row_slot, slot_row, expert_offsets, *kind, kept)
+    return weights, h[:pairs], row_slot, slot_row, expert_offsets
 
 
 def _cast(parameters: tuple[Tensor | None, ...], dtype: torch.dtype) -> tuple[Tensor | None, ...]:
@@ -111,18 +129,21 @@ def experts(
     gate: Sequence[float] = (),
     gated: bool = True,
     transposed: bool = False,
-    num_pairs: int | None = None,
+    num_pairs: int | LaterPairs | None = None,
     weight_grad_scale: float = 1.0,
     casts: Casts | None = None,
+    rows_ready: Callable[[Tensor, Tensor], None] | None = None,
 ) -> Tensor:
     """The fused layer with gradients: x[T,H], index[T,K], weights[T,K] -> [T,H] in x's dtype.
 
     w1 is [E,2I,H] ([E,I,H] not gated) and w2 [E,H,I], the last two dimensions of both swapped if transposed; b1
     [E, 2I or I] and b2 [E, H] are biases or None. act is one of launch.ACTIVATIONS and `gate` a launch.Gate's numbers;
     without them the first half of w1's rows is the gate, and nothing is clamped. Slots with index >= E are sentinels;
-    num_pairs is the number of the others where the host knows it. weight_grad_scale multiplies the gradients of w1, w2,
-    b1 and b2, and nothing else. With `casts`, which makes the four (those that are there, in that order) in x's dtype,
-    they may be of another; their gradients come in their own. Raises ValueError on what does not fit together.
+    num_pairs is the number of the others where the host knows it, or will. weight_grad_scale multiplies the gradients
+    of w1, w2, b1 and b2, and nothing else. With `casts`, which makes the four (those that are there, in that order) in
+    x's dtype, they may be of another; their gradients come in their own. rows_ready is called in backward with the
+    gradients of x and weights (without elements where not needed), before those of the parameters are computed. Raises
+    ValueError on what does not fit together.
     """
     parameters = (w1, w2, b1, b2)
     dtypes = (w1.dtype, w2.dtype) if casts is None else (x.dtype, x.dtype)
@@ -131,9 +152,10 @@ def experts(
     kind = (act, list(gate), gated, transposed)
     learns = (t for t in (x, *parameters, weights) if t is not None)
     if torch.is_grad_enabled() and any(t.requires_grad for t in learns):
-        return _Experts.apply(x, *parameters, index, weights, kind, pairs, weight_grad_scale, casts)
+        return _Experts.apply(x, *parameters, index, weights, kind, pairs, weight_grad_scale, casts, rows_ready)
     forward = ops.direct(ops.experts_forward, x)
-    out, *_ = forward(x, *_taken(casts, parameters), index, weights, *kind, pairs, False)
+    pairs = pairs if isinstance(pairs, int) else -1
+    out, *_ = forward(x, *_taken(casts, parameters), index, weights, *kind, pairs, 0)
     return out
 
 
@@ -149,7 +171,7 @@ def experts_in_halves(
     *,
     gated: bool = True,
     transposed: bool = False,
-    num_pairs: int | None = None,
+    num_pairs: int | LaterPairs | None = None,
     weight_grad_scale: float = 1.0,
 ) -> Tensor:
     """As `experts`, for any gate: a function of rows, [P, 2I] (or [P, I] not gated) -> [P, I], each row by itself.
@@ -157,6 +179,6 @@ def experts_in_halves(
     b1 [E, 2I] and b2 [E, H] are biases or None; their gradients carry weight_grad_scale too.
     """
     launch.check_inputs(x, (w1.dtype, w2.dtype), index, weights, launch.Layer.of(w1, w2, gated, transposed))
-    routing = ops.sort_rows(index, w1.shape[0], -1 if num_pairs is None else num_pairs)
+    routing = ops.sort_rows(index, w1.shape[0], num_pairs if isinstance(num_pairs, int) else -1)
     h = _UpHalf.apply(x, w1, w2, b1, *routing, gated, transposed, weight_grad_scale)
     return _DownHalf.apply(gate(h), w1, w2, b2, weights, *routing, gated, transposed, weight_grad_scale)

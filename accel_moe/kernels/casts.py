@@ -10,11 +10,16 @@ class Casts:
     """Casts of parameters that are stored in another dtype, fp32 master weights under bf16 compute say, for a forward.
 
     Backward needs them, too. Kept until then, those of every layer would lie in memory together (half of the fp32
-    weights' size); backward makes its own instead. `prepare` makes them ahead, while the GPU would wait for something
+    weights' size); they are made again instead. `prepare` makes them ahead, while the GPU would wait for something
     else; `take` hands them out once, making them where nobody did.
+
+    Attributes:
+        of_module: the parameters are the module's own, which live as long as it does, and backward may take from here;
+            otherwise it casts what autograd saved.
     """
 
-    def __init__(self, parameters: list[Tensor], dtype: torch.dtype):
+    def __init__(self, parameters: list[Tensor], dtype: torch.dtype, of_module: bool = False):
+        self.of_module = of_module
         self._parameters = parameters
         self._dtype = dtype
         self._made: list[Tensor] | None = None

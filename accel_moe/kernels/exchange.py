@@ -195,6 +195,72 @@ def sum_copies(
             tl.store(out_weight_ptr + token * TOP_K + k, weights, mask=k < TOP_K)
 
 
+@triton.jit(do_not_specialize=["num_tokens", "first"])
+def fill_rows(
+    source_ptr,
+    index_ptr,
+    weight_ptr,
+    row_ptr,
+    row_weight_ptr,
+    row_index_ptr,
+    num_tokens,
+    first,
+    hidden,
+    sentinel,
+    source_stride,
+    row_stride,
+    row_weight_stride,
+    row_index_stride,
+    TOP_K: tl.constexpr,
+    K_PAD: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One token's values, routing weights and expert numbers; past the last token zeros, without an expert."""
+    token = tl.program_id(0).to(tl.int64)
+    row = first + token
+    there = (token < num_tokens).to(tl.int32)
+    for start in range(0, hidden, BLOCK):
+        cols = start + tl.arange(0, BLOCK)
+        values = tl.load(source_ptr + token * source_stride + cols, mask=cols < hidden * there, other=0.0)
+        tl.store(row_ptr + row * row_stride + cols, values, mask=cols < hidden)
+    k = tl.arange(0, K_PAD)
+    index = tl.load(index_ptr + token * TOP_K + k, mask=k < TOP_K * there, other=-1)
+    routed = (index >= 0) & (index < sentinel)
+    weights = tl.load(weight_ptr + token * TOP_K + k, mask=routed, other=0.0)
+    tl.store(row_weight_ptr + row * row_weight_stride + k, weights, mask=k < TOP_K)
+    tl.store(row_index_ptr + row * row_index_stride + k, tl.where(routed, index, sentinel).to(tl.int32), mask=k < TOP_K)
+
+
+@triton.jit(do_not_specialize=["num_rows", "first"])
+def keep_own_slots(
+    index_ptr,
+    weight_ptr,
+    local_index_ptr,
+    local_weight_ptr,
+    pairs_ptr,
+    num_rows,
+    first,
+    experts_per_rank,
+    index_stride,
+    weight_stride,
+    TOP_K: tl.constexpr,
+    K_PAD: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """Slots of experts first.. first + experts_per_rank, numbered from 0, and how many they are in this block of rows;
+    every other slot becomes a sentinel of weight 0."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    k = tl.arange(0, K_PAD)[None, :]
+    mask = (row < num_rows)[:, None] & (k < TOP_K)
+    row = row.to(tl.int64)[:, None]
+    local = tl.load(index_ptr + row * index_stride + k, mask=mask, other=-1) - first
+    ours = (local >= 0) & (local < experts_per_rank) & mask
+    weights = tl.load(weight_ptr + row * weight_stride + k, mask=ours, other=0.0)
+    tl.store(local_index_ptr + row * TOP_K + k, tl.where(ours, local, experts_per_rank).to(tl.int64), mask=mask)
+    tl.store(local_weight_ptr + row * TOP_K + k, weights, mask=mask)
+    tl.store(pairs_ptr + tl.program_id(0), tl.sum(tl.sum(ours.to(tl.int32), axis=1), axis=0))
+
+
 # ---- Launches
 
 
@@ -325,3 +391,62 @@ def sum_home(
             num_warps=4,
         )
     return out, out_weights
+
+
+def fill(
+    rows: tuple[Tensor, Tensor, Tensor],
+    first: int,
+    count: int,
+    source: Tensor,
+    index: Tensor,
+    weights: Tensor,
+    num_experts: int,
+) -> None:
+    (tokens, hidden), top_k = source.shape, index.shape[1]
+    values, row_weights, row_index = rows
+    fill_rows[(count,)](
+        source,
+        index,
+        weights,
+        values,
+        row_weights,
+        row_index,
+        tokens,
+        first,
+        hidden,
+        num_experts,
+        source.stride(0),
+        values.stride(0),
+        row_weights.stride(0),
+        row_index.stride(0),
+        TOP_K=top_k,
+        K_PAD=triton.next_power_of_2(top_k),
+        BLOCK=min(triton.next_power_of_2(hidden), _BLOCK),
+        num_warps=4,
+    )
+
+
+def own_slots(index: Tensor, weights: Tensor, first: int, experts_per_rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    (rows, top_k), per_block = index.shape, 128
+    blocks = triton.cdiv(rows, per_block)
+    local_index = torch.empty(rows, top_k, dtype=torch.long, device=index.device)
+    local_weights = weights.new_empty(rows, top_k)
+    pairs = torch.empty(blocks, dtype=torch.int32, device=index.device)
+    if rows:
+        keep_own_slots[(blocks,)](
+            index,
+            weights,
+            local_index,
+            local_weights,
+            pairs,
+            rows,
+            first,
+            experts_per_rank,
+            index.stride(0),
+            weights.stride(0),
+            TOP_K=top_k,
+            K_PAD=triton.next_power_of_2(top_k),
+            ROWS=per_block,
+            num_warps=4,
+        )
+    return local_index, local_weights, pairs

@@ -357,7 +357,7 @@ def split_pairs(tile, ROWS: tl.constexpr, COLS: tl.constexpr, INTERLEAVED: tl.co
 # ------------------------------------------------------------------------------------------------------------
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["h_rows"])
 def up_projection(
     x_src,
     w_src,
@@ -377,6 +377,7 @@ def up_projection(
     stride_wn,
     stride_wk,
     group_p,
+    h_rows,
     ACT: tl.constexpr,
     ALPHA: tl.constexpr,
     SHIFT: tl.constexpr,
@@ -399,8 +400,8 @@ def up_projection(
 ):
     """h[row] = x[token(row)] @ W1[e].T (+ bias[e]), and a = act(h), gated: glu(gate, up). x is gathered by the loads.
 
-    h is [P, 2I] gated and [P, I] if not, its columns in W1's own order; a is [P, I]. Whichever is not asked for is
-    neither computed nor touched.
+    h is [h_rows, 2I] gated and [h_rows, I] if not, its columns in W1's own order, of the first rows where h_rows is
+    less than P; a is [P, I]. Whichever is not asked for is neither computed nor touched.
     """
     pid = tl.program_id(0)
     num_col_tiles = tl.cdiv(intermediate, BLOCK_I)
@@ -467,6 +468,7 @@ def up_projection(
     rows_left = row_end - row0
     cols = col0 + tl.arange(0, BLOCK_I)[None, :]
     mask = (lane < rows_left) & (cols < intermediate)
+    h_left = tl.minimum(rows_left, h_rows - row0)
     # From the tile's first row on, offsets fit 32 bits.
     first = row0.to(tl.int64) * intermediate
     dtype = a_ptr.dtype.element_ty
@@ -478,16 +480,18 @@ def up_projection(
         if INTERLEAVED and STORE_H:
             col = 2 * col0 + tl.arange(0, WIDTH)[None, :]
             h_tile = h_ptr + 2 * first + (lane * (2 * intermediate) + col)
-            tl.store(h_tile, acc.to(dtype), mask=(lane < rows_left) & (col < 2 * intermediate))
+            tl.store(h_tile, acc.to(dtype), mask=(lane < h_left) & (col < 2 * intermediate))
         gate, up = split_pairs(acc, BLOCK_P, WIDTH, INTERLEAVED)
         if STORE_H and not INTERLEAVED:
             h_tile = h_ptr + 2 * first + (lane * (2 * intermediate) + cols)
-            tl.store(h_tile, gate.to(dtype), mask=mask)
-            tl.store(h_tile + intermediate, up.to(dtype), mask=mask)
+            h_mask = (lane < h_left) & (cols < intermediate)
+            tl.store(h_tile, gate.to(dtype), mask=h_mask)
+            tl.store(h_tile + intermediate, up.to(dtype), mask=h_mask)
         activated, _, _ = glu(gate, up, ACT, ALPHA, SHIFT, LIMIT, LATE)
     else:
         if STORE_H:
-            tl.store(h_ptr + first + (lane * intermediate + cols), acc.to(dtype), mask=mask)
+            h_mask = (lane < h_left) & (cols < intermediate)
+            tl.store(h_ptr + first + (lane * intermediate + cols), acc.to(dtype), mask=h_mask)
         activated, _ = activation(acc, ACT, ALPHA)
     if STORE_A:
         tl.store(a_ptr + first + (lane * intermediate + cols), activated.to(dtype), mask=mask)

@@ -217,15 +217,15 @@ def up_projection(
     tiles: TileLists,
     config: Config,
     gate: Gate,
-    save: bool,
+    h_rows: int,
     activate: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """-> h [P, 2I or I] (0 rows unless save), a [P, I] (0 rows unless activate)."""
+    """-> h [h_rows, 2I or I], its first rows where that is less than P, and a [P, I] (0 rows unless activate)."""
     width, hidden = weight.view.shape[1:]
     intermediate = width // 2 if gate.gated else width
     halves = gate.gated and not gate.interleaved  # one copy then brings a tile of both
     a = x.new_empty(routing.num_rows if activate else 0, intermediate)
-    h = x.new_empty(routing.num_rows if save else 0, width)
+    h = x.new_empty(h_rows, width)
     rows = tiles[config.block_p]
     tma = _tma_fits(weight.gate_up if halves else weight.stored)
     gather = config.gather or not tma
@@ -251,9 +251,10 @@ def up_projection(
             x.stride(0),
             *weight.strides,
             config.group,
+            h_rows,
             **gate.constants,
             BIAS=bias is not None,
-            STORE_H=save,
+            STORE_H=h_rows > 0,
             STORE_A=activate,
             GATHER=gather,
             USE_TMA=tma,

@@ -73,43 +73,145 @@ def experts_forward(
     gated: bool,
     transposed: bool,
     num_pairs: int,
-    save: bool,
+    h_rows: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """x[T,H], index[T,K], weights[T,K] -> out [T,H], h [P, 2I or I] (0 rows unless save), then the routing.
+    """x[T,H], index[T,K], weights[T,K] -> out [T,H], h [h_rows, 2I or I], then the routing.
 
     b1 [E, 2I or I] and b2 [E, H]: biases, or None. gate: launch.Gate.numbers. num_pairs: slots that are not sentinels,
-    or -1 when unknown. save: whether a backward will follow.
+    or -1 when unknown. h_rows: how many rows of the pre-activation to keep for a backward, the first of P; 0 for none,
+    -1 for all.
     """
     kind = Gate.of(act, gated, gate)
     with launch.on_device(x):
         x, weights = launch.row_major(x), weights.contiguous()
         layer = Layer.of(w1, w2, gated, transposed)
         rows = _num_rows(index, num_pairs)
+        kept = rows if h_rows < 0 else h_rows
+        likely = kept or rows  # of P, how many are in use: what is kept is chosen by that
         routing = sort_slots(index, layer.num_experts, rows)
         tiles = TileLists(routing)
         up, down = Weight(w1, depth_last=not transposed), Weight(w2, depth_last=not transposed)
         h, a = launch.tuned(
             "up" if gated else "up_plain",
             layer,
-            rows,
+            likely,
             x,
-            lambda c: launch.up_projection(x, up, _dense(b1), routing, tiles, c, kind, save),
+            lambda c: launch.up_projection(x, up, _dense(b1), routing, tiles, c, kind, kept),
         )
-        y = launch.tuned("down", layer, rows, x, lambda c: launch.grouped_rows(a, down, _dense(b2), routing, tiles, c))
+        run = lambda c: launch.grouped_rows(a, down, _dense(b2), routing, tiles, c)  # noqa: E731
+        y = launch.tuned("down", layer, likely, x, run)
         out = launch.sum_slots(y, routing, weights, x.shape[0])
     return out, h, routing.row_slot, routing.slot_row, routing.expert_offsets
 
 
 @experts_forward.register_fake
-def _(x, w1, w2, b1, b2, index, weights, act, gate, gated, transposed, num_pairs, save):
+def _(x, w1, w2, b1, b2, index, weights, act, gate, gated, transposed, num_pairs, h_rows):
     rows, integers = _num_rows(index, num_pairs), {"dtype": torch.int32, "device": x.device}
     return (
         x.new_empty(x.shape),
-        x.new_empty(rows if save else 0, w1.shape[2 if transposed else 1]),
+        x.new_empty(rows if h_rows < 0 else h_rows, w1.shape[2 if transposed else 1]),
         torch.empty(rows, **integers),
         torch.empty(index.numel(), **integers),
         torch.empty(w1.shape[0] + 1, **integers),
     )
+
+
+def pre_activation(
+    x: Tensor,
+    w1: Tensor,
+    w2: Tensor,
+    b1: Tensor | None,
+    row_slot: Tensor,
+    slot_row: Tensor,
+    expert_offsets: Tensor,
+    act: str,
+    gate: Sequence[float],
+    gated: bool,
+    transposed: bool,
+    likely: int,
+) -> Tensor:
+    """h [P, 2I or I] as experts_forward computed it, for a backward that finds too little of it kept; `likely` is the
+    h_rows of that forward: the same configuration gives the same bits. w2 only tells the layer's shape."""
+    kind = Gate.of(act, gated, gate)
+    with launch.on_device(x):
+        x = launch.row_major(x)
+        layer = Layer.of(w1, w2, gated, transposed)
+        routing = Routing(row_slot, slot_row, expert_offsets, top_k=slot_row.numel() // max(1, x.shape[0]))
+        tiles, up = TileLists(routing), Weight(w1, depth_last=not transposed)
+        h, _ = launch.tuned(
+            "up" if gated else "up_plain",
+            layer,
+            likely,
+            x,
+            lambda c: launch.up_projection(
+                x, up, _dense(b1), routing, tiles, c, kind, routing.num_rows, activate=False
+            ),
+        )
+    return h
+
+
+def _experts_backward(
+    dout: Tensor,
+    x: Tensor,
+    w1: Tensor,
+    w2: Tensor,
+    b1: Tensor | None,
+    b2: Tensor | None,
+    weights: Tensor,
+    h: Tensor,
+    row_slot: Tensor,
+    slot_row: Tensor,
+    expert_offsets: Tensor,
+    act: str,
+    gate: Sequence[float],
+    gated: bool,
+    transposed: bool,
+    scale: float,
+    grad_dtype: torch.dtype,
+    filled: bool,
+    needs: list[bool],
+    rows_ready: Callable[[Tensor, Tensor], None] | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """As experts_backward; rows_ready is called with the gradients of x and weights before the others are computed."""
+    need_x, need_w1, need_w2, need_b1, need_b2, need_weights = needs
+    kind, biased = Gate.of(act, gated, gate), int(b2 is not None)
+    with launch.on_device(x):
+        dout, x, weights = launch.row_major(dout), launch.row_major(x), weights.contiguous()
+        layer = Layer.of(w1, w2, gated, transposed)
+        routing = Routing(row_slot, slot_row, expert_offsets, top_k=weights.shape[1])
+        tiles, rows = TileLists(routing), routing.num_rows
+        dout_rows, down = launch.gather_rows(dout, routing, tiles), Weight(w2, depth_last=transposed)
+        dh, sa, ds = launch.tuned(
+            "down_backward",
+            layer,
+            rows,
+            x,
+            lambda c: launch.down_backward(dout_rows, down, h, weights, routing, tiles, c, kind, extra_parts=biased),
+        )
+        if b2 is not None:
+            launch.dot_bias(dout, b2.contiguous(), ds[-1], routing, tiles)
+        dweights = launch.routing_grad(ds, routing, weights) if need_weights else weights.new_empty(0)
+        if (need_w1 or need_w2) and not filled:
+            launch.zero_tail(dh, sa, routing, PAD)
+        dx = None
+        if rows_ready is not None:  # for one more buffer of P rows at the peak
+            dx = _input_grad(layer, x, w1, dh, routing, tiles, need_x)
+            rows_ready(dx, dweights)
+        # Each buffer of P rows is dropped as soon as its last reader is launched: they decide the peak.
+        dw2 = _weight_grad("down_weight_grad", layer, dout_rows, sa, transposed, routing, scale, need_w2, grad_dtype)
+        ds = sa = dout_rows = None
+        db1 = (
+            launch.bias_grad(dh, None, routing, b1, scale, grad_dtype) if need_b1 and b1 is not None else x.new_empty(0)
+        )
+        db2 = (
+            launch.bias_grad(dout, weights, routing, b2, scale, grad_dtype)
+            if need_b2 and b2 is not None
+            else x.new_empty(0)
+        )
+        dw1 = _up_weight_grad(layer, x, dh, routing, tiles, scale, need_w1, grad_dtype)
+        if dx is None:
+            dx = _input_grad(layer, x, w1, dh, routing, tiles, need_x)
+    return dx, dw1, dw2, db1, db2, dweights
 
 
 @_op("experts_backward")
@@ -136,40 +238,13 @@ def experts_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """-> gradients of x, w1, w2, b1, b2 and weights, those that `needs` (six, in that order) asks for; the middle four
     in grad_dtype. filled: every one of the P rows is in use."""
-    need_x, need_w1, need_w2, need_b1, need_b2, need_weights = needs
-    kind, biased = Gate.of(act, gated, gate), int(b2 is not None)
-    with launch.on_device(x):
-        dout, x, weights = launch.row_major(dout), launch.row_major(x), weights.contiguous()
-        layer = Layer.of(w1, w2, gated, transposed)
-        routing = Routing(row_slot, slot_row, expert_offsets, top_k=weights.shape[1])
-        tiles, rows = TileLists(routing), routing.num_rows
-        dout_rows, down = launch.gather_rows(dout, routing, tiles), Weight(w2, depth_last=transposed)
-        dh, sa, ds = launch.tuned(
-            "down_backward",
-            layer,
-            rows,
-            x,
-            lambda c: launch.down_backward(dout_rows, down, h, weights, routing, tiles, c, kind, extra_parts=biased),
-        )
-        if b2 is not None:
-            launch.dot_bias(dout, b2.contiguous(), ds[-1], routing, tiles)
-        dweights = launch.routing_grad(ds, routing, weights) if need_weights else weights.new_empty(0)
-        if (need_w1 or need_w2) and not filled:
-            launch.zero_tail(dh, sa, routing, PAD)
-        # Each buffer of P rows is dropped as soon as its last reader is launched: they decide the peak.
-        dw2 = _weight_grad("down_weight_grad", layer, dout_rows, sa, transposed, routing, scale, need_w2, grad_dtype)
-        ds = sa = dout_rows = None
-        db1 = (
-            launch.bias_grad(dh, None, routing, b1, scale, grad_dtype) if need_b1 and b1 is not None else x.new_empty(0)
-        )
-        db2 = (
-            launch.bias_grad(dout, weights, routing, b2, scale, grad_dtype)
-            if need_b2 and b2 is not None
-            else x.new_empty(0)
-        )
-        dw1 = _up_weight_grad(layer, x, dh, routing, tiles, scale, need_w1, grad_dtype)
-        dx = _input_grad(layer, x, w1, dh, routing, tiles, need_x)
-    return dx, dw1, dw2, db1, db2, dweights
+    return _experts_backward(
+        dout, x, w1, w2, b1, b2, weights, h, row_slot, slot_row, expert_offsets, act, gate, gated, transposed, scale,
+        grad_dtype, filled, needs,
+    )  # fmt: skip
+
+
+experts_backward.function = _experts_backward
 
 
 @experts_backward.register_fake
@@ -273,7 +348,9 @@ def up_half(
             layer,
             routing.num_rows,
             x,
-            lambda c: launch.up_projection(x, up, _dense(b1), routing, tiles, c, IDENTITY, True, activate=False),
+            lambda c: launch.up_projection(
+                x, up, _dense(b1), routing, tiles, c, IDENTITY, routing.num_rows, activate=False
+            ),
         )
         # Rows past the used ones pass through the gate and its derivative and then meet zeros: they must be finite.
         launch.zero_tail(h, h, routing, PAD)

@@ -47,11 +47,12 @@ def scattermoe_experts_forward(self, hidden_states: Tensor, top_k_index: Tensor,
 
     self: an experts module, or a view that answers its attributes. A view may also have `weight_grad_scale`
     (multiplies the gradient of every expert parameter, default 1.0); `num_pairs` (how many slots are not sentinels,
-    where the host knows; buffers are then of that size); `casts` (casts.Casts of the parameters, where they are not in
-    hidden_states' dtype; their gradients come in their own); and `known_gate` (gate_of it, where somebody asked that,
-    and unsupported_reason, before). A slot with top_k_index >= num_experts is a sentinel: no work, no contribution,
-    gradient exactly 0. No host sync, no collective. Raises ValueError for a module that unsupported_reason refuses and
-    for tensors that do not fit.
+    where the host knows: buffers are then of that size; or counts.LaterPairs, where it will); `casts` (casts.Casts of
+    the parameters, where they are not in hidden_states' dtype; their gradients come in their own); `known_gate`
+    (gate_of it, where somebody asked that, and unsupported_reason, before); and `rows_ready` (called in backward as
+    soon as the gradients of hidden_states and top_k_weights are there). A slot with top_k_index >= num_experts is a
+    sentinel: no work, no contribution, gradient exactly 0. No host sync, no collective. Raises ValueError for a module
+    that unsupported_reason refuses and for tensors that do not fit.
     """
     known = getattr(self, "known_gate", None)
     reason = None if known is not None else unsupported_reason(self)
@@ -79,7 +80,18 @@ def scattermoe_experts_forward(self, hidden_states: Tensor, top_k_index: Tensor,
     if gate is not None:
         numbers = gate.numbers
         out = experts(
-            x, w1, w2, top_k_index, top_k_weights, gate.act, b1=b1, b2=b2, gate=numbers, casts=casts, **options
+            x,
+            w1,
+            w2,
+            top_k_index,
+            top_k_weights,
+            gate.act,
+            b1=b1,
+            b2=b2,
+            gate=numbers,
+            casts=casts,
+            rows_ready=getattr(self, "rows_ready", None),
+            **options,
         )
     else:
         apply_gate = self._apply_gate if self.has_gate else self.act_fn

@@ -16,6 +16,7 @@ import functools
 import itertools
 import json
 import logging
+import math
 import os
 import time
 from collections.abc import Callable
@@ -68,9 +69,9 @@ class Problem:
 
     @property
     def rows_per_expert(self) -> int:
-        """The mean, rounded up to a power of two, at most 4096: shapes that share it share a configuration."""
-        mean = max(1, self.rows // max(1, self.num_experts))
-        return min(4096, 1 << (mean - 1).bit_length())
+        """The mean, rounded to a power of two, at most 4096: shapes that share it share a configuration."""
+        mean = max(1.0, self.rows / max(1, self.num_experts))
+        return min(4096, 1 << round(math.log2(mean)))
 
     @property
     def key(self) -> str:

@@ -12,6 +12,7 @@ import torch
 from accel_moe.kernels import launch, ops
 from accel_moe.kernels.autograd import experts
 from accel_moe.kernels.casts import Casts
+from accel_moe.kernels.counts import LaterPairs
 from accel_moe.kernels.gate import Gate
 from accel_moe.kernels.routing import sort_slots
 
@@ -131,6 +132,58 @@ def test_a_sentinel_ignores_its_index_above_num_experts_and_its_weight():
     args[3][::2, 0] = 1000
     args[4][::2, 0] = float("nan")
     assert_close(run(experts, args, torch.ones(9, 24), act="silu"), expected)
+
+
+@pytest.mark.parametrize("share", [0.01, 0.3, 1.0])
+@pytest.mark.parametrize("kind", ["gated", "interleaved", "not gated"])
+def test_pairs_that_are_counted_later_give_the_same_bits_whatever_was_kept(kind, share, poisoned):
+    args = make(T=40, K=3)
+    sentinel = torch.rand(40, 3, generator=torch.Generator().manual_seed(2)) < 0.6
+    args[3] = args[3].masked_fill(sentinel, 4)
+    options = dict(act="silu")
+    if kind == "interleaved":
+        gate = Gate("silu", interleaved=True)
+        options.update(gate=gate.numbers, act=gate.act)
+    if kind == "not gated":
+        args[1] = args[1][:, :20].contiguous()
+        options.update(act="relu2", gated=False)
+    pairs = int((~sentinel).sum())
+    later = LaterPairs(lambda: pairs, share)
+    assert (later.kept(120) < pairs) == (share < 0.4)  # then backward computes the pre-activation again
+    dout = torch.randn(40, 24, generator=torch.Generator().manual_seed(1))
+    found = run(experts, args, dout, num_pairs=later, **options)
+    for ours, counted in zip(found, run(experts, args, dout, num_pairs=pairs, **options), strict=True):
+        assert torch.equal(ours, counted)
+    with torch.no_grad():
+        assert torch.equal(experts(*args[:3], *args[3:], num_pairs=later, **options), found[0])
+
+
+def test_later_pairs_that_turn_out_to_be_none():
+    args = make()
+    args[3] = torch.full_like(args[3], 4)
+    out, *grads = check(args, num_pairs=LaterPairs(lambda: 0, 0.5))
+    assert not out.any() and not any(g.any() for g in grads)
+
+
+@pytest.mark.parametrize("frozen", ["", "x", "weights", "experts"])
+def test_rows_ready_is_told_the_very_gradients_before_those_of_the_experts(frozen, monkeypatch):
+    x, w1, w2, index, weights = make()
+    leaves = {"x": [x], "weights": [weights], "experts": [w1, w2]}
+    for name, tensors in leaves.items():
+        for tensor in tensors:
+            tensor.requires_grad_(name != frozen)
+    order, told = [], []
+    weight_grad = launch.weight_grad
+    monkeypatch.setattr(launch, "weight_grad", lambda *a: (order.append("weight_grad"), weight_grad(*a))[1])
+
+    def ready(grad_x, grad_weights):
+        order.append("ready")
+        told.extend(grad.detach().clone() for grad in (grad_x, grad_weights))
+
+    experts(x, w1, w2, index, weights, "silu", rows_ready=ready).sum().backward()
+    assert order == ["ready"] + ["weight_grad"] * (0 if frozen == "experts" else 2)
+    for grad, leaf in zip(told, (x, weights)):
+        assert torch.equal(grad, leaf.grad) if leaf.requires_grad else not grad.numel()
 
 
 @pytest.mark.parametrize("num_pairs", [None, 0])
@@ -272,7 +325,7 @@ def test_inference_mode_saves_nothing_and_gives_the_same_output():
         out = experts(*args, "silu")
     torch.testing.assert_close(out, eager(*args), rtol=1e-5, atol=1e-5)
     x, w1, w2, *routing = args
-    assert ops.experts_forward(x, w1, w2, None, None, *routing, "silu", [], True, False, -1, False)[1].numel() == 0
+    assert ops.experts_forward(x, w1, w2, None, None, *routing, "silu", [], True, False, -1, 0)[1].numel() == 0
 
 
 def test_bf16_routing_weights_keep_their_dtype_in_the_gradient():
@@ -298,7 +351,7 @@ def test_compiles_without_a_graph_break_and_the_fake_kernels_agree():
     assert_close([out / 2, *grads], run(eager, args, torch.ones(19, 24)))
     no_grad = [t.detach() for t in args]
     x, w1, w2, *routing = no_grad
-    inputs = (x, w1, w2, None, None, *routing, "silu", [], True, False, -1, True)
+    inputs = (x, w1, w2, None, None, *routing, "silu", [], True, False, -1, -1)
     torch.library.opcheck(ops.experts_forward, inputs, test_utils="test_faketensor")
 
 

@@ -60,7 +60,10 @@ class MoEConfig:
         "where Triton cannot run.",
     )
     moe_dispatcher: str = option(
-        "all_to_all", "How tokens reach the ranks of their experts: a name in `accel_moe.dispatch.DISPATCHERS`."
+        "auto",
+        "How tokens reach the ranks of their experts: `all_gather` sends every token to every rank and makes no host "
+        "wait, `all_to_all` sends what is needed, `auto` chooses: the first within a node where most tokens are "
+        "needed on most ranks. Or any other name in `accel_moe.dispatch.DISPATCHERS`.",
     )
     moe_dispatch_chunk_tokens: int = option(
         0,

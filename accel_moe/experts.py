@@ -25,6 +25,7 @@ from accel_moe.config import MoEConfig, ResolvedConfig
 from accel_moe.dispatch.chunks import in_chunks
 from accel_moe.kernels import scattermoe
 from accel_moe.kernels.casts import Casts
+from accel_moe.kernels.counts import LaterPairs
 from accel_moe.kernels.gate import Gate, gate_of
 from accel_moe.recognise import (
     KNOWN_PARAMETERS,
@@ -79,6 +80,8 @@ class LayerState:
     """[E] int64 on the layer's device: slots routed to each expert since the last `expert_load`."""
     pair_widths: tuple[int, int] | None = None
     """Values that a (row, expert) pair takes without and with a backward to come; read off the weights once."""
+    cast_bytes: dict[torch.dtype, int] = field(default_factory=dict, repr=False)
+    """What this rank's experts take in a dtype, where they are stored in another; read off them once."""
     deltas: dict[str, list[LowRank]] = field(default_factory=dict, repr=False)
     """LoRA on the experts, under ep: by parameter, what its PEFT wrapper lends for the length of a forward."""
 
@@ -126,15 +129,19 @@ class ScatterMoE(nn.Module):
         dispatcher, compute_dtype = layer.dispatcher, hidden_states.dtype
         bytes_per_pair = _bytes_per_pair(self, layer, compute_dtype)
         bytes_meanwhile = _bytes_of_casts(self, layer, compute_dtype)
+        # a gate of the module's own computes on buffers of that size
+        counted = layer.kernel == "scattermoe" and layer.gate is None
         views: list[ExpertsView] = []
 
         def make_ready() -> None:
             """What needs nothing of the exchange: the host does it while it would wait for the counts."""
-            if not views:
-                _count_tokens(layer, routed)
+            first = not views
+            if first:
                 views.append(_local_view(self, layer, compute_dtype))
             if (casts := views[0].casts) is not None:
                 casts.prepare()
+            if first:
+                _count_tokens(layer, routed)
 
         def there_and_back(hidden_states, top_k_index, top_k_weights):
             sent = dispatcher.dispatch(
@@ -144,12 +151,16 @@ class ScatterMoE(nn.Module):
                 bytes_per_pair=bytes_per_pair,
                 meanwhile=make_ready,
                 bytes_meanwhile=bytes_meanwhile,
+                counted=counted,
             )
             if not views:
                 make_ready()
             received = sent.rows if layer.kernel == "scattermoe" else sent.rows.contiguous()
-            rows = function(views[0].of(sent.num_pairs), received, sent.local_index, sent.local_weights)
-            return dispatcher.combine(rows.to(compute_dtype), sent)
+            pairs = sent.num_pairs if isinstance(sent.num_pairs, int) else LaterPairs(sent.num_pairs, 1 / layer.ep)
+            view = views[0].of(pairs, sent.rows_ready)
+            rows = function(view, received, sent.local_index, sent.local_weights)
+            again = None if view.casts is None else view.casts.prepare
+            return dispatcher.combine(rows.to(compute_dtype), sent, meanwhile=again)
 
         if limit := layer.prepared.config.moe_dispatch_chunk_tokens:
             make_ready()  # before the chunks: they run again when PEFT lends no more
@@ -276,7 +287,7 @@ def _split_identity(
 
 
 def _casts_of(
-    module: ScatterMoE, layer: LayerState, weights: dict[str, torch.Tensor], dtype: torch.dtype
+    module: ScatterMoE, layer: LayerState, weights: dict[str, torch.Tensor], dtype: torch.dtype, *, of_module: bool
 ) -> Casts | None:
     """For our fused kernels, which take weights as they are stored and write their gradients in that dtype; None where
     everything is in `dtype`, and for the others, whose weights are cast under autograd."""
@@ -284,12 +295,13 @@ def _casts_of(
         return None
     if layer.gate is None or layer.deltas or layer.shim is not None:
         return None
-    return Casts([weights[name] for name in scattermoe.parameter_names(module)], dtype)
+    return Casts([weights[name] for name in scattermoe.parameter_names(module)], dtype, of_module)
 
 
 def _whole_view(module: ScatterMoE, layer: LayerState, dtype: torch.dtype) -> ExpertsView:
     weights = dict(_floating_parameters(module))
-    casts = _casts_of(module, layer, weights, dtype)
+    # PEFT computes them for the length of a forward
+    casts = _casts_of(module, layer, weights, dtype, of_module=False)
     answers: dict[str, Any] = {name: w.to(dtype) if casts is None else w for name, w in weights.items()}
     if layer.shim is not None:
         answers.update(shim_answers(module, layer.shim))
@@ -309,7 +321,7 @@ def _local_view(module: ScatterMoE, layer: LayerState, dtype: torch.dtype) -> Ex
     scale = 1.0 / layer.ep
     weights = dict(_floating_parameters(module))
     local = {n: p.to_local() if isinstance(p, DTensor) else p for n, p in weights.items()}
-    casts = _casts_of(module, layer, local, dtype)
+    casts = _casts_of(module, layer, local, dtype, of_module=True)
     if casts is None:
         local = {name: w.to(dtype) for name, w in local.items()}
     answers: dict[str, Any] = shim_answers(module, layer.shim) if layer.shim is not None else {}
@@ -342,8 +354,10 @@ def _bytes_per_pair(module: ScatterMoE, layer: LayerState, dtype: torch.dtype) -
 
 def _bytes_of_casts(module: ScatterMoE, layer: LayerState, dtype: torch.dtype) -> int:
     """Of this rank's experts in dtype, where they are not in it already."""
-    stored = (p for _, p in _floating_parameters(module) if p.dtype != dtype)
-    return sum(p.numel() for p in stored) // layer.ep * dtype.itemsize
+    if dtype not in layer.cast_bytes:
+        stored = (p for _, p in _floating_parameters(module) if p.dtype != dtype)
+        layer.cast_bytes[dtype] = sum(p.numel() for p in stored) // layer.ep * dtype.itemsize
+    return layer.cast_bytes[dtype]
 
 
 def _floating_parameters(module: nn.Module) -> list[tuple[str, torch.Tensor]]:

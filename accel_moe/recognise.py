@@ -16,6 +16,7 @@ from __future__ import annotations
 import inspect
 import os
 import types
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +25,7 @@ from torch import nn
 
 from accel_moe.kernels import scattermoe
 from accel_moe.kernels.casts import Casts
+from accel_moe.kernels.counts import LaterPairs
 from accel_moe.kernels.gate import Gate
 
 LAYOUT_FLAGS = ("has_gate", "has_bias", "is_transposed", "is_concatenated")
@@ -104,10 +106,11 @@ class ExpertsView:
     Parameters are the rank's own local tensors, `num_experts` is e, `_is_expert_parallel` says that sentinel
     slots may occur; every other attribute is the module's.
 
-    Four attributes are for functions that can use them (ours does): `weight_grad_scale`, a factor owed to every
-    weight gradient; `num_pairs`, the number of slots that are not sentinels, or None; `casts`, which makes the
-    parameters in the compute dtype where their own is another, or None; and `known_gate`, the gate our kernels know it
-    by, so that nobody has to look again at every forward, or None.
+    Five attributes are for functions that can use them (ours does): `weight_grad_scale`, a factor owed to every
+    weight gradient; `num_pairs`, the number of slots that are not sentinels, what waits for it, or None; `casts`,
+    which makes the parameters in the compute dtype where their own is another, or None; `known_gate`, the gate our
+    kernels know it by, so that nobody has to look again at every forward, or None; and `rows_ready`, to be called in
+    backward as soon as the gradients of the rows and of their weights are there, or None.
     """
 
     def __init__(self, module: nn.Module, **answers: Any):
@@ -116,10 +119,10 @@ class ExpertsView:
         self.known_gate: Gate | None = None
         self.__dict__.update(answers)
 
-    def of(self, num_pairs: int) -> ExpertsView:
-        """The same view with another `num_pairs`."""
+    def of(self, num_pairs: int | LaterPairs, rows_ready: Callable[..., None] | None) -> ExpertsView:
+        """The same view of another forward."""
         answers = {name: value for name, value in self.__dict__.items() if name != "_module"}
-        return ExpertsView(self._module, **{**answers, "num_pairs": num_pairs})
+        return ExpertsView(self._module, **{**answers, "num_pairs": num_pairs, "rows_ready": rows_ready})
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._module, name)

@@ -1,5 +1,5 @@
-"""Tokens to the ranks that own their experts, and back: `base` is the protocol, `all_to_all` the one in use, and here
-is the list of those that exist."""
+"""Tokens to the ranks that own their experts, and back: `base` is the protocol, `automatic` chooses between the
+backends `all_gather` and `all_to_all`, and here is the list of those that exist."""
 
 from __future__ import annotations
 
@@ -7,11 +7,17 @@ from collections.abc import Callable
 
 from torch.distributed import ProcessGroup
 
+from accel_moe.dispatch.all_gather import AllGatherDispatcher
 from accel_moe.dispatch.all_to_all import AllToAllDispatcher
+from accel_moe.dispatch.automatic import AutomaticDispatcher
 from accel_moe.dispatch.base import Dispatcher
 
-DISPATCHERS: dict[str, Callable[[ProcessGroup, int], Dispatcher]] = {"all_to_all": AllToAllDispatcher}
-"""By name: (ep group, number of experts in all) -> dispatcher."""
+DISPATCHERS: dict[str, Callable[[ProcessGroup, int], Dispatcher]] = {
+    "auto": AutomaticDispatcher,
+    "all_gather": AllGatherDispatcher,
+    "all_to_all": AllToAllDispatcher,
+}
+"""By name: (ep group, number of experts in all) -> dispatcher. Made by all ranks of the group together."""
 
 
 def known_dispatcher(name: str) -> Callable[[ProcessGroup, int], Dispatcher]:
@@ -22,5 +28,5 @@ def known_dispatcher(name: str) -> Callable[[ProcessGroup, int], Dispatcher]:
 
 
 def make_dispatcher(name: str, group: ProcessGroup, num_experts: int) -> Dispatcher:
-    """Build the dispatcher called `name` for one ep group (not a collective)."""
+    """Build the dispatcher called `name` for one ep group. A collective over the group."""
     return known_dispatcher(name)(group, num_experts)

@@ -35,9 +35,10 @@ import torch.distributed as dist
 
 from accel_moe.dispatch import memory, rows
 from accel_moe.dispatch.base import Dispatched
-from accel_moe.dispatch.collectives import copied_to_host, exchange_counts, exchange_rows
+from accel_moe.dispatch.collectives import exchange_counts, exchange_rows
 from accel_moe.dispatch.keep import remember
 from accel_moe.dispatch.rows import RowLayout, Rows
+from accel_moe.kernels.counts import copied_to_host
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,7 @@ class AllToAllDispatcher:
         bytes_per_pair: int = 0,
         meanwhile: Callable[[], None] | None = None,
         bytes_meanwhile: int = 0,
+        counted: bool = False,
     ) -> Dispatched:
         bytes_per_row = hidden_states.shape[1] * hidden_states.element_size()
         pending = [] if meanwhile is None else [meanwhile]
@@ -98,7 +100,9 @@ class AllToAllDispatcher:
         values, local_index, local_weights = _SendOut.apply(hidden_states, top_k_weights, route)
         return Dispatched(values, local_index, local_weights, num_pairs, handle=route)
 
-    def combine(self, rows: torch.Tensor, dispatched: Dispatched) -> torch.Tensor:
+    def combine(
+        self, rows: torch.Tensor, dispatched: Dispatched, *, meanwhile: Callable[[], None] | None = None
+    ) -> torch.Tensor:
         return _SendBack.apply(rows, dispatched.handle)
 
     def _route(

@@ -36,15 +36,19 @@ class Dispatched:
             function still touches its weights and every rank runs the same autograd graph.
         local_index: [R, K] int64, this rank's experts 0..e-1; e is the sentinel: a slot that is not ours.
         local_weights: [R, K], in the dtype the router gave; 0 in sentinel slots.
-        num_pairs: how many slots are not sentinels, known on the host.
+        num_pairs: how many slots are not sentinels; or what waits for the number, where the host does not know yet.
         handle: whatever `combine` needs; opaque to everyone else.
+        rows_ready: None, or what an experts function may call in backward with the gradients of rows and local_weights
+            (or None or nothing for one that is not needed) before it computes those of its parameters, so that they
+            travel meanwhile. It must then return these very tensors. Gradients in sentinel slots are 0 there.
     """
 
     rows: torch.Tensor
     local_index: torch.Tensor
     local_weights: torch.Tensor
-    num_pairs: int
+    num_pairs: int | Callable[[], int]
     handle: Any
+    rows_ready: Callable[[torch.Tensor, torch.Tensor], None] | None = None
 
 
 class Dispatcher(Protocol):
@@ -67,6 +71,7 @@ class Dispatcher(Protocol):
         bytes_per_pair: int = 0,
         meanwhile: Callable[[], None] | None = None,
         bytes_meanwhile: int = 0,
+        counted: bool = False,
     ) -> Dispatched:
         """Send each token to the ranks that own its experts.
 
@@ -79,12 +84,18 @@ class Dispatcher(Protocol):
             meanwhile: work of the caller that needs nothing of the exchange, and that it does itself afterwards where
                 nobody called it; best called when the host has something to wait for.
             bytes_meanwhile: what that allocates.
+            counted: num_pairs must be a number, because the experts function makes all its buffers of that size.
 
         Differentiable in hidden_states and top_k_weights. The gradients of sentinel slots are never read: an
         experts function may leave garbage there.
         """
         ...
 
-    def combine(self, rows: torch.Tensor, dispatched: Dispatched) -> torch.Tensor:
-        """Bring the experts' weighted sums home: [R, H] rows in arrival order to [T, H], summed per token."""
+    def combine(
+        self, rows: torch.Tensor, dispatched: Dispatched, *, meanwhile: Callable[[], None] | None = None
+    ) -> torch.Tensor:
+        """Bring the experts' weighted sums home: [R, H] rows in arrival order to [T, H], summed per token.
+
+        meanwhile: work of the caller's backward that needs nothing of the exchange; as dispatch's.
+        """
         ...

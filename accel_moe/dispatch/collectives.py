@@ -1,39 +1,25 @@
 """The only torch.distributed calls inside a forward or a backward.
 
-Thin on purpose: no autograd, no decisions. Every function but `copied_to_host`, which a collective's result may need
-next, is a collective over `group`, and is called by every rank of it in the same order, whatever the sizes.
+Thin on purpose: no autograd, no decisions. Every function is a collective over `group`, and is called by every rank of
+it in the same order, whatever the sizes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
 import torch.distributed as dist
+
+# torch 2.13 has other names for them, and warns of the old ones
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 def exchange_counts(counts: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
     """All-gather one small integer tensor per rank: [...] to [ep, ...], rank-major."""
     world = dist.get_world_size(group)
     gathered = torch.empty((world, *counts.shape), dtype=counts.dtype, device=counts.device)
-    dist.all_gather_into_tensor(gathered.view(-1), counts.reshape(-1).contiguous(), group=group)
+    _all_gather(gathered.view(-1), counts.reshape(-1).contiguous(), group=group)
     return gathered
-
-
-def copied_to_host(tensor: torch.Tensor) -> Callable[[], list[Any]]:
-    """Start copying to the host, and return what waits for the copy, and for nothing after it, and gives its list."""
-    if not tensor.is_cuda:
-        return tensor.tolist
-    on_host = tensor.to("cpu", non_blocking=True)
-    copied = torch.cuda.Event()
-    copied.record()
-
-    def wait() -> list[Any]:
-        copied.synchronize()
-        return on_host.tolist()
-
-    return wait
 
 
 def exchange_rows(
@@ -48,3 +34,20 @@ def exchange_rows(
     dist.all_to_all_single(
         received, rows, output_split_sizes=receive_counts, input_split_sizes=send_counts, group=group
     )
+
+
+def gather_rows(own: torch.Tensor, gathered: torch.Tensor, group: dist.ProcessGroup) -> dist.Work:
+    """All-gather of as many rows from every rank: own[n, ...] to gathered[ep * n, ...], rank-major, of which `own` may
+    be the part of this rank. Started: wait() of what comes back before gathered is read."""
+    work = _all_gather(gathered, own, group=group, async_op=True)
+    assert work is not None
+    return work
+
+
+def sum_rows(rows: torch.Tensor, group: dist.ProcessGroup) -> tuple[torch.Tensor, dist.Work]:
+    """The transpose, a reduce-scatter: rows[ep * n, ...], contiguous, to [n, ...], this rank's rows of every rank's
+    summed. Started, as gather_rows."""
+    total = rows.new_empty(rows.shape[0] // dist.get_world_size(group), *rows.shape[1:])
+    work = _reduce_scatter(total, rows, group=group, async_op=True)
+    assert work is not None
+    return total, work

@@ -157,6 +157,42 @@ def pack(
             part.weights.masked_fill_(~ours, 0.0)
 
 
+def fill(rows: Rows, first: int, count: int, source: Tensor, index: Tensor, weights: Tensor, num_experts: int) -> None:
+    """Rows first .. first + count become the tokens of source [T, H], index [T, K] and weights [T, K], contiguous;
+    those past the T tokens zeros. Slots without an expert get the number num_experts and the weight 0."""
+    assert rows.index is not None and rows.weights is not None
+    if source.is_cuda:
+        from accel_moe.kernels import exchange
+
+        return exchange.fill((rows.values, rows.weights, rows.index), first, count, source, index, weights, num_experts)
+    tokens, rest = slice(first, first + len(source)), slice(first + len(source), first + count)
+    routed = (index >= 0) & (index < num_experts)
+    rows.values[tokens] = source
+    rows.values[rest] = 0
+    rows.weights[tokens] = torch.where(routed, weights, 0.0)
+    rows.weights[rest] = 0
+    rows.index[tokens] = torch.where(routed, index, num_experts).to(torch.int32)
+    rows.index[rest] = num_experts
+
+
+def own_slots(rows: Rows, first: int, experts_per_rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Of rows whose expert numbers count all ranks' experts, the slots of experts first .. first + experts_per_rank.
+
+    Returns:
+        [R, K] int64, those experts numbered from 0, experts_per_rank in every other slot; [R, K], their weights, 0 in
+        the others; and integers whose sum is how many slots they are.
+    """
+    assert rows.index is not None and rows.weights is not None
+    if rows.index.is_cuda:
+        from accel_moe.kernels import exchange
+
+        return exchange.own_slots(rows.index, rows.weights, first, experts_per_rank)
+    local = rows.index.long() - first
+    ours = (local >= 0) & (local < experts_per_rank)
+    local_index = torch.where(ours, local, experts_per_rank)
+    return local_index, torch.where(ours, rows.weights, 0.0), ours.sum(1)
+
+
 def sum_home(
     returned: Rows, own: Rows, slot: Tensor, index: Tensor, experts_per_rank: int
 ) -> tuple[Tensor, Tensor | None]:

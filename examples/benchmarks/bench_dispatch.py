@@ -6,7 +6,7 @@
 One layer's exchange, forward and backward, with no experts in between (the rows come back as they went), bf16, random
 routing with mild skew. Reported per rank, medians over --repeats of the slowest rank:
 
-- bytes sent to other ranks in all four exchanges, counted where torch.distributed is called, against one row per
+- bytes sent to other ranks in all exchanges, counted where torch.distributed is called, against one row per
   (token, expert), the textbook way;
 - bus bandwidth: those bytes over the time of dispatch + combine, forward + backward (packing, unpacking and the host
   sync included), against `all_to_all_single` of the same bytes alone. Twice: *alone*, from an idle GPU, where the host
@@ -20,6 +20,8 @@ On a machine without a GPU it runs on gloo, to try the script out.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import functools
 import os
 import statistics
 import sys
@@ -27,12 +29,13 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
 from common import replace_section
 
-from accel_moe.dispatch import all_to_all, make_dispatcher
+from accel_moe.dispatch import DISPATCHERS, all_gather, all_to_all, make_dispatcher
 
 GPU = torch.cuda.is_available()
 
@@ -43,6 +46,7 @@ def main() -> None:
     parser.add_argument("--hidden-size", type=int, default=2048)
     parser.add_argument("--experts", type=int, default=128)
     parser.add_argument("--top-k", type=int, default=8)
+    parser.add_argument("--dispatcher", default="auto", choices=DISPATCHERS, help="(default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--results", type=Path, metavar="MARKDOWN", help="file to write the section into")
     args = parser.parse_args()
@@ -70,7 +74,7 @@ def measure(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     weights, index = weights.to(device, torch.bfloat16).requires_grad_(), index.to(device)
     hidden = torch.randn(args.tokens, args.hidden_size, generator=generator).to(device, torch.bfloat16).requires_grad_()
     upstream = torch.randn_like(hidden)
-    dispatcher = make_dispatcher("all_to_all", dist.group.WORLD, args.experts)
+    dispatcher = make_dispatcher(args.dispatcher, dist.group.WORLD, args.experts)
 
     square = torch.randn(4096 if GPU else 64, 4096 if GPU else 64, device=device, dtype=torch.bfloat16)
 
@@ -78,41 +82,62 @@ def measure(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
         for _ in range(5):
             torch.mm(square, square)
 
-    class Work(torch.autograd.Function):
-        """Other work of the GPU's, forward and backward."""
+    class Experts(torch.autograd.Function):
+        """Every row comes back as it came; where a layer has them, GEMMs forward and backward."""
 
         @staticmethod
-        def forward(ctx, rows):
-            work()
+        def forward(ctx, rows, weights, ready, in_layer: bool):
+            ctx.ready, ctx.in_layer = ready, in_layer
+            ctx.save_for_backward(weights)
+            if in_layer:
+                work()
             return rows.view_as(rows)
 
         @staticmethod
         def backward(ctx, gradient):
-            work()
-            return gradient
+            # the weights have a gradient of their own, which travels too
+            gradient, grad_weights = gradient.contiguous(), ctx.saved_tensors[0].clone()
+            if ctx.in_layer:
+                work()
+            if ctx.ready is not None:
+                ctx.ready(gradient, grad_weights)
+            if ctx.in_layer:
+                work()  # the weight gradients
+            return gradient, grad_weights, None, None
 
     def there_and_back(in_layer: bool = False) -> None:
-        other = Work.apply if in_layer else lambda rows: rows
-        sent = dispatcher.dispatch(hidden, index, weights, meanwhile=work if in_layer else None)
-        out = other(dispatcher.combine(other(sent.rows), sent))  # every row comes home as it went
-        # the weights have a gradient of their own, which travels too
-        torch.autograd.grad((out, sent.local_weights), (hidden, weights), (upstream, sent.local_weights.detach()))
+        casts = work if in_layer else None
+        sent = dispatcher.dispatch(hidden, index, weights, meanwhile=casts)
+        rows = Experts.apply(sent.rows, sent.local_weights, sent.rows_ready, in_layer)
+        out = dispatcher.combine(rows, sent, meanwhile=casts)
+        if in_layer:
+            work()  # the layer's next operations
+        torch.autograd.grad(out, (hidden, weights), upstream)
 
     exchanges = recorded(there_and_back)
-    sent_bytes = sum(bytes_to_others(rows, splits, rank) for rows, splits, _ in exchanges)
+    sent_bytes = sum(sum(give) - give[rank] for give, _ in exchanges)
     naive_bytes = 4 * float((index // (args.experts // world) != rank).sum()) * args.hidden_size * 2
-    buffers = [(rows, torch.empty((sum(take), *rows.shape[1:]), dtype=rows.dtype, device=device), give, take)
-               for rows, give, take in exchanges]  # fmt: skip
+    empty = functools.partial(torch.empty, dtype=torch.uint8, device=device)
+    buffers = [(empty(sum(give)), empty(sum(take)), give, take) for give, take in exchanges]
 
     def plain() -> None:
-        for rows, received, give, take in buffers:
-            dist.all_to_all_single(received, rows, output_split_sizes=take, input_split_sizes=give)
+        for sent, received, give, take in buffers:
+            dist.all_to_all_single(received, sent, output_split_sizes=take, input_split_sizes=give)
 
     def only_work() -> None:
-        for _ in range(5):
+        for _ in range(works):
             work()
 
     alone = {"plain_s": median_s(plain, args.repeats), "ours_s": median_s(there_and_back, args.repeats)}
+    works = 0
+
+    def counting() -> None:
+        nonlocal works
+        works += 1
+
+    with mock.patch.object(torch, "mm", lambda *_: counting()):
+        there_and_back(in_layer=True)
+    works //= 5  # products each
     base_s = median_s(only_work, args.repeats)
     in_layer = {
         "plain_s": median_s(lambda: (only_work(), plain()), args.repeats) - base_s,
@@ -121,25 +146,30 @@ def measure(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     return {"sent": sent_bytes, "naive": naive_bytes, "alone": alone, "in a layer": in_layer}
 
 
-def recorded(step: Callable[[], None]) -> list[tuple[torch.Tensor, list[int], list[int]]]:
-    """(rows, send counts, receive counts) of every all-to-all in `step`."""
+def recorded(step: Callable[[], None]) -> list[tuple[list[int], list[int]]]:
+    """(bytes to, bytes from) each rank, of every exchange of rows in `step`."""
     seen = []
-    exchange = all_to_all.exchange_rows
 
-    def watch(rows, received, send_counts, receive_counts, group):
-        seen.append((rows.detach().clone(), send_counts, receive_counts))
-        exchange(rows, received, send_counts, receive_counts, group)
+    def of_rows(rows, received, send_counts, receive_counts, group):
+        width = rows[0:1].numel() * rows.element_size() if len(rows) else 0
+        seen.append(([count * width for count in send_counts], [count * width for count in receive_counts]))
 
-    all_to_all.exchange_rows = watch
-    try:
+    def of_all(rows, nbytes: int, group):
+        others = [0 if rank == dist.get_rank(group) else nbytes for rank in range(dist.get_world_size(group))]
+        seen.append((others, others))
+
+    watched = [
+        (all_to_all, "exchange_rows", of_rows),
+        (all_gather, "gather_rows", lambda own, gathered, group: of_all(own, own.nbytes, group)),
+        (all_gather, "sum_rows", lambda rows, group: of_all(rows, rows.nbytes // dist.get_world_size(group), group)),
+    ]
+    with contextlib.ExitStack() as patches:
+        for module, name, watch in watched:
+            real = getattr(module, name)
+            both = lambda *args, real=real, watch=watch: (watch(*args), real(*args))[1]  # noqa: E731
+            patches.enter_context(mock.patch.object(module, name, both))
         step()
-    finally:
-        all_to_all.exchange_rows = exchange
     return seen
-
-
-def bytes_to_others(rows: torch.Tensor, send_counts: list[int], rank: int) -> int:
-    return (sum(send_counts) - send_counts[rank]) * rows[0:1].numel() * rows.element_size() if len(rows) else 0
 
 
 def median_s(step: Callable[[], None], repeats: int) -> float:
@@ -164,14 +194,14 @@ def synchronize() -> None:
 
 def report(found: dict[str, Any], command: str, args: argparse.Namespace) -> str:
     device = torch.cuda.get_device_name() if GPU else "CPU, gloo"
-    head = "| ranks | tokens | H | E | K | MiB sent | / row per expert | | ms | plain ms | GB/s | plain GB/s | ratio |"
-    table = [head, "|" + "---|" * 13]
+    head = "dispatcher | ranks | tokens | H | E | K | MiB sent | / row per expert | | ms | plain ms | GB/s | plain GB/s"
+    table = [f"| {head} | ratio |", "|" + "---|" * 14]
     for where in ("alone", "in a layer"):
         times = found[where]
         ours, plain = (found["sent"] / times[name] / 1e9 for name in ("ours_s", "plain_s"))
         cells = [
-            f"{dist.get_world_size()}", f"{args.tokens}", f"{args.hidden_size}", f"{args.experts}", f"{args.top_k}",
-            f"{found['sent'] / 2**20:.1f}", f"{found['sent'] / found['naive']:.3f}", where,
+            args.dispatcher, f"{dist.get_world_size()}", f"{args.tokens}", f"{args.hidden_size}", f"{args.experts}",
+            f"{args.top_k}", f"{found['sent'] / 2**20:.1f}", f"{found['sent'] / found['naive']:.3f}", where,
             f"{times['ours_s'] * 1e3:.2f}", f"{times['plain_s'] * 1e3:.2f}",
             f"{ours:.0f}", f"{plain:.0f}", f"{ours / plain:.2f}",
         ]  # fmt: skip

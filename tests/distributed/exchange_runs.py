@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import gc
 import os
 import signal
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from unittest import mock
 
@@ -23,10 +25,28 @@ def own_batch(accelerator, step: int = 0) -> torch.Tensor:
     return batch.chunk(accelerator.num_processes)[accelerator.process_index].to(accelerator.device)
 
 
+@contextlib.contextmanager
+def watched_exchanges() -> Iterator[list[int]]:
+    """The bytes of a row in each exchange of rows or slots, whichever dispatcher does it."""
+    from accel_moe.dispatch import all_gather, all_to_all
+
+    widths = []
+
+    def watched(original):
+        def counted(rows, *args):
+            widths.append(rows.shape[1] * rows.element_size())
+            return original(rows, *args)
+
+        return counted
+
+    with contextlib.ExitStack() as patches:
+        for module, name in ((all_to_all, "exchange_rows"), (all_gather, "gather_rows"), (all_gather, "sum_rows")):
+            patches.enter_context(mock.patch.object(module, name, watched(getattr(module, name))))
+        yield widths
+
+
 def gradients_and_exchanges(case: Case, transformers_checkpointing: str = "") -> tuple[dict[str, torch.Tensor], int]:
     """One step: every gradient, and how often rows or slots were exchanged in forward and backward."""
-    from accel_moe.dispatch import all_to_all
-
     if transformers_checkpointing == "before":
         with mock.patch("tests.distributed.parity.build", checkpointed):
             accelerator, model, _ = prepared(case)
@@ -36,10 +56,9 @@ def gradients_and_exchanges(case: Case, transformers_checkpointing: str = "") ->
         model.gradient_checkpointing_enable()
     model.train()
     own = own_batch(accelerator)
-    with mock.patch.object(all_to_all, "exchange_rows", side_effect=all_to_all.exchange_rows) as exchange:
+    with watched_exchanges() as exchanges:
         accelerator.backward(model(input_ids=own, labels=own).loss)
-        calls = exchange.call_count
-    return {clean(n): whole(p.grad) for n, p in model.named_parameters()}, calls
+    return {clean(n): whole(p.grad) for n, p in model.named_parameters()}, len(exchanges)
 
 
 def checkpointed(case: Case):
@@ -85,7 +104,15 @@ class Echo:
         self.local = num_experts // dist.get_world_size(group)
 
     def dispatch(
-        self, hidden_states, top_k_index, top_k_weights, *, bytes_per_pair=0, meanwhile=None, bytes_meanwhile=0
+        self,
+        hidden_states,
+        top_k_index,
+        top_k_weights,
+        *,
+        bytes_per_pair=0,
+        meanwhile=None,
+        bytes_meanwhile=0,
+        counted=False,
     ):
         from torch.distributed.nn.functional import all_gather
 
@@ -100,7 +127,7 @@ class Echo:
         index, weights = torch.where(ours, index, self.local), torch.where(ours, weights, 0.0)
         return Dispatched(rows, index, weights, int(ours.sum()), handle=hidden_states.shape[0])
 
-    def combine(self, rows, dispatched):
+    def combine(self, rows, dispatched, *, meanwhile=None):
         from torch.distributed.nn.functional import all_reduce
 
         return all_reduce(rows, group=self.group).split(dispatched.handle)[self.rank]
@@ -143,9 +170,10 @@ def allocated() -> int:
     return sum(storages.values())
 
 
-def die_in_step(case: Case, how: str, timeout_s: float, folder: str) -> None:
-    """Rank 1 stops, or is gone, between two exchanges of the second step; the others write down what they saw."""
-    from accel_moe.dispatch import all_to_all
+def die_in_step(case: Case, how: str, before: str, timeout_s: float, folder: str) -> None:
+    """Rank 1 stops, or is gone, before a function of the dispatcher in the second step; the others write down what they
+    saw."""
+    from accel_moe.dispatch import all_gather, all_to_all, board, make_dispatcher
     from accel_moe.mesh import build_mesh, plan_mesh
 
     accelerator, model, optimizer = prepared(case)
@@ -157,22 +185,26 @@ def die_in_step(case: Case, how: str, timeout_s: float, folder: str) -> None:
     # as a job that was started with this timeout: the exchange is over groups made after it was known
     dist.distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=timeout_s), dist.group.WORLD)
     mesh = build_mesh(plan_mesh(case.world, case.ep), accelerator.device.type)
+    board._boards.clear()
     for module in model.modules():
         if (state := getattr(module, "_accel_moe_layer", None)) is not None:
-            state.dispatcher.group = mesh.get_group("ep")
-    send = all_to_all._send_out
+            name = state.prepared.config.moe_dispatcher
+            state.dispatcher = make_dispatcher(name, mesh.get_group("ep"), state.num_experts)
+    owners = (all_to_all, all_gather, all_gather.AllGatherDispatcher)
+    owner, name = next(o for o in owners if hasattr(o, before)), before
+    send = getattr(owner, name)
 
-    def last(*arguments):
+    def last(*arguments, **options):
         if rank == 1:
             with open(os.path.join(folder, "lost"), "w") as file:
                 file.write(str(time.time()))
             if how == "killed":
                 os.kill(os.getpid(), signal.SIGKILL)
             time.sleep(600)
-        return send(*arguments)
+        return send(*arguments, **options)
 
     dist.barrier()
-    all_to_all._send_out = last
+    setattr(owner, name, last)
     try:
         accelerator.backward(model(input_ids=own, labels=own).loss)
     except BaseException as error:

@@ -226,12 +226,12 @@ def sabotage_no_ep_scale() -> None:
 
 def sabotage_router_gradient() -> None:
     """Rank 1 loses the routing weights' gradient."""
-    from accel_moe.dispatch import all_to_all
+    from accel_moe.dispatch import all_gather, all_to_all
 
-    original = all_to_all._SendOut.backward
+    for function in (all_to_all._SendOut, all_gather._Gathered):
 
-    def dropped(ctx, *gradients):
-        hidden, weights, *rest = original(ctx, *gradients)
-        return (hidden, weights * (torch.distributed.get_rank() != 1), *rest)
+        def dropped(ctx, *gradients, original=function.backward):
+            hidden, weights, *rest = original(ctx, *gradients)
+            return (hidden, weights * (torch.distributed.get_rank() != 1), *rest)
 
-    all_to_all._SendOut.backward = staticmethod(dropped)
+        function.backward = staticmethod(dropped)

@@ -1,6 +1,7 @@
 """The exchange around its happy path: in chunks, under activation checkpointing, without memory, with a dead rank."""
 
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,10 +11,12 @@ from tests.distributed.parity import Case, differences
 from tests.distributed.test_parity import oracle
 from tests.ranks import run_ranks
 
-RECOMPUTE = (("moe_keep_exchanged", False),)
-NO_CHECKPOINTING, KEPT, AGAIN = 8, 8, 10
-"""Exchanges of a step of two layers: two forward and two backward each. Exchanging again costs the way out; bringing
-the sums home is left out, because checkpointing stops once it has what backward needs."""
+RECOMPUTE = ("moe_keep_exchanged", False)
+DISPATCHERS = ["all_to_all", "all_gather"]
+EXCHANGES = {"all_to_all": 8, "all_gather": 10}
+"""Of a step of two layers: two forward and two backward each, and the routing weights' gradients beside the rows' under
+all_gather. Exchanging again costs the way out once more for each layer; bringing the sums home is left out, because
+checkpointing stops once it has what backward needs."""
 
 
 def assert_same(found: dict, wanted: dict) -> None:
@@ -25,16 +28,19 @@ def assert_same(found: dict, wanted: dict) -> None:
 
 
 @pytest.mark.parametrize("nothing_received", [False, True], ids=["", "nothing received"])
-def test_activation_checkpointing_does_not_exchange_twice(nothing_received):
-    plain, calls = run_ranks(runs.gradients_and_exchanges, 2, Case(2, 2, nothing_received=nothing_received))[0]
-    assert calls == NO_CHECKPOINTING
-    case = Case(2, 2, checkpointing=True, nothing_received=nothing_received)
+@pytest.mark.parametrize("dispatcher", DISPATCHERS)
+def test_activation_checkpointing_does_not_exchange_twice(dispatcher, nothing_received):
+    options = (("moe_dispatcher", dispatcher),)
+    case = Case(2, 2, nothing_received=nothing_received, options=options)
+    plain, calls = run_ranks(runs.gradients_and_exchanges, 2, case)[0]
+    assert calls == EXCHANGES[dispatcher]
+    case = replace(case, checkpointing=True)
     kept, calls = run_ranks(runs.gradients_and_exchanges, 2, case)[0]
-    assert calls == KEPT
+    assert calls == EXCHANGES[dispatcher]
     assert_same(kept, plain)
-    case = Case(2, 2, checkpointing=True, nothing_received=nothing_received, options=RECOMPUTE)
+    case = replace(case, options=(*options, RECOMPUTE))
     again, calls = run_ranks(runs.gradients_and_exchanges, 2, case)[0]
-    assert calls == AGAIN
+    assert calls == EXCHANGES[dispatcher] + 2
     assert_same(again, plain)
 
 
@@ -118,14 +124,23 @@ def test_two_hundred_steps_with_changing_routings_leave_no_memory_behind(case):
         assert growth <= 8 * 2**20, growth
 
 
+TO_ALL = (("moe_dispatcher", "all_to_all"),)
+
+
 @pytest.mark.parametrize(
-    "how, case",
-    [("killed", Case(2, 2)), ("stuck", Case(2, 2)), ("stuck", Case(4, 2))],
-    ids=["killed", "stuck", "stuck, of 4"],
+    "how, before, case",
+    [
+        ("killed", "_send_out", Case(2, 2, options=TO_ALL)),
+        ("stuck", "_send_out", Case(4, 2, options=TO_ALL)),
+        ("killed", "gather_rows", Case(2, 2)),
+        ("stuck", "gather_rows", Case(2, 2)),
+        ("stuck", "agree", Case(2, 2)),
+    ],
+    ids=lambda value: value.name if isinstance(value, Case) else value,
 )
-def test_a_rank_that_is_lost_in_a_step_ends_the_job_within_the_timeout(how, case, tmp_path):
+def test_a_rank_that_is_lost_in_a_step_ends_the_job_within_the_timeout(how, before, case, tmp_path):
     with pytest.raises(AssertionError, match="rank"):
-        run_ranks(runs.die_in_step, case.world, case, how, 10.0, str(tmp_path), timeout_s=180)
+        run_ranks(runs.die_in_step, case.world, case, how, before, 10.0, str(tmp_path), timeout_s=180)
     lost = float((tmp_path / "lost").read_text())
     if torch.cuda.is_available():
         # NCCL's watchdog ends the process itself: nobody is left to write. It sees the timeout after 10 s, and then

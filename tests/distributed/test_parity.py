@@ -23,6 +23,7 @@ from tests.distributed.trainer_parity import train_with_trainer
 from tests.ranks import run_ranks
 
 SCATTERMOE = dict(kernel="scattermoe", interpret=True)
+TO_ALL, TO_EVERY_RANK = ("moe_dispatcher", "all_to_all"), ("moe_dispatcher", "all_gather")
 
 TABLE = [
     Case(1, 1),
@@ -53,7 +54,15 @@ TABLE = [
     Case(2, 2, family="glm4_moe"),
     Case(2, 2, kernel="batched_mm"),
     Case(2, 1, **SCATTERMOE),
+    # ep 2 takes all_gather where nothing else is said, ep 4 all_to_all
     Case(2, 2, **SCATTERMOE),
+    Case(2, 2, **SCATTERMOE, options=(TO_ALL,)),
+    Case(2, 2, **SCATTERMOE, options=(TO_ALL,), checkpointing=True, nothing_received=True),
+    Case(2, 2, **SCATTERMOE, checkpointing=True, nothing_received=True),
+    Case(2, 2, options=(TO_ALL, ("moe_dispatch_chunk_tokens", 7)), nothing_received=True),
+    Case(4, 4, options=(TO_EVERY_RANK,), checkpointing=True, nothing_received=True),
+    Case(4, 4, options=(TO_EVERY_RANK, ("moe_dispatch_chunk_tokens", 5), ("moe_keep_exchanged", False))),
+    Case(2, 2, options=(TO_ALL, ("moe_keep_exchanged", False)), checkpointing=True, nothing_received=True),
 ]
 
 
@@ -108,9 +117,10 @@ def test_training_with_trainer_equals_one_process_on_the_whole_batch(case):
     check(run_case(case, train_with_trainer), case)
 
 
+@pytest.mark.parametrize("dispatcher", ["all_to_all", "all_gather"])
 @pytest.mark.parametrize("sabotage", ["no_ep_scale", "router_gradient"])
-def test_the_table_catches_a_broken_gradient(sabotage):
-    case = Case(2, 2, kernel="grouped_mm", sabotage=sabotage)
+def test_the_table_catches_a_broken_gradient(sabotage, dispatcher):
+    case = Case(2, 2, kernel="grouped_mm", sabotage=sabotage, options=(("moe_dispatcher", dispatcher),))
     wrong = differences(run_case(case), oracle(case))
     part = "experts" if sabotage == "no_ep_scale" else "mlp.gate.weight"
     assert any(part in line for line in wrong), wrong

@@ -104,20 +104,11 @@ def test_frozen_experts_ask_the_experts_function_for_no_weight_gradient(monkeypa
     assert asked == [(False, False)] * 2
 
 
-def widths_exchanged(parameters: tuple[str, ...]) -> tuple[list[int], list[int]]:
+def widths_exchanged(parameters: tuple[str, ...], dispatcher: str) -> tuple[list[int], list[int]]:
     """On a rank: the bytes of a row in each exchange of the forward, and of the backward, of one step in which only
     `parameters` train."""
-    from accel_moe.dispatch import all_to_all
-
-    widths = []
-    original = all_to_all.exchange_rows
-
-    def counted(rows, *args):
-        widths.append(rows.shape[1] * rows.element_size())
-        return original(rows, *args)
-
-    all_to_all.exchange_rows = counted
     import accel_moe.cpu
+    from tests.distributed.exchange_runs import watched_exchanges
     from tests.distributed.parity import Case as Plain
     from tests.distributed.parity import accelerator_for
 
@@ -125,34 +116,38 @@ def widths_exchanged(parameters: tuple[str, ...]) -> tuple[list[int], list[int]]
     model = tiny_model("qwen3_moe")
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in parameters)
-    accel_moe.prepare(model, moe_ep_degree=2)
+    accel_moe.prepare(model, moe_ep_degree=2, moe_dispatcher=dispatcher)
     accelerator = accelerator_for(Plain(2, 2), model)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     model, optimizer = accelerator.prepare(model, optimizer)
     own = batches(1)[0].chunk(2)[accelerator.process_index]
-    loss = model(input_ids=own, labels=own).loss
-    forward = len(widths)
-    accelerator.backward(loss)
+    with watched_exchanges() as widths:
+        loss = model(input_ids=own, labels=own).loss
+        forward = len(widths)
+        accelerator.backward(loss)
     return widths[:forward], widths[forward:]
 
 
-ROW, WITH_WEIGHTS, WEIGHTS = 4 * 32, 4 * 32 + 64, 64
-"""Bytes: 32 fp32 values; with two weights (and two expert numbers), padded to 64; and two weights alone."""
+ROW, WITH_WEIGHTS, PADDED, WEIGHTS = 4 * 32, 4 * 32 + 64, 64, 8
+"""Bytes: 32 fp32 values; with two weights (and two expert numbers), padded to 64; and two weights alone, padded where
+rows could be with them, and not."""
 
 
 @pytest.mark.parametrize(
-    ("trained", "backward"),
+    ("trained", "to_all", "to_every_rank"),
     [
         # 2 layers; a forward sends rows out and brings them home; each has its backward where it is needed
-        ("lm_head.weight", []),
-        ("model.layers.1.mlp.gate.weight", [ROW, WEIGHTS]),  # layer 1; from its experts only the weights' gradients
-        ("model.layers.1.self_attn.q_proj.weight", [ROW, WITH_WEIGHTS]),
-        ("model.embed_tokens.weight", [ROW, WITH_WEIGHTS] * 2),
+        ("lm_head.weight", [], []),
+        # layer 1; from its experts only the weights' gradients
+        ("model.layers.1.mlp.gate.weight", [ROW, PADDED], [ROW, WEIGHTS]),
+        ("model.layers.1.self_attn.q_proj.weight", [ROW, WITH_WEIGHTS], [ROW, ROW, WEIGHTS]),
+        ("model.embed_tokens.weight", [ROW, WITH_WEIGHTS] * 2, [ROW, ROW, WEIGHTS] * 2),
     ],
 )
-def test_no_gradient_passes_through_the_exchange_that_nobody_needs(trained, backward):
+def test_no_gradient_passes_through_the_exchange_that_nobody_needs(trained, to_all, to_every_rank):
     forward = [WITH_WEIGHTS, ROW] * 2
-    assert run_ranks(widths_exchanged, 2, (trained,)) == [(forward, backward)] * 2
+    assert run_ranks(widths_exchanged, 2, (trained,), "all_to_all") == [(forward, to_all)] * 2
+    assert run_ranks(widths_exchanged, 2, (trained,), "all_gather") == [(forward, to_every_rank)] * 2
 
 
 @pytest.mark.parametrize("parameters", [(), EXPERTS], ids=["attention", "experts"])

@@ -80,7 +80,7 @@ def test_describe_gives_each_value_with_its_source_in_one_line():
     line = resolve({"moe_kernel": "eager"}, environ={}, yaml=parallelism(moe_ep_degree=4)).describe()
     assert line == (
         "accel_moe: moe_ep_degree=4 (/x/ep2.yaml (parallelism_config.moe_ep_degree)), "
-        "moe_kernel='eager' (argument to prepare()), moe_dispatcher='all_to_all' (default), "
+        "moe_kernel='eager' (argument to prepare()), moe_dispatcher='auto' (default), "
         "moe_dispatch_chunk_tokens=0 (default), moe_keep_exchanged=True (default), moe_async_save=False (default), "
         "moe_verify='checksums' (default)"
     )
@@ -319,7 +319,7 @@ def test_what_a_rank_hands_over_for_comparison_is_what_resolve_found():
     assert resolved.for_comparison() == {
         "moe_ep_degree": (2, "argument to prepare()"),
         "moe_kernel": ("auto", "default"),
-        "moe_dispatcher": ("all_to_all", "default"),
+        "moe_dispatcher": ("auto", "default"),
         "moe_dispatch_chunk_tokens": (0, "default"),
         "moe_keep_exchanged": (True, "default"),
         "moe_async_save": (False, "default"),

@@ -98,3 +98,26 @@ def test_every_part_of_a_row_starts_at_a_multiple_of_16_bytes(dtype):
     parts = layout.view(layout.empty(2, torch.device("cpu")))
     assert all(t.data_ptr() % 16 == 0 and t.stride(0) * t.element_size() % 16 == 0 for t in parts if t is not None)
     assert RowLayout(7, dtype).width == 7  # rows alone are as wide as they are
+
+
+@pytest.mark.parametrize("kind", ["even", "one rank", "no expert"])
+@pytest.mark.parametrize("tokens", [0, 1, 90])
+@pytest.mark.parametrize("rest", [0, 3])
+def test_the_kernels_of_an_all_gather_do_what_plain_torch_does(kind, tokens, rest):
+    index, top, count = routing(kind, tokens), 2, max(1, tokens + rest)
+    source = torch.randn(tokens, H, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    weights = torch.rand(tokens, K, generator=torch.Generator().manual_seed(2)).to(DEVICE, torch.bfloat16)
+    layout = RowLayout(H, source.dtype, K, weights.dtype, with_index=True)
+    buffers = [layout.empty(top + count, source.device).fill_(7.0) for _ in range(2)]
+    for step, buffer in zip((rows.fill, exchange.fill), buffers):
+        step(layout.view(buffer), top, count, source, index, weights, E)
+    assert buffers[0][:top].eq(7.0).all() and torch.equal(buffers[0][:top], buffers[1][:top])
+    filled = [[t[top:] for t in layout.view(buffer)] for buffer in buffers]
+    for found, wanted in zip(filled[1], filled[0]):
+        assert torch.equal(found, wanted)
+
+    wanted = rows.own_slots(Rows(*filled[0]), 4, 4)
+    found = exchange.own_slots(filled[0][2], filled[0][1], 4, 4)
+    assert found[0].dtype == torch.long
+    assert torch.equal(found[0], wanted[0]) and torch.equal(found[1], wanted[1])
+    assert int(found[2].sum()) == int(wanted[2].sum()) == int(((index >= 4) & (index < 8)).sum())

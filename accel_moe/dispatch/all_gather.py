@@ -1,0 +1,293 @@
+"""Dispatch by all-gather, for few ranks of one node: every rank gets every token, and no host waits for a GPU.
+
+With K experts a token and few ranks nearly every token is needed on every rank (K 8: 99.6% of them at ep 2, 90% at ep
+4), so that sending all of them costs no more than sending those that are needed. Then nothing has to be counted,
+placed or packed, and every size is known before the router has run:
+
+    1. agree      each rank's number of tokens and free memory          between hosts, in microseconds (board.py)
+    2. out        all-gather of rows with their indices and weights     collective; the caller's other work meanwhile
+       ... each rank keeps the slots of its own experts; experts ...
+    3. home       reduce-scatter of the weighted sums                   collective
+
+Each is the other's transpose, so each is the other's backward; the routing weights' gradients have a reduce-scatter of
+their own. In backward rows travel beside other work, too: out beside the caller's, home beside the experts' weight
+gradients, where the experts function says when it has those of its rows. Ranks with fewer tokens than the most fill up
+with rows without an expert. Sums over ranks are the collective's: in the rows' dtype, in the same order every time.
+
+How many (row, expert) pairs came is not known when the experts are launched: `Dispatched.num_pairs` is then what waits
+for the number, and an experts function has to make room for K of every row. In backward it is known.
+
+After Megatron-LM's MoEAllGatherTokenDispatcher (megatron/core/transformer/moe/token_dispatcher.py), which advises it
+for a large K over few ranks.
+"""
+
+from __future__ import annotations
+
+import datetime
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+import torch.distributed as dist
+
+from accel_moe.dispatch import memory, rows
+from accel_moe.dispatch.base import Dispatched
+from accel_moe.dispatch.board import LARGEST, Board, board_of
+from accel_moe.dispatch.collectives import gather_rows, sum_rows
+from accel_moe.dispatch.keep import remember
+from accel_moe.dispatch.rows import RowLayout, Rows
+from accel_moe.kernels.counts import copied_to_host
+from accel_moe.mesh import default_timeout
+
+_MIB = 2**20
+_HALF_AN_HOUR = datetime.timedelta(minutes=30)
+
+
+@dataclass(frozen=True)
+class GatherRoute:
+    """What the ranks agreed on.
+
+    Attributes:
+        tokens: of each rank.
+        rank: ours.
+        free_bytes: of the rank that has the fewest, once the caller's other work has taken its share.
+    """
+
+    tokens: tuple[int, ...]
+    rank: int
+    free_bytes: int
+    group: dist.ProcessGroup
+
+    @property
+    def own(self) -> int:
+        return self.tokens[self.rank]
+
+    @property
+    def rows(self) -> int:
+        """Of each rank, filled up: at least one, so that a group without tokens runs the same ops."""
+        return max(1, *self.tokens)
+
+    @property
+    def received(self) -> int:
+        """R."""
+        return self.rows * len(self.tokens)
+
+
+class AllGatherDispatcher:
+    """See `accel_moe.dispatch.base.Dispatcher` for the contract of both methods.
+
+    Raises:
+        ValueError: the group's ranks share no memory: they are on several nodes.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, num_experts: int):
+        board = self.board(group)
+        if board is None:
+            raise ValueError(
+                "moe_dispatcher='all_gather' needs an ep group of one node, whose ranks share memory (/dev/shm); found "
+                "one that does not. Use moe_dispatcher='auto' or 'all_to_all'."
+            )
+        self.group = group
+        self._board = board
+        self._rank = dist.get_rank(group)
+        self._num_experts = num_experts
+        self._num_local_experts = num_experts // dist.get_world_size(group)
+        self._free, self._asked = 0, 1 << 62
+
+    @staticmethod
+    def board(group: dist.ProcessGroup) -> Board | None:
+        """Of the group; None where its ranks share no memory. A collective over the group."""
+        return board_of(group, 2, default_timeout() or _HALF_AN_HOUR)
+
+    def dispatch(
+        self,
+        hidden_states: torch.Tensor,
+        top_k_index: torch.Tensor,
+        top_k_weights: torch.Tensor,
+        *,
+        bytes_per_pair: int = 0,
+        meanwhile: Callable[[], None] | None = None,
+        bytes_meanwhile: int = 0,
+        counted: bool = False,
+    ) -> Dispatched:
+        def agree() -> GatherRoute:
+            route = self.agree(hidden_states, bytes_meanwhile, lately=0)
+            self._check_fits(route, hidden_states, top_k_index.shape[1], bytes_per_pair)
+            return route
+
+        sent = self.send(remember(agree), hidden_states, top_k_index, top_k_weights, meanwhile)
+        return replace(sent, num_pairs=sent.num_pairs()) if counted and callable(sent.num_pairs) else sent
+
+    def agree(self, hidden_states: torch.Tensor, bytes_meanwhile: int, *, lately: int) -> GatherRoute:
+        """lately: how many forwards old the free bytes may be that we tell the others; asking takes its time."""
+        if self._asked >= lately:
+            self._free, self._asked = memory.free_bytes(hidden_states.device), -1
+        self._asked += 1
+        free = max(0, self._free - bytes_meanwhile)
+        agreed = self._board.exchange((hidden_states.shape[0], free // _MIB))
+        least = min(mib for _, mib in agreed)
+        least = memory.UNKNOWN if least == LARGEST else least * _MIB
+        return GatherRoute(tuple(tokens for tokens, _ in agreed), self._rank, least, self.group)
+
+    def most_bytes(self, route: GatherRoute, hidden_states: torch.Tensor, top_k: int, bytes_per_pair: int) -> int:
+        """What a rank takes whose experts every slot falls on."""
+        bytes_per_row = hidden_states.shape[1] * hidden_states.element_size()
+        return route.received * (bytes_per_row + min(top_k, self._num_local_experts) * bytes_per_pair)
+
+    def send(
+        self,
+        route: GatherRoute,
+        hidden_states: torch.Tensor,
+        top_k_index: torch.Tensor,
+        top_k_weights: torch.Tensor,
+        meanwhile: Callable[[], None] | None,
+    ) -> Dispatched:
+        """`dispatch`, once agreed."""
+        layout = RowLayout(
+            hidden_states.shape[1], hidden_states.dtype, top_k_index.shape[1], top_k_weights.dtype, with_index=True
+        )
+        started: list[dist.Work] = []
+
+        def out() -> torch.Tensor:
+            received = layout.empty(route.received, hidden_states.device)
+            mine = hidden_states.contiguous(), top_k_index.contiguous(), top_k_weights.contiguous()
+            rows.fill(layout.view(received), route.rank * route.rows, route.rows, *mine, self._num_experts)
+            wire = layout.wire(received)
+            own = wire[route.rank * route.rows : (route.rank + 1) * route.rows]
+            started.append(gather_rows(own, wire, self.group))
+            return received
+
+        with torch.no_grad():
+            received = remember(out)
+        if meanwhile is not None:
+            meanwhile()
+        for work in started:
+            work.wait()
+        with torch.no_grad():
+            came = layout.view(received)
+            first = route.rank * self._num_local_experts
+            local_index, local_weights, pairs = rows.own_slots(came, first, self._num_local_experts)
+            num_pairs = remember(lambda: _summed_later(pairs))
+        home = _OnTheWayHome(route)
+        values, local_weights = _Gathered.apply(
+            hidden_states, top_k_weights, Rows(came.values, local_weights, local_index), self._num_local_experts, home
+        )
+        return Dispatched(values, local_index, local_weights, num_pairs, handle=route, rows_ready=home.start)
+
+    def combine(
+        self, rows: torch.Tensor, dispatched: Dispatched, *, meanwhile: Callable[[], None] | None = None
+    ) -> torch.Tensor:
+        return _SumHome.apply(rows, dispatched.handle, meanwhile)
+
+    def _check_fits(self, route: GatherRoute, hidden_states: torch.Tensor, top_k: int, bytes_per_pair: int) -> None:
+        needed = self.most_bytes(route, hidden_states, top_k, bytes_per_pair)
+        if needed > route.free_bytes:
+            raise torch.OutOfMemoryError(
+                f"moe_dispatcher='all_gather' makes room for every slot of {route.received} rows on each rank, at "
+                f"least {needed / 2**30:.2f} GiB; a rank of the ep group has {route.free_bytes / 2**30:.2f} GiB free. "
+                f"Use moe_dispatcher='auto' or 'all_to_all', set moe_dispatch_chunk_tokens to less than the "
+                f"{route.own} tokens of this batch, or use a smaller batch."
+            )
+
+
+def _summed_later(parts: torch.Tensor) -> Callable[[], int]:
+    wait = copied_to_host(parts)
+    return functools.cache(lambda: sum(wait()))
+
+
+class _OnTheWayHome:
+    """The gradients of a dispatch's rows and weights, sent home when they are ready, and picked up by its backward."""
+
+    def __init__(self, route: GatherRoute):
+        self._route = route
+        self._started: list[tuple[torch.Tensor, torch.Tensor, dist.Work]] = []
+
+    def start(self, grad_values: torch.Tensor, grad_weights: torch.Tensor) -> None:
+        """Dispatched.rows_ready."""
+        # the small one first: behind the large one it would be awaited when that has come home already
+        self._started = [
+            (gradient, *sum_rows(gradient, self._route.group))
+            for gradient in (grad_weights, grad_values)
+            if gradient.shape[0] == self._route.received  # without elements where it is not needed
+        ]
+
+    def take(self, gradient: torch.Tensor, sentinels: Callable[[], torch.Tensor] | None = None) -> torch.Tensor:
+        """[R, ...] to [T, ...]: the sum over ranks, on its way already if `start` had this very tensor.
+
+        sentinels: slots whose gradient is not to be read, asked for where nobody said that they hold zeros.
+        """
+        started = (
+            (total, work)
+            for sent, total, work in self._started
+            if sent.data_ptr() == gradient.data_ptr() and sent.shape == gradient.shape
+        )
+        found = next(started, None)
+        if found is None:
+            gradient = gradient if sentinels is None else gradient.masked_fill(sentinels(), 0)
+            found = sum_rows(gradient.contiguous(), self._route.group)
+        total, work = found
+        work.wait()
+        return total[: self._route.own]
+
+    def forget(self) -> None:
+        self._started = []
+
+
+class _Gathered(torch.autograd.Function):
+    """The rows and weights that came, as if computed from ours; the way back of their gradients."""
+
+    @staticmethod
+    def forward(ctx, hidden_states, top_k_weights, came: Rows, sentinel: int, home: _OnTheWayHome):
+        values, weights, local_index = came
+        assert weights is not None and local_index is not None
+        ctx.home, ctx.sentinel = home, sentinel
+        ctx.zeros = [functools.partial(torch.zeros, t.shape, dtype=t.dtype, device=t.device) for t in (values, weights)]
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(local_index)
+        out = values.view_as(values), weights.view_as(weights)
+        # an experts function then computes, and sends, no gradient that nobody needs
+        ctx.mark_non_differentiable(*(t for t, need in zip(out, ctx.needs_input_grad) if not need))
+        return out
+
+    @staticmethod
+    def backward(ctx, grad_values: torch.Tensor | None, grad_weights: torch.Tensor | None):
+        needs_values, needs_weights, *_ = ctx.needs_input_grad
+        (local_index,) = ctx.saved_tensors
+        home: _OnTheWayHome = ctx.home
+        # A gradient that this rank's experts do not have is zero: the other ranks wait for it all the same.
+        grad_values, grad_weights = (
+            zeros() if g is None else g for g, zeros in zip((grad_values, grad_weights), ctx.zeros)
+        )
+        grad_hidden = home.take(grad_values) if needs_values else None
+        grad_top_k = home.take(grad_weights, lambda: local_index >= ctx.sentinel) if needs_weights else None
+        home.forget()
+        return grad_hidden, grad_top_k, None, None, None
+
+
+class _SumHome(torch.autograd.Function):
+    """Each token's weighted sums of every rank, added up at home."""
+
+    @staticmethod
+    def forward(ctx, values: torch.Tensor, route: GatherRoute, meanwhile: Callable[[], None] | None) -> torch.Tensor:
+        ctx.route, ctx.meanwhile = route, meanwhile
+
+        def home() -> torch.Tensor:
+            total, work = sum_rows(values.contiguous(), route.group)
+            work.wait()
+            return total[: route.own]
+
+        return remember(home, handed_out=True)
+
+    @staticmethod
+    def backward(ctx, grad_home: torch.Tensor):
+        route: GatherRoute = ctx.route
+        own = grad_home.contiguous()
+        if route.own < route.rows:
+            own = torch.cat([own, own.new_zeros(route.rows - route.own, own.shape[1])])
+        gathered = own.new_empty(route.received, own.shape[1])
+        work = gather_rows(own, gathered, route.group)
+        if ctx.meanwhile is not None:
+            ctx.meanwhile()
+        work.wait()
+        return gathered, None, None

@@ -1,0 +1,105 @@
+"""The page that the hosts of a node share, and which dispatcher is taken because of it."""
+
+import datetime
+import platform
+import random
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from tests.ranks import run_ranks
+
+HALF_A_MINUTE = datetime.timedelta(seconds=30)
+
+
+def turns(count: int, pause_s: float) -> list[list[tuple[int, ...]]]:
+    from accel_moe.dispatch.board import LARGEST, board_of
+
+    dist.init_process_group("gloo")
+    board = board_of(dist.group.WORLD, 2, HALF_A_MINUTE)
+    assert board is not None and board_of(dist.group.WORLD, 2, HALF_A_MINUTE) is board
+    rank, seen = dist.get_rank(), []
+    for turn in range(count):
+        if random.random() < 0.1:
+            time.sleep(random.random() * pause_s)
+        seen.append(board.exchange((100 * turn + rank, LARGEST + rank)))
+    return seen
+
+
+@pytest.mark.parametrize(("count", "pause_s"), [(500, 0.01), (5, 1.5)])
+def test_every_rank_sees_every_rank_s_numbers_of_this_turn(count, pause_s):
+    expected = [[(100 * turn + rank, 2**32 - 1) for rank in range(4)] for turn in range(count)]
+    assert run_ranks(turns, 4, count, pause_s) == [expected] * 4
+
+
+def on_two_nodes(how: str) -> tuple[bool, str]:
+    from accel_moe.dispatch import AllGatherDispatcher, AutomaticDispatcher, board
+
+    dist.init_process_group("gloo")
+    if how == "name":
+        platform.node = lambda: f"node {dist.get_rank() // 2}"
+    elif dist.get_rank() == 3:
+        board._mapped = lambda path, size: None
+    found = board.board_of(dist.group.WORLD, 2, HALF_A_MINUTE) is None
+    automatic = AutomaticDispatcher(dist.group.WORLD, 8)
+    hidden = torch.ones(3, 4)
+    sent = automatic.dispatch(hidden, torch.arange(24).view(3, 8) % 8, torch.ones(3, 8))
+    assert isinstance(sent.num_pairs, int)  # counted: all_to_all
+    assert torch.equal(automatic.combine(sent.rows, sent), 4 * hidden)
+    try:
+        AllGatherDispatcher(dist.group.WORLD, 8)
+    except ValueError as error:
+        return found, str(error)
+    return found, ""
+
+
+@pytest.mark.parametrize("how", ["name", "no file"])
+def test_ranks_that_share_no_memory_all_take_the_all_to_all(how):
+    for none, error in run_ranks(on_two_nodes, 4, how):
+        assert none and "/dev/shm" in error and "moe_dispatcher='auto'" in error
+
+
+def roads(top_k: int, **options) -> list[bool]:
+    """Whether `auto` sent every token to every rank: as it is, on request of a count, and with little memory."""
+    from accel_moe.dispatch import AutomaticDispatcher, memory
+
+    dist.init_process_group("gloo")
+    automatic = AutomaticDispatcher(dist.group.WORLD, 8)
+    hidden, index = torch.ones(5, 4), torch.arange(5 * top_k).view(5, top_k) % 8
+    took = []
+    for options, free in (({}, memory.UNKNOWN), ({"counted": True}, memory.UNKNOWN), ({}, 3 * 2**20)):
+        memory.free_bytes = lambda device, free=free: free if dist.get_rank() == 1 else memory.UNKNOWN
+        for _ in range(10):  # it does not ask for the memory every time
+            sent = automatic.dispatch(hidden, index, torch.ones(5, top_k), bytes_per_pair=2**16, **options)
+            needed = (sent.local_index < 8 // dist.get_world_size()).any(1, keepdim=True)
+            out = automatic.combine(sent.rows * needed, sent)
+        took.append(callable(sent.num_pairs))
+        ranks = torch.tensor([len(set(row)) for row in (index // (8 // dist.get_world_size())).tolist()])
+        torch.testing.assert_close(out, hidden * ranks[:, None])
+    return took
+
+
+@pytest.mark.parametrize(("world", "top_k", "expected"), [(2, 2, True), (2, 1, False), (4, 8, True), (4, 2, False)])
+def test_auto_sends_every_token_everywhere_where_most_are_needed_and_all_would_fit(world, top_k, expected):
+    for as_it_is, counted, crowded in run_ranks(roads, world, top_k):
+        assert as_it_is == expected and not counted and not crowded
+
+
+def crowded() -> str:
+    from accel_moe.dispatch import AllGatherDispatcher, memory
+
+    dist.init_process_group("gloo")
+    dispatcher = AllGatherDispatcher(dist.group.WORLD, 8)
+    memory.free_bytes = lambda device: 2**20 if dist.get_rank() == 1 else memory.UNKNOWN
+    tokens = torch.ones(5, 4), torch.zeros(5, 2, dtype=torch.long), torch.ones(5, 2)
+    with pytest.raises(torch.OutOfMemoryError) as caught:
+        dispatcher.dispatch(*tokens, bytes_per_pair=2**20)
+    dispatcher.dispatch(*tokens)
+    return str(caught.value)
+
+
+def test_an_all_gather_that_cannot_fit_is_refused_by_every_rank_and_names_the_ways_out():
+    for text in run_ranks(crowded, 2):
+        assert "moe_dispatch_chunk_tokens" in text and "moe_dispatcher='auto'" in text and "10 rows" in text

@@ -101,11 +101,30 @@ def build_mesh(plan: MeshPlan, device_type: str) -> DeviceMesh:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.distributed_c10d import _set_pg_timeout
 
-    mesh = init_device_mesh(device_type, (plan.dp_replicate, plan.efsdp, plan.ep), mesh_dim_names=MESH_DIM_NAMES)
+    override = {"ep": options} if plan.ep > 1 and (options := _of_its_own(device_type)) is not None else None
+    shape = plan.dp_replicate, plan.efsdp, plan.ep
+    mesh = init_device_mesh(device_type, shape, mesh_dim_names=MESH_DIM_NAMES, backend_override=override)
     if (timeout := default_timeout()) is not None:
         for group in mesh.get_all_groups():  # made with torch's default: half an hour on gloo
             _set_pg_timeout(timeout, group)
     return mesh
+
+
+def _of_its_own(device_type: str):
+    """Options that give the ep groups a communicator of their own, on a stream that goes first; None without NCCL.
+
+    A communicator runs one collective at a time, and a dimension that spans the world would get the job's own: each
+    exchange would wait for FSDP's prefetches and reductions. And beside a kernel that fills the GPU (the weights'
+    casts) its few blocks have to be let in.
+    """
+    import torch.distributed as dist
+
+    if device_type != "cuda" or not dist.is_nccl_available():
+        return None
+    options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
+    if (timeout := default_timeout()) is not None:
+        options._timeout = timeout
+    return options
 
 
 def default_timeout() -> datetime.timedelta | None:

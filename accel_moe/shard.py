@@ -119,20 +119,24 @@ def _own_experts(parameter: nn.Parameter, ep_mesh: DeviceMesh, dtype: torch.dtyp
 
 
 def prefetch_next_layers(model: nn.Module) -> None:
-    """Have each decoder layer's forward start the all-gather of the next one's weights.
+    """Have each decoder layer's forward start the all-gather of the next one's weights; the last layer's, of what
+    follows the layers (the final norm, and the head with it, where they are one unit).
 
-    FSDP2 leaves that to the host's running ahead of the GPU, and our layers make it wait, for their counts: the next
-    layer's weights would be asked for when they are needed. Chains are the children of each ModuleList; what is not in
-    one (embeddings, the head) is left as it was. After torchtitan (models/llama4/infra/parallelize.py, apply_fsdp:
-    explicit prefetching where expert parallelism syncs device and host).
+    FSDP2 leaves that to the host's running ahead of the GPU, and our layers may make it wait, for their counts: the
+    next layer's weights would be asked for when they are needed. Chains are the children of each ModuleList; what is
+    not in one, nor just behind one, is left as it was. After torchtitan (models/llama4/infra/parallelize.py,
+    apply_fsdp: explicit prefetching where expert parallelism syncs device and host).
     """
-    for blocks in (m for m in model.modules() if isinstance(m, nn.ModuleList)):
-        if not any(isinstance(m, ScatterMoE) for m in blocks.modules()):
-            continue
-        chain = [[m for m in block.modules() if isinstance(m, FSDPModule)] for block in blocks]
-        for units, following in itertools.pairwise(chain):
-            if units and following:
-                units[0].set_modules_to_forward_prefetch(following)
+    for parent in model.modules():
+        children = list(parent.children())
+        for at, blocks in enumerate(children):
+            if not isinstance(blocks, nn.ModuleList) or not any(isinstance(m, ScatterMoE) for m in blocks.modules()):
+                continue
+            chain = [[m for m in block.modules() if isinstance(m, FSDPModule)] for block in blocks]
+            chain.append([m for m in children[at + 1 :] if isinstance(m, FSDPModule)][:1])
+            for units, following in itertools.pairwise(chain):
+                if units and following:
+                    units[0].set_modules_to_forward_prefetch(following)
 
 
 class WithoutShardedExperts:

@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .entry import entry
+
 _BLOCK = 2048  # columns of a row at once
 
 
@@ -29,6 +31,7 @@ def destinations(
     return tl.where(index < 0, -1, index // experts_per_rank).to(tl.int32)
 
 
+@entry
 @triton.jit(do_not_specialize=["num_tokens", "free_bytes"])
 def count_copies(
     index_ptr,
@@ -53,6 +56,7 @@ def count_copies(
         tl.store(count + 2, tl.where(block == 0, free_bytes, 0).to(tl.int64))
 
 
+@entry
 @triton.jit(do_not_specialize=["num_tokens", "num_blocks", "own_rank"])
 def place_copies(
     index_ptr,
@@ -88,6 +92,7 @@ def place_copies(
         base += tl.sum(counts, axis=0)
 
 
+@entry
 @triton.jit(do_not_specialize=["num_sent"])
 def pack_rows(
     source_ptr,
@@ -146,6 +151,7 @@ def pack_rows(
         tl.store(own_weight_ptr + own * own_weight_stride + k, weights, mask=k < TOP_K * stays)
 
 
+@entry
 @triton.jit(do_not_specialize=["num_sent"])
 def sum_copies(
     returned_ptr,
@@ -195,6 +201,7 @@ def sum_copies(
             tl.store(out_weight_ptr + token * TOP_K + k, weights, mask=k < TOP_K)
 
 
+@entry
 @triton.jit(do_not_specialize=["num_tokens", "first"])
 def fill_rows(
     source_ptr,
@@ -231,6 +238,7 @@ def fill_rows(
     tl.store(row_index_ptr + row * row_index_stride + k, tl.where(routed, index, sentinel).to(tl.int32), mask=k < TOP_K)
 
 
+@entry
 @triton.jit(do_not_specialize=["num_rows", "first"])
 def keep_own_slots(
     index_ptr,

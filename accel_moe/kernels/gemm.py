@@ -19,7 +19,7 @@ weight, the layer is
 
 `x[token]` and `dout[token]` are gathered by the GEMMs' own loads. Every sum has one owner and a fixed order:
 no atomics, so two runs give the same bits. One tile belongs to one expert; tiles are listed on the GPU
-(`list_tiles`).
+(`list_tiles`). Kernels that are launched carry `@entry`; the others are parts of them.
 
 Operands named `*_src` are a TMA tensor descriptor where USE_TMA says so and a plain pointer elsewhere; one
 source serves both. Row numbers are widened to 64 bits before they are multiplied by a stride: T*K*H passes
@@ -33,6 +33,8 @@ code of theirs is used.
 import triton
 import triton.language as tl
 
+from .entry import entry
+
 # ------------------------------------------------------------------------------------------------------------
 # Routing: a stable counting sort of slots by expert, in two launches and without atomics.
 # ------------------------------------------------------------------------------------------------------------
@@ -40,6 +42,7 @@ import triton.language as tl
 SORT_CHUNK = tl.constexpr(128)
 
 
+@entry
 @triton.jit(do_not_specialize=["num_slots", "slots_per_block"])
 def count_slots(index_ptr, count_ptr, num_slots, num_experts, slots_per_block, BINS: tl.constexpr):
     """count[block, e] = slots of this block that chose expert e. Sentinels (index >= num_experts) count as
@@ -54,6 +57,7 @@ def count_slots(index_ptr, count_ptr, num_slots, num_experts, slots_per_block, B
     tl.store(count_ptr + block * BINS + tl.arange(0, BINS), counts)
 
 
+@entry
 @triton.jit(do_not_specialize=["num_slots", "num_rows", "slots_per_block", "num_blocks"])
 def place_slots(
     index_ptr,
@@ -98,6 +102,7 @@ def place_slots(
         place += tl.histogram(expert, BINS)
 
 
+@entry
 @triton.jit(do_not_specialize=["max_tiles"])
 def list_tiles(
     expert_offset_ptr,
@@ -357,6 +362,7 @@ def split_pairs(tile, ROWS: tl.constexpr, COLS: tl.constexpr, INTERLEAVED: tl.co
 # ------------------------------------------------------------------------------------------------------------
 
 
+@entry
 @triton.jit(do_not_specialize=["h_rows"])
 def up_projection(
     x_src,
@@ -497,6 +503,7 @@ def up_projection(
         tl.store(a_ptr + first + (lane * intermediate + cols), activated.to(dtype), mask=mask)
 
 
+@entry
 @triton.jit
 def grouped_rows(
     a_src,
@@ -568,6 +575,7 @@ def grouped_rows(
     tl.store(y_tile, acc.to(y_ptr.dtype.element_ty), mask=mask)
 
 
+@entry
 @triton.jit
 def gather_rows(
     x_ptr,
@@ -603,6 +611,7 @@ def gather_rows(
         tl.store(target + cols, value, mask=cols < width)
 
 
+@entry
 @triton.jit
 def sum_slots(
     y_ptr,
@@ -783,6 +792,7 @@ def activation_backward_halves(
     )
 
 
+@entry
 @triton.jit(do_not_specialize=["num_rows"])
 def down_backward(
     dout_src,
@@ -951,6 +961,7 @@ def down_backward(
     tl.store(ds_ptr + col_tile.to(tl.int64) * num_rows + rows, ds, mask=in_expert)
 
 
+@entry
 @triton.jit(do_not_specialize=["num_slots", "num_rows"])
 def sum_routing_grad(ds_ptr, slot_row_ptr, out_ptr, num_slots, num_rows, num_parts, BLOCK: tl.constexpr):
     """d top_k_weights[slot] = sum of the slot's ds partials, in order; exactly 0 for a sentinel."""
@@ -962,6 +973,7 @@ def sum_routing_grad(ds_ptr, slot_row_ptr, out_ptr, num_slots, num_rows, num_par
     tl.store(out_ptr + slot, acc.to(out_ptr.dtype.element_ty), mask=slot < num_slots)
 
 
+@entry
 @triton.jit(do_not_specialize=["num_rows"])
 def zero_tail(
     first_ptr,
@@ -1020,6 +1032,7 @@ def load_row_block(
     return tile
 
 
+@entry
 @triton.jit
 def weight_grad(
     left_src,
@@ -1080,6 +1093,7 @@ def weight_grad(
     tl.store(dw, (acc * scale).to(dw_ptr.dtype.element_ty), mask=mask)
 
 
+@entry
 @triton.jit
 def sum_expert_rows(
     src_ptr,
@@ -1120,6 +1134,7 @@ def sum_expert_rows(
     tl.store(out, (acc * scale).to(out_ptr.dtype.element_ty), mask=cols < width)
 
 
+@entry
 @triton.jit
 def dot_bias(
     dout_ptr,

@@ -15,6 +15,7 @@ from unittest import mock
 import psutil
 import torch
 import torch.distributed as dist
+from torch.distributed.fsdp import FSDPModule
 
 from tests.distributed.parity import Case, build, clean, prepared, whole
 from tests.tiny import batches
@@ -213,8 +214,9 @@ def die_in_step(case: Case, how: str, before: str, timeout_s: float, folder: str
         raise
 
 
-def layers_prefetched(case: Case) -> list[list[int]]:
-    """For each decoder layer, the numbers of those whose weights its forward asks for."""
+def layers_prefetched(case: Case) -> list[list[str]]:
+    """For each decoder layer, the units whose weights its forward asks for."""
     _, model, _ = prepared(case)
+    unit = {id(m._get_fsdp_state()): name for name, m in model.named_modules() if isinstance(m, FSDPModule)}
     states = [layer._get_fsdp_state() for layer in model.model.layers]
-    return [[states.index(ahead) for ahead in state._states_to_forward_prefetch] for state in states]
+    return [[unit[id(ahead)] for ahead in state._states_to_forward_prefetch] for state in states]

@@ -151,5 +151,5 @@ def test_a_rank_that_is_lost_in_a_step_ends_the_job_within_the_timeout(how, befo
     assert float(seen) - lost < 30 and "Error" in error, (float(seen) - lost, error)
 
 
-def test_the_next_layers_weights_are_asked_for_before_the_host_waits_for_counts():
-    assert run_ranks(runs.layers_prefetched, 2, Case(2, 2)) == [[[1], []]] * 2
+def test_the_next_layers_weights_are_asked_for_before_the_host_waits_for_counts_and_the_heads_too():
+    assert run_ranks(runs.layers_prefetched, 2, Case(2, 2)) == [[["model.layers.1"], ["lm_head"]]] * 2

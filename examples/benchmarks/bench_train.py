@@ -61,8 +61,9 @@ KINDS = {
         "scatter",
         "index",
     ),
-    "exchange": ("SendRecv", "AllToAll"),
-    "FSDP": ("AllGather", "ReduceScatter", "AllReduce", "split_with_sizes", "chunk_cat"),
+    "all-to-all": ("SendRecv", "AllToAll"),
+    # FSDP's, and an exchange's by all-gather
+    "gathers, reductions": ("AllGather", "ReduceScatter", "AllReduce", "split_with_sizes", "chunk_cat"),
     "optimizer": ("FusedAdam", "multi_tensor"),
     "dense GEMMs": ("nvjet", "gemm", "cublas"),
     "attention": ("fmha", "flash", "attention"),

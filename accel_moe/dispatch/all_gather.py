@@ -231,6 +231,8 @@ class _OnTheWayHome:
         return total[: self._route.own]
 
     def forget(self) -> None:
+        for _, _, work in self._started:
+            work.wait()  # also for one that was not taken: what it reads may be freed now
         self._started = []
 
 

@@ -115,7 +115,7 @@ def _new_file(size: int) -> str | None:
     try:
         handle, path = tempfile.mkstemp(prefix="accel_moe_", dir=folder)
         with os.fdopen(handle, "wb") as file:
-            file.truncate(size)
+            file.write(bytes(size))  # and not a hole, which a full folder could not fill when it is written to
     except OSError:
         return None
     return path

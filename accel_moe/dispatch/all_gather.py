@@ -15,7 +15,8 @@ gradients, where the experts function says when it has those of its rows. Ranks 
 with rows without an expert. Sums over ranks are the collective's: in the rows' dtype, in the same order every time.
 
 How many (row, expert) pairs came is not known when the experts are launched: `Dispatched.num_pairs` is then what waits
-for the number, and an experts function has to make room for K of every row. In backward it is known.
+for the number, and an experts function has to make room for K of every row. In backward it is known, unless the forward
+was run again just before, exchange and all: then the host waits there.
 
 After Megatron-LM's MoEAllGatherTokenDispatcher (megatron/core/transformer/moe/token_dispatcher.py), which advises it
 for a large K over few ranks.
@@ -52,11 +53,13 @@ class GatherRoute:
         tokens: of each rank.
         rank: ours.
         free_bytes: of the rank that has the fewest, once the caller's other work has taken its share.
+        capacity_bytes: of the rank that has the least memory, free or not: the same at every forward.
     """
 
     tokens: tuple[int, ...]
     rank: int
     free_bytes: int
+    capacity_bytes: int
     group: dist.ProcessGroup
 
     @property
@@ -93,12 +96,11 @@ class AllGatherDispatcher:
         self._rank = dist.get_rank(group)
         self._num_experts = num_experts
         self._num_local_experts = num_experts // dist.get_world_size(group)
-        self._free, self._asked = 0, 1 << 62
 
     @staticmethod
     def board(group: dist.ProcessGroup) -> Board | None:
         """Of the group; None where its ranks share no memory. A collective over the group."""
-        return board_of(group, 2, default_timeout() or _HALF_AN_HOUR)
+        return board_of(group, 3, default_timeout() or _HALF_AN_HOUR)
 
     def dispatch(
         self,
@@ -111,29 +113,36 @@ class AllGatherDispatcher:
         bytes_meanwhile: int = 0,
         counted: bool = False,
     ) -> Dispatched:
-        def agree() -> GatherRoute:
-            route = self.agree(hidden_states, bytes_meanwhile, lately=0)
-            self._check_fits(route, hidden_states, top_k_index.shape[1], bytes_per_pair)
-            return route
+        top_k = top_k_index.shape[1]
+        route = remember(lambda: self.agree(hidden_states, bytes_meanwhile))
+        self.check_fits(route, hidden_states, top_k, bytes_per_pair)
+        sent = self.send(route, hidden_states, top_k_index, top_k_weights, meanwhile)
+        assert not isinstance(sent.num_pairs, int)
+        return replace(sent, num_pairs=sent.num_pairs()) if counted else sent
 
-        sent = self.send(remember(agree), hidden_states, top_k_index, top_k_weights, meanwhile)
-        return replace(sent, num_pairs=sent.num_pairs()) if counted and callable(sent.num_pairs) else sent
-
-    def agree(self, hidden_states: torch.Tensor, bytes_meanwhile: int, *, lately: int) -> GatherRoute:
-        """lately: how many forwards old the free bytes may be that we tell the others; asking takes its time."""
-        if self._asked >= lately:
-            self._free, self._asked = memory.free_bytes(hidden_states.device), -1
-        self._asked += 1
-        free = max(0, self._free - bytes_meanwhile)
-        agreed = self._board.exchange((hidden_states.shape[0], free // _MIB))
-        least = min(mib for _, mib in agreed)
-        least = memory.UNKNOWN if least == LARGEST else least * _MIB
-        return GatherRoute(tuple(tokens for tokens, _ in agreed), self._rank, least, self.group)
+    def agree(self, hidden_states: torch.Tensor, bytes_meanwhile: int) -> GatherRoute:
+        device = hidden_states.device
+        free = max(0, memory.free_bytes(device) - bytes_meanwhile)
+        mine = hidden_states.shape[0], free // _MIB, memory.capacity_bytes(device) // _MIB
+        tokens, free, capacity = zip(*self._board.exchange(mine))
+        return GatherRoute(tokens, self._rank, _least(free), _least(capacity), self.group)
 
     def most_bytes(self, route: GatherRoute, hidden_states: torch.Tensor, top_k: int, bytes_per_pair: int) -> int:
-        """What a rank takes whose experts every slot falls on."""
+        """What a rank takes for a moment in forward, for K slots of every row: the rows, what the experts function says
+        of a pair, and its output."""
         bytes_per_row = hidden_states.shape[1] * hidden_states.element_size()
-        return route.received * (bytes_per_row + min(top_k, self._num_local_experts) * bytes_per_pair)
+        return route.received * (bytes_per_row + top_k * (bytes_per_pair + bytes_per_row))
+
+    def check_fits(self, route: GatherRoute, hidden_states: torch.Tensor, top_k: int, bytes_per_pair: int) -> None:
+        """Raises torch.OutOfMemoryError, on every rank of the group, where a rank has less than that free."""
+        needed = self.most_bytes(route, hidden_states, top_k, bytes_per_pair)
+        if needed > route.free_bytes:
+            raise torch.OutOfMemoryError(
+                f"An exchange by all-gather makes room for all {top_k} slots of {route.received} rows on each rank, "
+                f"about {needed / 2**30:.2f} GiB; a rank of the ep group has {route.free_bytes / 2**30:.2f} GiB free. "
+                f"Use moe_dispatcher: all_to_all, set moe_dispatch_chunk_tokens to less than the {route.own} tokens of "
+                "this batch, or use a smaller batch."
+            )
 
     def send(
         self,
@@ -180,15 +189,9 @@ class AllGatherDispatcher:
     ) -> torch.Tensor:
         return _SumHome.apply(rows, dispatched.handle, meanwhile)
 
-    def _check_fits(self, route: GatherRoute, hidden_states: torch.Tensor, top_k: int, bytes_per_pair: int) -> None:
-        needed = self.most_bytes(route, hidden_states, top_k, bytes_per_pair)
-        if needed > route.free_bytes:
-            raise torch.OutOfMemoryError(
-                f"moe_dispatcher='all_gather' makes room for every slot of {route.received} rows on each rank, at "
-                f"least {needed / 2**30:.2f} GiB; a rank of the ep group has {route.free_bytes / 2**30:.2f} GiB free. "
-                f"Use moe_dispatcher='auto' or 'all_to_all', set moe_dispatch_chunk_tokens to less than the "
-                f"{route.own} tokens of this batch, or use a smaller batch."
-            )
+
+def _least(mib: tuple[int, ...]) -> int:
+    return memory.UNKNOWN if min(mib) == LARGEST else min(mib) * _MIB
 
 
 def _summed_later(parts: torch.Tensor) -> Callable[[], int]:
@@ -261,8 +264,9 @@ class _Gathered(torch.autograd.Function):
         grad_values, grad_weights = (
             zeros() if g is None else g for g, zeros in zip((grad_values, grad_weights), ctx.zeros)
         )
-        grad_hidden = home.take(grad_values) if needs_values else None
+        # in the order of `start`: another rank may have started its own, where this one's experts function did not
         grad_top_k = home.take(grad_weights, lambda: local_index >= ctx.sentinel) if needs_weights else None
+        grad_hidden = home.take(grad_values) if needs_values else None
         home.forget()
         return grad_hidden, grad_top_k, None, None, None
 
@@ -277,7 +281,8 @@ class _SumHome(torch.autograd.Function):
         def home() -> torch.Tensor:
             total, work = sum_rows(values.contiguous(), route.group)
             work.wait()
-            return total[: route.own]
+            # not a view: a model may change it in place
+            return total if route.own == route.rows else total[: route.own].clone()
 
         return remember(home, handed_out=True)
 

@@ -3,7 +3,7 @@
 An all-gather (all_gather.py) makes no host wait for its GPU, and sends (ranks - 1) rows a token; an all-to-all
 (all_to_all.py) waits once a layer, and sends one row for each other rank that has one of the token's experts: of
 ranks - 1, the share (1 - 1/ranks)^K falls away. The first is taken where little falls away, ranks share a node, and the
-most that could come fits well: buffers that pass are of that size then.
+most that could come takes little of a GPU's memory: buffers that pass are of that size then.
 
 All ranks decide alike: from the group, K, and what they have just told each other.
 """
@@ -23,8 +23,9 @@ from accel_moe.dispatch.keep import remember
 _NEEDED = 0.75
 """Of the rows that an all-gather sends, the least share that an even routing needs. Measured at 0.996 (ep 2, K 8) and
 0.9 (ep 4, K 8)."""
-_OF_FREE_MEMORY = 0.25
-_LATELY = 8
+_OF_MEMORY = 1 / 16
+"""Of a GPU's whole memory, what buffers for every slot of every row may take. Not of what is free: a forward that
+activation checkpointing runs again must take the road that it took before."""
 
 
 class AutomaticDispatcher:
@@ -49,13 +50,10 @@ class AutomaticDispatcher:
     ) -> Dispatched:
         top_k, gather = top_k_index.shape[1], self._all_gather
         if gather is not None and not counted and 1 - (1 - 1 / self._ranks) ** top_k >= _NEEDED:
-
-            def agree() -> GatherRoute | None:
-                route = gather.agree(hidden_states, bytes_meanwhile, lately=_LATELY)
-                most = gather.most_bytes(route, hidden_states, top_k, bytes_per_pair)
-                return route if most <= _OF_FREE_MEMORY * route.free_bytes else None
-
-            if (route := remember(agree)) is not None:
+            route = remember(lambda: gather.agree(hidden_states, bytes_meanwhile))
+            most = gather.most_bytes(route, hidden_states, top_k, bytes_per_pair)
+            if most <= _OF_MEMORY * route.capacity_bytes:
+                gather.check_fits(route, hidden_states, top_k, bytes_per_pair)
                 return gather.send(route, hidden_states, top_k_index, top_k_weights, meanwhile)
         return self._all_to_all.dispatch(
             hidden_states,

@@ -81,10 +81,11 @@ def board_of(group: dist.ProcessGroup, numbers: int, timeout: datetime.timedelta
 
     A collective over the group the first time; afterwards the same board comes back.
     """
+    alive = dist.distributed_c10d._world.pg_map
+    _boards[:] = [entry for entry in _boards if entry[0] in alive]  # a board would keep its group's threads and sockets
     for known, board in _boards:
         if known is group:
             return board
-    del _boards[:-16]  # of groups that are no more
     board = _make(group, numbers, timeout)
     _boards.append((group, board))
     return board
@@ -112,11 +113,14 @@ def _make(group: dist.ProcessGroup, numbers: int, timeout: datetime.timedelta) -
 
 def _new_file(size: int) -> str | None:
     folder = "/dev/shm" if os.path.isdir("/dev/shm") else None  # memory, where there is such a folder
+    path = None
     try:
         handle, path = tempfile.mkstemp(prefix="accel_moe_", dir=folder)
         with os.fdopen(handle, "wb") as file:
             file.write(bytes(size))  # and not a hole, which a full folder could not fill when it is written to
     except OSError:
+        if path is not None:
+            Path(path).unlink(missing_ok=True)
         return None
     return path
 

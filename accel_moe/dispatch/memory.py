@@ -27,6 +27,17 @@ def free_bytes(device: torch.device) -> int:
     return left
 
 
+def capacity_bytes(device: torch.device) -> int:
+    """All that this process's tensors may take on `device`, whatever they take now. UNKNOWN on a CPU."""
+    return UNKNOWN if device.type != "cuda" else _total(device)
+
+
+@functools.cache
+def _total(device: torch.device) -> int:
+    total = torch.cuda.get_device_properties(device).total_memory
+    return int(total * torch.cuda.get_per_process_memory_fraction(device))
+
+
 @functools.cache
 def _capacity(device: torch.device) -> int:
     """All that this process's tensors may take. Measured now and then: asking the driver in every layer is slow."""

@@ -1,10 +1,10 @@
 """What the backward keeps and which gradients it computes: the ops of ops.py joined under torch.autograd.
 
-Fused, saved are x, the weights and top_k_weights (held by others anyway), the pre-activation h [P, 2I] and the
-routing as int32. Weights in another dtype than x (fp32 master weights under bf16 compute) are cast for the products, in
-forward and again in backward, so that no copy of them is kept; their gradients are written once, in their own dtype,
-from the fp32 accumulators. In two halves, what the gate's own torch operations save comes on top: h, its output a
-[P, I], and their like.
+Fused, saved are x, the weights and top_k_weights (held by others anyway), the pre-activation h [P, 2I] (its first rows,
+where P is counted later: counts.LaterPairs) and the routing as int32. Weights in another dtype than x (fp32 master
+weights under bf16 compute) are cast for the products, in forward and again in backward, so that no copy of them is
+kept; their gradients are written once, in their own dtype, from the fp32 accumulators. In two halves, what the gate's
+own torch operations save comes on top: h, its output a [P, I], and their like.
 """
 
 import functools

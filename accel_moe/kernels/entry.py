@@ -60,5 +60,6 @@ class Entry:
 
 
 def entry(fn: Any) -> Any:
-    """Decorator of a triton.jit function that is launched, not called by others. The interpreter has no variants."""
-    return fn if os.environ.get("TRITON_INTERPRET") == "1" else Entry(fn)
+    """Decorator of a triton.jit function that is launched, not called by others. The interpreter has no variants, and
+    AMD's are specialised on more than is looked at here."""
+    return fn if os.environ.get("TRITON_INTERPRET") == "1" or torch.version.hip else Entry(fn)

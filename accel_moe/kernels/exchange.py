@@ -440,21 +440,20 @@ def own_slots(index: Tensor, weights: Tensor, first: int, experts_per_rank: int)
     local_index = torch.empty(rows, top_k, dtype=torch.long, device=index.device)
     local_weights = weights.new_empty(rows, top_k)
     pairs = torch.empty(blocks, dtype=torch.int32, device=index.device)
-    if rows:
-        keep_own_slots[(blocks,)](
-            index,
-            weights,
-            local_index,
-            local_weights,
-            pairs,
-            rows,
-            first,
-            experts_per_rank,
-            index.stride(0),
-            weights.stride(0),
-            TOP_K=top_k,
-            K_PAD=triton.next_power_of_2(top_k),
-            ROWS=per_block,
-            num_warps=4,
-        )
+    keep_own_slots[(blocks,)](
+        index,
+        weights,
+        local_index,
+        local_weights,
+        pairs,
+        rows,
+        first,
+        experts_per_rank,
+        index.stride(0),
+        weights.stride(0),
+        TOP_K=top_k,
+        K_PAD=triton.next_power_of_2(top_k),
+        ROWS=per_block,
+        num_warps=4,
+    )
     return local_index, local_weights, pairs

@@ -62,6 +62,18 @@ def gradients_and_exchanges(case: Case, transformers_checkpointing: str = "") ->
     return {clean(n): whole(p.grad) for n, p in model.named_parameters()}, len(exchanges)
 
 
+def counted_backward(case: Case, on: bool) -> dict[str, torch.Tensor]:
+    """Gradients of a step of few tokens; rank 0 counts its backward's operations."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    accelerator, model, _ = prepared(case)
+    own = own_batch(accelerator)[:, :8]
+    loss = model(input_ids=own, labels=own).loss
+    with FlopCounterMode(display=False) if on and dist.get_rank() == 0 else contextlib.nullcontext():
+        accelerator.backward(loss)
+    return {clean(n): whole(p.grad) for n, p in model.named_parameters()}
+
+
 def checkpointed(case: Case):
     model = build(case)
     model.gradient_checkpointing_enable()

@@ -62,19 +62,18 @@ def test_ranks_that_share_no_memory_all_take_the_all_to_all(how):
 
 
 def roads(top_k: int, **options) -> list[bool]:
-    """Whether `auto` sent every token to every rank: as it is, on request of a count, and with little memory."""
+    """Whether `auto` sent every token to every rank: as it is, on request of a count, and where a rank is small."""
     from accel_moe.dispatch import AutomaticDispatcher, memory
 
     dist.init_process_group("gloo")
     automatic = AutomaticDispatcher(dist.group.WORLD, 8)
     hidden, index = torch.ones(5, 4), torch.arange(5 * top_k).view(5, top_k) % 8
     took = []
-    for options, free in (({}, memory.UNKNOWN), ({"counted": True}, memory.UNKNOWN), ({}, 3 * 2**20)):
-        memory.free_bytes = lambda device, free=free: free if dist.get_rank() == 1 else memory.UNKNOWN
-        for _ in range(10):  # it does not ask for the memory every time
-            sent = automatic.dispatch(hidden, index, torch.ones(5, top_k), bytes_per_pair=2**16, **options)
-            needed = (sent.local_index < 8 // dist.get_world_size()).any(1, keepdim=True)
-            out = automatic.combine(sent.rows * needed, sent)
+    for options, capacity in (({}, memory.UNKNOWN), ({"counted": True}, memory.UNKNOWN), ({}, 2**20)):
+        memory.capacity_bytes = lambda device, have=capacity: have if dist.get_rank() == 1 else memory.UNKNOWN
+        sent = automatic.dispatch(hidden, index, torch.ones(5, top_k), bytes_per_pair=2**16, **options)
+        needed = (sent.local_index < 8 // dist.get_world_size()).any(1, keepdim=True)
+        out = automatic.combine(sent.rows * needed, sent)
         took.append(callable(sent.num_pairs))
         ranks = torch.tensor([len(set(row)) for row in (index // (8 // dist.get_world_size())).tolist()])
         torch.testing.assert_close(out, hidden * ranks[:, None])
@@ -102,4 +101,44 @@ def crowded() -> str:
 
 def test_an_all_gather_that_cannot_fit_is_refused_by_every_rank_and_names_the_ways_out():
     for text in run_ranks(crowded, 2):
-        assert "moe_dispatch_chunk_tokens" in text and "moe_dispatcher='auto'" in text and "10 rows" in text
+        assert "moe_dispatch_chunk_tokens" in text and "moe_dispatcher: all_to_all" in text and "10 rows" in text
+
+
+def one_board_after_another() -> int:
+    from accel_moe.dispatch import board
+
+    for _ in range(3):
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        assert board.board_of(dist.group.WORLD, 2, HALF_A_MINUTE) is not None
+        dist.destroy_process_group()
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    board.board_of(dist.group.WORLD, 2, HALF_A_MINUTE)
+    return len(board._boards)
+
+
+def test_the_boards_of_groups_that_are_no_more_are_let_go():
+    assert run_ranks(one_board_after_another, 1) == [1]
+
+
+def test_a_full_folder_gives_no_board_and_leaves_no_file(monkeypatch, tmp_path):
+    import os
+    import tempfile
+
+    from accel_moe.dispatch import board
+
+    class Full:
+        def write(self, data):
+            raise OSError("No space left on device")
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *exception):
+            pass
+
+    handle, path = tempfile.mkstemp(dir=tmp_path)
+    os.close(handle)
+    monkeypatch.setattr(board.tempfile, "mkstemp", lambda **_: (handle, path))
+    monkeypatch.setattr(board.os, "fdopen", lambda *_: Full())
+    assert board._new_file(4096) is None
+    assert not list(tmp_path.iterdir())

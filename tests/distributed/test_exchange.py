@@ -12,8 +12,8 @@ from tests.distributed.test_parity import oracle
 from tests.ranks import run_ranks
 
 RECOMPUTE = ("moe_keep_exchanged", False)
-DISPATCHERS = ["all_to_all", "all_gather"]
-EXCHANGES = {"all_to_all": 8, "all_gather": 10}
+TO_ALL = (("moe_dispatcher", "all_to_all"),)
+EXCHANGES = {"all_to_all": 8, "all_gather": 10, "auto": 10}
 """Of a step of two layers: two forward and two backward each, and the routing weights' gradients beside the rows' under
 all_gather. Exchanging again costs the way out once more for each layer; bringing the sums home is left out, because
 checkpointing stops once it has what backward needs."""
@@ -28,7 +28,7 @@ def assert_same(found: dict, wanted: dict) -> None:
 
 
 @pytest.mark.parametrize("nothing_received", [False, True], ids=["", "nothing received"])
-@pytest.mark.parametrize("dispatcher", DISPATCHERS)
+@pytest.mark.parametrize("dispatcher", EXCHANGES)
 def test_activation_checkpointing_does_not_exchange_twice(dispatcher, nothing_received):
     options = (("moe_dispatcher", dispatcher),)
     case = Case(2, 2, nothing_received=nothing_received, options=options)
@@ -90,7 +90,7 @@ def test_a_kept_forward_can_be_run_again_more_than_once():
 def test_what_cannot_fit_is_refused_on_every_rank_before_it_is_allocated(where):
     free = [2**30, 2**30]
     free[where] = 4096
-    for text, went_on in run_ranks(runs.crowded, 2, Case(2, 2, nothing_received=True), free):
+    for text, went_on in run_ranks(runs.crowded, 2, Case(2, 2, nothing_received=True, options=TO_ALL), free):
         if where == 1:  # sends all its rows away, and needs nothing
             assert text == ""
         else:
@@ -100,11 +100,19 @@ def test_what_cannot_fit_is_refused_on_every_rank_before_it_is_allocated(where):
 
 def test_chunks_need_less_than_the_whole():
     """The same memory, too little for all tokens at once, is enough for three at a time."""
-    case = Case(2, 2, nothing_received=True)
+    case = Case(2, 2, nothing_received=True, options=TO_ALL)
     free = [6 * 32 * 4 + 12 * (2 * 24 + 24) * 4 + 1, 2**30]  # 3 rows from each of 2 ranks, 2 experts for each
     assert all("moe_dispatch_chunk_tokens" in text for text, _ in run_ranks(runs.crowded, 2, case, free))
-    in_chunks = Case(2, 2, nothing_received=True, options=(("moe_dispatch_chunk_tokens", 3),))
+    in_chunks = replace(case, options=(*TO_ALL, ("moe_dispatch_chunk_tokens", 3)))
     assert all(text == "" for text, _ in run_ranks(runs.crowded, 2, in_chunks, free))
+
+
+@pytest.mark.parametrize("dispatcher", ["all_to_all", "all_gather"])
+def test_a_rank_that_counts_its_operations_in_backward_exchanges_with_those_that_do_not(dispatcher):
+    """Under a dispatch mode our kernels run as operators, which start no gradient early: the order must not change."""
+    case = Case(2, 2, kernel="scattermoe", interpret=True, options=(("moe_dispatcher", dispatcher),))
+    plain, counted = (run_ranks(runs.counted_backward, 2, case, on, interpret=True)[0] for on in (False, True))
+    assert_same(counted, plain)
 
 
 def test_a_dispatcher_from_outside_the_package_trains_alike():
@@ -122,9 +130,6 @@ def test_two_hundred_steps_with_changing_routings_leave_no_memory_behind(case):
         assert late == early
         # one [T, H] a layer and step would be 13 MB; the allocator's own growth levels off (1 to 2 MB by then)
         assert growth <= 8 * 2**20, growth
-
-
-TO_ALL = (("moe_dispatcher", "all_to_all"),)
 
 
 @pytest.mark.parametrize(

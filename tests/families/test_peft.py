@@ -140,8 +140,8 @@ rows could be with them, and not."""
         ("lm_head.weight", [], []),
         # layer 1; from its experts only the weights' gradients
         ("model.layers.1.mlp.gate.weight", [ROW, PADDED], [ROW, WEIGHTS]),
-        ("model.layers.1.self_attn.q_proj.weight", [ROW, WITH_WEIGHTS], [ROW, ROW, WEIGHTS]),
-        ("model.embed_tokens.weight", [ROW, WITH_WEIGHTS] * 2, [ROW, ROW, WEIGHTS] * 2),
+        ("model.layers.1.self_attn.q_proj.weight", [ROW, WITH_WEIGHTS], [ROW, WEIGHTS, ROW]),
+        ("model.embed_tokens.weight", [ROW, WITH_WEIGHTS] * 2, [ROW, WEIGHTS, ROW] * 2),
     ],
 )
 def test_no_gradient_passes_through_the_exchange_that_nobody_needs(trained, to_all, to_every_rank):

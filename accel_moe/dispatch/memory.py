@@ -29,11 +29,8 @@ def free_bytes(device: torch.device) -> int:
 
 def capacity_bytes(device: torch.device) -> int:
     """All that this process's tensors may take on `device`, whatever they take now. UNKNOWN on a CPU."""
-    return UNKNOWN if device.type != "cuda" else _total(device)
-
-
-@functools.cache
-def _total(device: torch.device) -> int:
+    if device.type != "cuda":
+        return UNKNOWN
     total = torch.cuda.get_device_properties(device).total_memory
     return int(total * torch.cuda.get_per_process_memory_fraction(device))
 
@@ -41,9 +38,8 @@ def _total(device: torch.device) -> int:
 @functools.cache
 def _capacity(device: torch.device) -> int:
     """All that this process's tensors may take. Measured now and then: asking the driver in every layer is slow."""
-    free, total = torch.cuda.mem_get_info(device)
-    allowed = int(total * torch.cuda.get_per_process_memory_fraction(device))
-    return min(free + torch.cuda.memory_reserved(device), allowed)
+    free, _ = torch.cuda.mem_get_info(device)
+    return min(free + torch.cuda.memory_reserved(device), capacity_bytes(device))
 
 
 def check_fits(

@@ -14,6 +14,7 @@ gradient that is not needed comes back with no elements. `scale` multiplies the 
 nothing else.
 """
 
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -26,11 +27,18 @@ from .launch import IDENTITY, PAD, Layer, TileLists, Weight
 from .routing import Routing, sort_slots
 
 
-def _op(name: str) -> Callable[[Callable[..., Any]], Any]:
-    """Register a function as a custom op."""
+def _op(name: str, only_direct: str = "") -> Callable[[Callable[..., Any]], Any]:
+    """Register a function as a custom op. only_direct: a parameter, the last, that only the function itself takes: what
+    an op cannot be given."""
 
     def register(function):
-        op = torch.library.custom_op(f"accel_moe::{name}", function, mutates_args=())
+        def traced(*arguments):
+            return function(*arguments)
+
+        signature = inspect.signature(function)
+        taken = [p for p in signature.parameters.values() if p.name != only_direct]
+        traced.__signature__ = signature.replace(parameters=taken)  # pyright: ignore[reportFunctionMemberAccess]
+        op = torch.library.custom_op(f"accel_moe::{name}", traced, mutates_args=())
         op.function = function
         return op
 
@@ -91,13 +99,7 @@ def experts_forward(
         routing = sort_slots(index, layer.num_experts, rows)
         tiles = TileLists(routing)
         up, down = Weight(w1, depth_last=not transposed), Weight(w2, depth_last=not transposed)
-        h, a = launch.tuned(
-            "up" if gated else "up_plain",
-            layer,
-            likely,
-            x,
-            lambda c: launch.up_projection(x, up, _dense(b1), routing, tiles, c, kind, kept),
-        )
+        h, a = _up(layer, x, up, b1, routing, tiles, kind, likely, kept)
         run = lambda c: launch.grouped_rows(a, down, _dense(b2), routing, tiles, c)  # noqa: E731
         y = launch.tuned("down", layer, likely, x, run)
         out = launch.sum_slots(y, routing, weights, x.shape[0])
@@ -138,19 +140,20 @@ def pre_activation(
         layer = Layer.of(w1, w2, gated, transposed)
         routing = Routing(row_slot, slot_row, expert_offsets, top_k=slot_row.numel() // max(1, x.shape[0]))
         tiles, up = TileLists(routing), Weight(w1, depth_last=not transposed)
-        h, _ = launch.tuned(
-            "up" if gated else "up_plain",
-            layer,
-            likely,
-            x,
-            lambda c: launch.up_projection(
-                x, up, _dense(b1), routing, tiles, c, kind, routing.num_rows, activate=False
-            ),
-        )
+        h, _ = _up(layer, x, up, b1, routing, tiles, kind, likely, routing.num_rows, activate=False)
     return h
 
 
-def _experts_backward(
+def _up(
+    layer: Layer, x, up: Weight, b1, routing: Routing, tiles: TileLists, kind: Gate, likely: int, h_rows: int, **options
+) -> tuple[Tensor, Tensor]:
+    """launch.up_projection as it is tuned for `likely` rows in use."""
+    run = lambda c: launch.up_projection(x, up, _dense(b1), routing, tiles, c, kind, h_rows, **options)  # noqa: E731
+    return launch.tuned("up" if layer.gated else "up_plain", layer, likely, x, run)
+
+
+@_op("experts_backward", only_direct="rows_ready")
+def experts_backward(
     dout: Tensor,
     x: Tensor,
     w1: Tensor,
@@ -172,7 +175,9 @@ def _experts_backward(
     needs: list[bool],
     rows_ready: Callable[[Tensor, Tensor], None] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """As experts_backward; rows_ready is called with the gradients of x and weights before the others are computed."""
+    """-> gradients of x, w1, w2, b1, b2 and weights, those that `needs` (six, in that order) asks for; the middle four
+    in grad_dtype. filled: every one of the P rows is in use. rows_ready: called with the gradients of x and weights
+    before the others are computed."""
     need_x, need_w1, need_w2, need_b1, need_b2, need_weights = needs
     kind, biased = Gate.of(act, gated, gate), int(b2 is not None)
     with launch.on_device(x):
@@ -212,39 +217,6 @@ def _experts_backward(
         if dx is None:
             dx = _input_grad(layer, x, w1, dh, routing, tiles, need_x)
     return dx, dw1, dw2, db1, db2, dweights
-
-
-@_op("experts_backward")
-def experts_backward(
-    dout: Tensor,
-    x: Tensor,
-    w1: Tensor,
-    w2: Tensor,
-    b1: Tensor | None,
-    b2: Tensor | None,
-    weights: Tensor,
-    h: Tensor,
-    row_slot: Tensor,
-    slot_row: Tensor,
-    expert_offsets: Tensor,
-    act: str,
-    gate: Sequence[float],
-    gated: bool,
-    transposed: bool,
-    scale: float,
-    grad_dtype: torch.dtype,
-    filled: bool,
-    needs: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """-> gradients of x, w1, w2, b1, b2 and weights, those that `needs` (six, in that order) asks for; the middle four
-    in grad_dtype. filled: every one of the P rows is in use."""
-    return _experts_backward(
-        dout, x, w1, w2, b1, b2, weights, h, row_slot, slot_row, expert_offsets, act, gate, gated, transposed, scale,
-        grad_dtype, filled, needs,
-    )  # fmt: skip
-
-
-experts_backward.function = _experts_backward
 
 
 @experts_backward.register_fake

@@ -78,7 +78,11 @@ def measure(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
 
     square = torch.randn(4096 if GPU else 64, 4096 if GPU else 64, device=device, dtype=torch.bfloat16)
 
+    works = 0
+
     def work() -> None:
+        nonlocal works
+        works += 1
         for _ in range(5):
             torch.mm(square, square)
 
@@ -124,20 +128,14 @@ def measure(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
         for sent, received, give, take in buffers:
             dist.all_to_all_single(received, sent, output_split_sizes=take, input_split_sizes=give)
 
+    there_and_back(in_layer=True)
+    in_a_layer = works
+
     def only_work() -> None:
-        for _ in range(works):
+        for _ in range(in_a_layer):
             work()
 
     alone = {"plain_s": median_s(plain, args.repeats), "ours_s": median_s(there_and_back, args.repeats)}
-    works = 0
-
-    def counting() -> None:
-        nonlocal works
-        works += 1
-
-    with mock.patch.object(torch, "mm", lambda *_: counting()):
-        there_and_back(in_layer=True)
-    works //= 5  # products each
     base_s = median_s(only_work, args.repeats)
     in_layer = {
         "plain_s": median_s(lambda: (only_work(), plain()), args.repeats) - base_s,

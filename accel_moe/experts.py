@@ -104,6 +104,8 @@ class ScatterMoE(nn.Module):
     ) -> torch.Tensor:
         """[T, H], [T, K], [T, K] to [T, H] in the dtype of hidden_states. A collective when ep > 1."""
         layer = self._accel_moe_layer
+        if torch.compiler.is_dynamo_compiling() and layer.ep > 1:
+            return _uncompiled(self, hidden_states, top_k_index, top_k_weights)
         routed, dtype = top_k_index, hidden_states.dtype
         compute_dtype = _compute_dtype(self, hidden_states)
         function = experts_function(layer.kernel, self)
@@ -174,6 +176,13 @@ class ScatterMoE(nn.Module):
         return f"{own}, {text}" if own else text
 
 
+@torch.compiler.disable(reason="the ranks of an ep group exchange tokens here")
+def _uncompiled(module: ScatterMoE, *args: torch.Tensor) -> torch.Tensor:
+    """The same forward, where torch.compile breaks its graph: an exchange is started and awaited by the host, and its
+    sizes come from other ranks. What is around the experts is compiled."""
+    return ScatterMoE.forward(module, *args)
+
+
 def swap(modules: dict[str, nn.Module], prepared: PreparedState) -> None:
     """Give each module our forward, in place; and what PEFT wrapped around it, under ep, what `LendsLowRank` says.
 
@@ -233,7 +242,8 @@ def expert_load(model: nn.Module) -> dict[str, torch.Tensor]:
 
     Returns:
         {layer name: [E] int64 on the CPU}. The sum of one layer's row is tokens x K over all ranks and forwards
-        (a forward that activation checkpointing runs again is counted once).
+        (a forward that activation checkpointing runs again is counted once). With ep 1, a forward that torch.compile
+        compiled is not counted.
 
     Raises:
         ValueError: the model was not prepared.
@@ -377,10 +387,10 @@ def _compute_dtype(module: nn.Module, hidden_states: torch.Tensor) -> torch.dtyp
 
 @torch.no_grad()
 def _count_tokens(layer: LayerState, top_k_index: torch.Tensor) -> None:
+    if torch.compiler.is_compiling():
+        return  # the graph would break at the next line
     if torch._C._current_graph_task_id() != -1:
         return  # inside a backward: activation checkpointing is running this forward again
-    if torch.compiler.is_compiling():
-        return
     size = layer.num_experts + 1  # the last one takes slots without an expert
     if top_k_index.is_cuda and not torch.are_deterministic_algorithms_enabled():
         # One kernel and no sync; it leaves out what is above max. Its counts are exact, but torch refuses it where it

@@ -322,6 +322,12 @@ def _check_accelerator(accelerator, model: nn.Module, state: PreparedState) -> N
             f"{found} with mixed_precision: fp16 is not supported: the gradient scaler looks for overflow on each "
             "parameter's own mesh only. Use mixed_precision: bf16."
         )
+    dynamo = accelerator.state.dynamo_plugin
+    if dynamo.backend.value != "NO" and dynamo.fullgraph:
+        raise ValueError(
+            f"{found} with dynamo_use_fullgraph: true is not supported: the graph breaks where ranks exchange tokens. "
+            "Set dynamo_config.dynamo_use_fullgraph: false."
+        )
     _plan(accelerator, state)
 
 

@@ -32,11 +32,24 @@ def median_ms(run: Callable[[], object], repeats: int) -> float:
 
 def kernels_of(run: Callable[[], object]) -> list[tuple[str, float, int]]:
     """What one run launches on this process's GPU: (name, milliseconds in all, launches) of each kernel."""
+    return gpu_profile(run)[0]
+
+
+def gpu_profile(run: Callable[[], object]) -> tuple[list[tuple[str, float, int]], float]:
+    """`kernels_of` a run, and the milliseconds in which this process's GPU ran at least one of them."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
         run()
         torch.cuda.synchronize()
-    on_gpu = (e for e in profiler.key_averages() if e.device_type == torch.autograd.DeviceType.CUDA)
-    return [(e.key, e.self_device_time_total / 1e3, e.count) for e in on_gpu]
+    cuda = torch.autograd.DeviceType.CUDA
+    kernels = [
+        (e.key, e.self_device_time_total / 1e3, e.count) for e in profiler.key_averages() if e.device_type == cuda
+    ]
+    spans = sorted((e.time_range.start, e.time_range.end) for e in profiler.events() if e.device_type == cuda)
+    busy = until = 0.0
+    for start, end in spans:  # microseconds
+        busy += max(0.0, end - max(start, until))
+        until = max(until, end)
+    return kernels, busy / 1e3
 
 
 def replace_section(path: Path, benchmark: str, title: str, section: str) -> None:

@@ -34,6 +34,10 @@ class Case:
     nothing_received: bool = False
     ram_efficient: bool = False
     two_groups: bool = False
+    compiled: str = ""
+    """By accelerate's dynamo plugin: the decoder layers ("regional") or the "whole" model."""
+    lengths: tuple[int, ...] = (6,) * STEPS
+    """Tokens of a sequence, step by step. torch.compile takes sizes for constants until they change."""
     mesh: bool = True
     """Give accelerate a parallelism_config; without one it builds no mesh."""
     ours: bool = True
@@ -76,6 +80,10 @@ def optimizer_of(model, case: Case):
     return torch.optim.AdamW(groups, lr=LEARNING_RATE)
 
 
+def batches_of(case: Case) -> list[torch.Tensor]:
+    return [batches(STEPS, length=length)[step] for step, length in enumerate(case.lengths)]
+
+
 def train_on_one_process(case: Case) -> Run:
     """The oracle."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -84,7 +92,7 @@ def train_on_one_process(case: Case) -> Run:
     start = {n: p.detach().cpu().clone() for n, p in model.named_parameters()}
     optimizer = optimizer_of(model, case)
     losses, norms, gradients = [], [], {}
-    for step, batch in enumerate(batches(STEPS)):
+    for step, batch in enumerate(batches_of(case)):
         loss = model(input_ids=batch.to(device), labels=batch.to(device)).loss
         loss.backward()
         if step == 0:
@@ -100,7 +108,7 @@ def train_on_one_process(case: Case) -> Run:
 def accelerator_for(case: Case, model):
     from accelerate import Accelerator
     from accelerate.parallelism_config import ParallelismConfig
-    from accelerate.utils import FullyShardedDataParallelPlugin
+    from accelerate.utils import FullyShardedDataParallelPlugin, TorchDynamoPlugin
 
     plugin = FullyShardedDataParallelPlugin(
         fsdp_version=2,
@@ -110,10 +118,18 @@ def accelerator_for(case: Case, model):
         cpu_ram_efficient_loading=case.ram_efficient,
         state_dict_type="SHARDED_STATE_DICT",
     )
+    dynamo = None
+    if case.compiled:
+        dynamo = TorchDynamoPlugin(backend="aot_eager", use_regional_compilation=case.compiled == "regional")
     mesh = None
     if case.mesh and case.world > 1:
         mesh = ParallelismConfig(dp_replicate_size=case.dp_replicate, dp_shard_size=case.world // case.dp_replicate)
-    return Accelerator(fsdp_plugin=plugin, parallelism_config=mesh, gradient_accumulation_steps=case.accumulation)
+    return Accelerator(
+        fsdp_plugin=plugin,
+        parallelism_config=mesh,
+        dynamo_plugin=dynamo,
+        gradient_accumulation_steps=case.accumulation,
+    )
 
 
 def prepared(case: Case):
@@ -153,7 +169,7 @@ def train_on_rank(case: Case) -> Run | None:
     rank, world, device = accelerator.process_index, accelerator.num_processes, accelerator.device
     start = {clean(n): whole(p) for n, p in model.named_parameters()}
     losses, norms, gradients = [], [], {}
-    for step, batch in enumerate(batches(STEPS)):
+    for step, batch in enumerate(batches_of(case)):
         own = batch.chunk(world)[rank].to(device)
         total = 0.0
         for part in own.chunk(case.accumulation):
@@ -170,6 +186,8 @@ def train_on_rank(case: Case) -> Run | None:
                 optimizer.step()
                 optimizer.zero_grad()
         losses.append(accelerator.reduce(torch.tensor(total, device=device), "mean").item())
+    if case.compiled:
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"], "nothing was compiled"
     weights = {clean(n): whole(p) for n, p in model.named_parameters()}
     check_replicas_bit_equal(case, model, lambda p: p)
     same_on_every_rank = [None] * world

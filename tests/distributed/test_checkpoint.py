@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -73,6 +74,16 @@ def test_a_save_in_the_background_holds_the_step_it_was_asked_for(saved, tmp_pat
     assert_same(loaded.weights, written.weights)
     assert_same(loaded.moments, written.moments)
     assert [p.name for p in tmp_path.iterdir()] == ["c"]
+
+
+def test_a_compiled_model_saves_what_any_other_loads(tmp_path):
+    """torch.compile of a whole model puts `_orig_mod` into every name."""
+    case = Case(2, 2, layers=1)
+    written = run_ranks(save_run, 2, replace(case, compiled="whole"), str(tmp_path / "c"))[0]
+    loaded = run_ranks(load_runs, 2, case, [str(tmp_path / "c")])[0][0]
+    assert_same(loaded.weights, written.weights)
+    assert_same(loaded.moments, written.moments)
+    assert loaded.losses == pytest.approx(written.losses, abs=1e-5)
 
 
 def test_the_manifest_says_what_was_saved_and_how(saved):

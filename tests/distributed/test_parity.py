@@ -63,6 +63,9 @@ TABLE = [
     Case(4, 4, options=(TO_EVERY_RANK,), checkpointing=True, nothing_received=True),
     Case(4, 4, options=(TO_EVERY_RANK, ("moe_dispatch_chunk_tokens", 5), ("moe_keep_exchanged", False))),
     Case(2, 2, options=(TO_ALL, ("moe_keep_exchanged", False)), checkpointing=True, nothing_received=True),
+    Case(2, 2, compiled="regional", lengths=(6, 6, 9)),
+    Case(4, 2, compiled="regional"),
+    Case(2, 2, compiled="regional", checkpointing=True, nothing_received=True),
 ]
 
 
@@ -80,7 +83,7 @@ def oracle(case: Case):
     return cached_oracle(
         Case(
             1, 1, family=case.family, num_experts=case.num_experts, tie=case.tie,
-            nothing_received=case.nothing_received, two_groups=case.two_groups,
+            nothing_received=case.nothing_received, two_groups=case.two_groups, lengths=case.lengths,
         )
     )  # fmt: skip
 
@@ -92,7 +95,7 @@ def cached_yardstick(case: Case) -> float:
 
 def yardstick(case: Case) -> float:
     """The weights' distance of accelerate FSDP2 without us, on the same ranks with the same experts function."""
-    plain = replace(case, ep=1, ours=False, mesh=True, ram_efficient=False, options=())
+    plain = replace(case, ep=1, ours=False, mesh=True, ram_efficient=False, compiled="", options=())
     return cached_yardstick(plain)
 
 

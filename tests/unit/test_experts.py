@@ -39,6 +39,13 @@ def test_a_prepared_model_computes_what_the_eager_one_does(family):
         torch.testing.assert_close(gradients[name], gradient, rtol=0, atol=1e-4 * gradient.abs().max().item() + 1e-9)
 
 
+def test_a_prepared_layer_compiles_into_one_graph():
+    layer = accel_moe.prepare(tiny_model()).model.layers[0].mlp.experts
+    rows, index, weights = torch.randn(5, 32), torch.randint(8, (5, 2)), torch.rand(5, 2)
+    compiled = torch.compile(layer, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(rows, index, weights), layer(rows, index, weights))
+
+
 def test_prepare_copies_no_weight_and_keeps_names_and_shapes():
     model = tiny_model()
     before = {n: (p, p.data_ptr(), p.shape) for n, p in model.named_parameters()}

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from accel_moe import config, load, mesh, recompute, shard
+from accel_moe import config, load, mesh, positions, recompute, shard
 from accel_moe.adapters import adopt_adapters
 from accel_moe.checkpoint.hooked import HOOKED as CHECKPOINT_ROWS
 from accel_moe.experts import PreparedState, plain_name, prepared_state, swapped_layers
@@ -140,6 +140,14 @@ TABLE = (
         leave_experts_out,
         "fsdp_cpu_ram_efficient_loading distributes whole tensors over each parameter's mesh, and would shard a "
         "shard again.",
+    ),
+    Patch(
+        "transformers.masking_utils.find_packed_sequence_indices",
+        ("position_ids",),
+        positions.asking_once,
+        "It asks the GPU in every forward whether the positions are those of packed sequences, also where the model "
+        "has just counted them; the host waits for the whole step before.",
+        "transformers 5.17.0, 5.23.0",
     ),
     *(Patch(*row) for row in CHECKPOINT_ROWS),
 )
@@ -385,6 +393,7 @@ def _shard(accelerator, model: nn.Module, state: PreparedState) -> list[nn.Modul
     _log_plan(plan)
     if state.config.moe_keep_exchanged:
         recompute.keep_exchanges(model)
+    positions.trust_own_positions(model)
     return shard.shard_experts(
         model,
         plan,

@@ -124,12 +124,14 @@ def accelerator_for(case: Case, model):
     mesh = None
     if case.mesh and case.world > 1:
         mesh = ParallelismConfig(dp_replicate_size=case.dp_replicate, dp_shard_size=case.world // case.dp_replicate)
-    return Accelerator(
+    accelerator = Accelerator(
         fsdp_plugin=plugin,
         parallelism_config=mesh,
         dynamo_plugin=dynamo,
         gradient_accumulation_steps=case.accumulation,
     )
+    torch.backends.cuda.matmul.allow_tf32 = False  # accelerate allows it where it compiles; the oracle is in fp32
+    return accelerator
 
 
 def prepared(case: Case):

@@ -3,19 +3,21 @@
 Given neither positions nor a mask, a text model of transformers counts its tokens' positions, and its masking then asks
 the GPU whether they start again somewhere, as those of packed sequences do. The answer waits for all that was launched
 before, the optimizer's step included, and the GPU idles while the host launches the first layers. Positions that were
-counted depend on their shape alone: one answer for each shape is enough. Positions that were given are looked at as
-before.
+counted depend on their shape alone: one answer for each shape is enough. Positions that come from anywhere else are
+looked at as before.
 """
 
 from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import nn
+
+from accel_moe.experts import ScatterMoE
 
 
 class _Running(threading.local):
@@ -27,23 +29,42 @@ _running = _Running()
 
 
 def trust_own_positions(model: nn.Module) -> None:
-    """From now on, forwards of `model` that are given no positions ask once for each shape. Not of a model with images,
-    sound or video, whose positions depend on where in the text those are."""
-    config = getattr(model, "config", None)
-    text_config = getattr(config, "get_text_config", None)
-    if text_config is None or text_config() is not config:
-        return
-    model.register_forward_pre_hook(functools.partial(_enter, set()), with_kwargs=True)
-    model.register_forward_hook(_leave, always_call=True)
+    """From now on, the text models in `model` that hold experts, when they are given no positions, ask once for each
+    shape."""
+    for module in _that_count_positions(model):
+        ours = module.register_forward_pre_hook(functools.partial(_enter, set()), with_kwargs=True)
+        module._accel_moe_positions_hook = ours.id  # pyright: ignore[reportArgumentType]
+        module.register_forward_hook(_leave, always_call=True)
+
+
+def _that_count_positions(model: nn.Module) -> Iterator[nn.Module]:
+    """Models as transformers defines them, which hold the decoder layers themselves. One with images, sound or video
+    gives its text model positions, by where in the text those are."""
+    for module in model.modules():
+        blocks = [child for child in module.children() if isinstance(child, nn.ModuleList)]
+        if not any(isinstance(m, ScatterMoE) for block in blocks for m in block.modules()):
+            continue
+        config = getattr(module, "config", None)
+        text_config = getattr(config, "get_text_config", None)
+        if text_config is None or text_config() is not config:
+            continue
+        if type(module).__module__.startswith("transformers.models."):
+            yield module
 
 
 def _enter(plain: set[torch.Size], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    if torch.compiler.is_compiling():
+        return
     given = (kwargs.get(name) is not None for name in ("attention_mask", "position_ids", "cache_position"))
-    _running.plain = None if len(args) > 1 or any(given) else plain
+    # a later hook, or a forward of the user's, may give what the caller did not
+    last = next(reversed(module._forward_pre_hooks)) == module._accel_moe_positions_hook
+    ours = last and "forward" not in vars(module) and len(args) < 2 and not any(given)
+    _running.plain = plain if ours else None
 
 
 def _leave(*_: Any) -> None:
-    _running.plain = None
+    if not torch.compiler.is_compiling():
+        _running.plain = None
 
 
 def asking_once(original: Callable[..., Any]) -> Callable[..., Any]:

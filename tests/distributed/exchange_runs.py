@@ -232,3 +232,20 @@ def layers_prefetched(case: Case) -> list[list[str]]:
     unit = {id(m._get_fsdp_state()): name for name, m in model.named_modules() if isinstance(m, FSDPModule)}
     states = [layer._get_fsdp_state() for layer in model.model.layers]
     return [[unit[id(ahead)] for ahead in state._states_to_forward_prefetch] for state in states]
+
+
+def looks_at_positions(case: Case, steps: int) -> int:
+    """How often masking looked, in so many forwards of one shape, at the positions that the model had counted."""
+    import transformers.masking_utils as masking
+
+    looks, original = [], masking.find_packed_sequence_indices
+
+    def look(position_ids):
+        looks.append(position_ids.shape)
+        return original(position_ids)
+
+    masking.find_packed_sequence_indices = look
+    accelerator, model, _ = prepared(case)
+    for _ in range(steps):
+        model(input_ids=own_batch(accelerator))
+    return len(looks)

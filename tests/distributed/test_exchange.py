@@ -158,3 +158,7 @@ def test_a_rank_that_is_lost_in_a_step_ends_the_job_within_the_timeout(how, befo
 
 def test_the_next_layers_weights_are_asked_for_before_the_host_waits_for_counts_and_the_heads_too():
     assert run_ranks(runs.layers_prefetched, 2, Case(2, 2)) == [[["model.layers.1"], ["lm_head"]]] * 2
+
+
+def test_no_forward_but_the_first_asks_the_gpu_whether_sequences_are_packed():
+    assert run_ranks(runs.looks_at_positions, 2, Case(2, 2), 3) == [1, 1]

@@ -1,8 +1,9 @@
-"""A model's own positions are looked at once for each shape; positions that were given, every time."""
+"""A model's own positions are looked at once for each shape; positions from anywhere else, every time."""
 
 import pytest
 import torch
 
+import accel_moe
 from accel_moe import hooks, positions
 from tests.tiny import tiny_model
 
@@ -22,39 +23,64 @@ def looks(monkeypatch):
         seen.append(tuple(position_ids.shape))
         return original(position_ids)
 
-    monkeypatch.setattr(masking, "find_packed_sequence_indices", positions.asking_once(look))
-    return seen
+    monkeypatch.setattr(masking, "find_packed_sequence_indices", look)
+    yield seen
+    hooks.uninstall()
 
 
-@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral"])
-def test_own_positions_are_looked_at_once_for_each_shape(looks, family):
-    model = tiny_model(family)
-    plain = model(IDS).logits
-    before = len(looks)
+def trusted(family: str = "qwen3_moe"):
+    model = accel_moe.prepare(tiny_model(family))
     positions.trust_own_positions(model)
+    return model
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral", "deepseek_v3"])
+def test_own_positions_are_looked_at_once_for_each_shape(looks, family):
+    plain = tiny_model(family)(IDS).logits
+    model = trusted(family)
+    before = len(looks)
     for ids in (IDS, IDS, IDS[:, :4], IDS):
         out = model(input_ids=ids).logits
     assert looks[before:] == [(2, 6), (2, 4)]
-    assert torch.equal(out, plain)
+    torch.testing.assert_close(out, plain)
 
 
-def test_packed_positions_are_looked_at_every_time_and_keep_sequences_apart(looks):
-    model = tiny_model()
+def given_by_the_caller(model):
+    return model(IDS, position_ids=PACKED)
+
+
+def given_by_a_hook(model):
+    hook = model.model.register_forward_pre_hook(
+        lambda _, args, kwargs: (args, {**kwargs, "position_ids": PACKED}), with_kwargs=True
+    )
+    try:
+        return model(IDS)
+    finally:
+        hook.remove()
+
+
+def given_by_a_forward_of_the_users(model):
+    own = model.model.forward
+    model.model.forward = lambda *args, **kwargs: own(*args, **{**kwargs, "position_ids": PACKED})
+    try:
+        return model(IDS)
+    finally:
+        del model.model.forward
+
+
+@pytest.mark.parametrize("packed", [given_by_the_caller, given_by_a_hook, given_by_a_forward_of_the_users])
+def test_packed_positions_keep_sequences_apart_after_others_of_that_shape(looks, packed):
+    model = trusted()
     alone = torch.cat([model(half).logits for half in IDS.split(3, dim=1)], dim=1)
-    positions.trust_own_positions(model)
     together = model(IDS).logits
-    before = len(looks)
+    assert not torch.allclose(together, alone)
     for _ in range(2):
-        packed = model(IDS, position_ids=PACKED).logits
-        torch.testing.assert_close(packed, alone)
-    assert len(looks) == before + 2
-    assert not torch.allclose(packed, together)
+        torch.testing.assert_close(packed(model).logits, alone)
     assert torch.equal(model(IDS).logits, together)
 
 
 def test_a_forward_that_fails_leaves_nothing_behind(looks):
-    model = tiny_model()
-    positions.trust_own_positions(model)
+    model = trusted()
     model(IDS)
     with pytest.raises(IndexError):
         model(IDS + 1000)

@@ -10,10 +10,11 @@ scenario says so. Reported: the median time of a step from CUDA event to CUDA ev
 as a training loop runs; tokens/s/GPU, and how many times those of the fastest peer; the greatest peak memory of a rank
 over the timed steps, and the part it is of that peer's; and the loss of the last step (alike for all ways, or something
 is wrong). With --compile each way is timed again in the same processes with its decoder layers compiled, and compared
-with the compiled peers. One more step, after those that are timed, runs under the profiler: where rank 0's GPU spent
-it, by kind of kernel (the times overlap; a collective's time includes the wait for the other ranks), and for how much
-of it it was busy at all. The tables are printed and, with --results, replace this benchmark's section in that file,
-with a chart beside it. On a machine without a GPU it runs on gloo ranks, to try the script out.
+with the compiled peers (not under activation checkpointing, where they would run as they are). One more step, after those
+that are timed, runs under the profiler: where rank 0's GPU spent it, by kind of kernel (the times overlap; a
+collective's time includes the wait for the other ranks), and for how much of it it was busy at all. The tables are
+printed and, with --results, replace this benchmark's section in that file, with a chart beside it. On a machine without
+a GPU it runs on gloo ranks, to try the script out.
 
 A way that this installation does not have, and one that runs out of memory, get a row that says so.
 """
@@ -86,13 +87,12 @@ def main() -> None:
     checkpoints: list[str] = []
     with tempfile.TemporaryDirectory() as temporary:
         folder = args.folder or Path(temporary)
+        folder.mkdir(parents=True, exist_ok=True)
         for scenario in (scenarios[name] for name in args.only or scenarios):
             for gpus in map(int, args.gpus.split()):
                 for way in args.ways:
                     results = run_way(args, way, scenario, gpus, folder)
-                    checkpoint = results.pop("checkpoint", None)
-                    if checkpoint is not None:
-                        checkpoint |= consolidate(args.save, checkpoint_of(scenario, folder))
+                    if (checkpoint := results.pop("checkpoint", None)) is not None:
                         checkpoints.append(checkpoint_row(scenario, gpus, checkpoint))
                     rows += [Row(scenario, gpus, way, name == "compiled", r) for name, r in results.items()]
                     print(f"{scenario.name}, {gpus} GPU(s), {way}: {results} {checkpoint or ''}", flush=True)
@@ -116,10 +116,14 @@ def run_way(args: argparse.Namespace, way: str, scenario: Scenario, gpus: int, f
     result.unlink(missing_ok=True)
     rank = [str(HERE / "train_rank.py"), way, scenario.name, str(folder)]
     rank += ["--scenarios", str(args.scenarios), "--steps", str(args.steps)]
-    rank += ["--compile"] * args.compile + (["--save", str(args.save)] if args.save else [])
+    rank += ["--compile"] * args.compile
+    saved = Path(tempfile.mkdtemp(prefix="bench_train_", dir=args.save)) if args.save and way == OURS else None
+    if saved is not None:
+        rank += ["--save", str(saved)]
     reads = way == TRANSFORMERS_EP or scenario.from_files or args.save is not None  # the first trains what it loads
     if reads and not checkpoint_of(scenario, folder).exists():
-        subprocess.run([sys.executable, rank[0], "write", *rank[2:]], check=True)
+        if subprocess.run([sys.executable, rank[0], "write", *rank[2:]]).returncode:
+            return {"eager": {"why_not": "its checkpoint could not be written"}}
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(gpus)]
     done = subprocess.run([*launch, *rank], capture_output=True, text=True)
     results = json.loads(result.read_text()) if result.exists() else {}
@@ -129,6 +133,10 @@ def run_way(args: argparse.Namespace, way: str, scenario: Scenario, gpus: int, f
         why = "out of memory" if out_of_memory else f"failed with exit code {done.returncode}"
         missing = ["eager", *["compiled"] * args.compile]
         results |= {name: {"why_not": why} for name in missing if name not in results}
+    if saved is not None:
+        if "checkpoint" in results:
+            results["checkpoint"] |= consolidate(saved, checkpoint_of(scenario, folder))
+        shutil.rmtree(saved)
     return results
 
 
@@ -142,18 +150,18 @@ def no_transformers_ep(gpus: int) -> str | None:
     return None if "ep_size" in DistributedConfig.__dataclass_fields__ else "not in this transformers"
 
 
-def consolidate(folder: Path, base: Path) -> dict[str, float]:
-    """Time the export of what the ranks saved in `folder`; then both are deleted."""
+def consolidate(folder: Path, base: Path) -> dict[str, Any]:
+    """Time the export of what the ranks saved in `folder`."""
     command = [sys.executable, "-m", "accel_moe.consolidate", "--workers", str(CONSOLIDATE_WORKERS)]
     command += [str(folder / "state"), str(folder / "hub"), str(base)]
     started = time.perf_counter()
     done = subprocess.run(command, capture_output=True, text=True)
-    seconds = time.perf_counter() - started
     if done.returncode:
-        raise SystemExit(done.stdout[-3000:] + done.stderr[-3000:])
+        print(done.stdout[-3000:] + done.stderr[-3000:], file=sys.stderr)
+        return {"why_not": f"failed with exit code {done.returncode}"}
+    seconds = time.perf_counter() - started
     written = sum(file.stat().st_size for file in (folder / "hub").rglob("*.safetensors"))
     same_names = names_of(folder / "hub") == names_of(base)
-    shutil.rmtree(folder)
     return {"consolidate_s": seconds, "written_bytes": written, "same_names": same_names}
 
 
@@ -168,9 +176,13 @@ def names_of(folder: Path) -> set[str]:
 
 
 def checkpoint_row(scenario: Scenario, gpus: int, result: dict[str, Any]) -> str:
-    stored, written = (result[key] / 2**30 for key in ("stored_bytes", "written_bytes"))
+    stored = result["stored_bytes"] / 2**30
     cells = [scenario.name, str(gpus), f"{stored:.1f}", f"{result['save_s']:.1f}", f"{result['load_s']:.1f}"]
-    cells += [f"{written:.1f}", f"{result['consolidate_s']:.1f}", "yes" if result["same_names"] else "NO"]
+    if "why_not" in result:
+        cells += ["", result["why_not"], ""]
+    else:
+        cells += [f"{result['written_bytes'] / 2**30:.1f}", f"{result['consolidate_s']:.1f}"]
+        cells += ["yes" if result["same_names"] else "NO"]
     return f"| {' | '.join(cells)} |"
 
 
@@ -215,7 +227,7 @@ def report(rows: list[Row], command: str, checkpoints: list[str]) -> str:
     if len(profiles) > 1:
         lines += ["", *profiles]
     if checkpoints:
-        head = "scenario | GPUs | GiB stored | save_state s | load_state s | GiB written | consolidate s | base's names"
+        head = "scenario | GPUs | GiB stored | save s | load s (cached) | GiB written | consolidate s | base's names"
         lines += ["", table_head(head), *checkpoints]
     return "\n".join(lines)
 
@@ -234,16 +246,19 @@ def chart(rows: list[Row], path: Path) -> None:
     except ImportError:
         print("matplotlib is not installed: no chart")
         return
-    groups = list(dict.fromkeys((row.scenario, row.gpus) for row in rows))
+    groups = list(dict.fromkeys((row.scenario.name, row.gpus) for row in rows))
     ways = list(dict.fromkeys(row.name for row in rows))
-    step_s = {(row.scenario, row.gpus, row.name): row.result.get("step_s") for row in rows}
+    rates = {
+        (row.scenario.name, row.gpus, row.name): row.scenario.tokens / row.result["step_s"]
+        for row in rows
+        if "step_s" in row.result
+    }
     figure, axes = pyplot.subplots(figsize=(2 + 3 * len(groups), 4))
     width = 0.8 / len(ways)
     for i, way in enumerate(ways):
-        times = [step_s.get((*group, way)) for group in groups]
-        heights = [scenario.tokens / t if t else 0 for (scenario, _), t in zip(groups, times)]
+        heights = [rates.get((*group, way), 0) for group in groups]
         axes.bar([x + i * width for x in range(len(groups))], heights, width, label=way)
-    labels = [f"{scenario.name}\n{gpus} GPUs" for scenario, gpus in groups]
+    labels = [f"{name}\n{gpus} GPUs" for name, gpus in groups]
     axes.set_xticks([x + 0.4 - width / 2 for x in range(len(groups))], labels, fontsize=7)
     axes.set_ylabel("tokens/s/GPU")
     axes.legend()

@@ -13,7 +13,6 @@ import argparse
 import itertools
 import json
 import os
-import shutil
 import statistics
 import time
 from collections.abc import Callable
@@ -31,6 +30,7 @@ OURS, FSDP2, TRANSFORMERS_EP = "accel_moe", "FSDP2 + grouped_mm", "transformers 
 GPU = torch.cuda.is_available()
 BUSY = "busy"
 KINDS = {
+    "fused by Inductor": ("triton_poi_", "triton_red_", "triton_per_"),
     "expert GEMMs": (
         "up_projection",
         "grouped_rows",
@@ -82,6 +82,10 @@ class Scenario:
     bf16_weights: bool = False
     """Weights and AdamW's moments in bf16, with no fp32 master copy."""
 
+    def __post_init__(self):
+        if self.from_files and self.lora_rank:
+            raise ValueError(f"{self.name}: a model from files has no adapters; leave out from_files or lora_rank")
+
     def model_config(self):
         from transformers import AutoConfig
 
@@ -122,7 +126,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--save",
         type=Path,
         metavar="FOLDER",
-        help="at the end, of our way, time save_state into this folder, load_state and consolidate; it is deleted then",
+        help="at the end, of our way, time save_state into a folder in this one, load_state and consolidate",
     )
 
 
@@ -155,7 +159,7 @@ def work(way: str, scenario: Scenario, args: argparse.Namespace) -> None:
             (args.folder / "result.json").write_text(json.dumps(results))
 
     note("eager", measured(trained, scenario, args.steps))
-    if args.compile:
+    if args.compile and not scenario.activation_checkpointing:  # then layers run as they are
         compile_layers(trained.model)
         note("compiled", measured(trained, scenario, args.steps))
     if args.save is not None and way == OURS:
@@ -251,12 +255,18 @@ def adamw(model: torch.nn.Module) -> torch.optim.Optimizer:
     return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True)
 
 
-def write_checkpoint(scenario: Scenario, folder: Path) -> None:
+def write_checkpoint(scenario: Scenario, final: Path) -> None:
     """The scenario's random model in the format of the Hub: what transformers' EP trains, which loads by itself."""
-    device = "cuda" if GPU else "cpu"
-    if not scenario.from_files:
+    device, folder = "cuda" if GPU else "cpu", final.with_name(f"{final.name}.part")
+    if scenario.from_files:
+        write_layer_by_layer(scenario, folder, device)
+    else:
         random_model(scenario, device).save_pretrained(folder)
-        return
+    folder.rename(final)
+
+
+def write_layer_by_layer(scenario: Scenario, folder: Path, device: str) -> None:
+    """With random weights, in bf16."""
     from safetensors.torch import load_file, save_file
 
     # The first layer's names, and a file a layer: no process holds more than a few of them.
@@ -385,8 +395,6 @@ def save_and_load(trained: Trained, folder: Path) -> dict[str, float]:
         torch.distributed.barrier()
         return time.perf_counter() - started
 
-    if torch.distributed.get_rank() == 0:
-        shutil.rmtree(folder, ignore_errors=True)
     save_s, load_s = timed(trained.accelerator.save_state), timed(trained.accelerator.load_state)
     stored = sum(file.stat().st_size for file in state.rglob("*") if file.is_file())
     return {"save_s": save_s, "load_s": load_s, "stored_bytes": stored}

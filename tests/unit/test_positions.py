@@ -29,7 +29,7 @@ def looks(monkeypatch):
 
 
 def trusted(family: str = "qwen3_moe"):
-    model = accel_moe.prepare(tiny_model(family))
+    model = accel_moe.prepare(tiny_model(family), moe_kernel="grouped_mm")
     positions.trust_own_positions(model)
     return model
 

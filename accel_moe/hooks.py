@@ -92,6 +92,18 @@ def check_then_prepare(original):
     return prepare
 
 
+def compile_inside_checkpoints(original):
+    @functools.wraps(original)
+    def compile_regions_fsdp2(module, **compile_kwargs):
+        state = prepared_state(module)
+        if state is None or state.config.moe_ep_degree == 1:
+            return original(module, **compile_kwargs)
+        with recompute.compiled_inside(module):
+            return original(module, **compile_kwargs)
+
+    return compile_regions_fsdp2
+
+
 def has_accelerator() -> bool:
     """Whether there is a device that FSDP can use. Apple's MPS has no collectives: such a machine runs on its CPU."""
     return torch.accelerator.is_available() and torch.accelerator.current_accelerator().type != "mps"
@@ -140,6 +152,13 @@ TABLE = (
         leave_experts_out,
         "fsdp_cpu_ram_efficient_loading distributes whole tensors over each parameter's mesh, and would shard a "
         "shard again.",
+    ),
+    Patch(
+        "accelerate.accelerator.compile_regions_fsdp2",
+        ("module", "compile_kwargs"),
+        compile_inside_checkpoints,
+        "It compiles a checkpointed layer from outside, where the graph cannot break for the exchange: such layers "
+        "would run uncompiled.",
     ),
     Patch(
         "transformers.masking_utils.find_packed_sequence_indices",

@@ -1,4 +1,4 @@
-"""Activation checkpointing that does not exchange twice, however it was switched on.
+"""Activation checkpointing that does not exchange twice, however it was switched on, and torch.compile inside it.
 
 accelerate's `fsdp_activation_checkpointing` wraps the decoder layers, transformers' `gradient_checkpointing_enable`
 gives them a function; both end in torch.utils.checkpoint, which takes a `context_fn`. It is given here, to layers that
@@ -8,7 +8,8 @@ contexts, and exchanges twice.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -22,7 +23,7 @@ from accel_moe.experts import ScatterMoE
 
 def keep_exchanges(model: nn.Module) -> None:
     """From now on, checkpointed layers of `model` keep what their exchange brought. Call it on a sharded model."""
-    holders = [m for m in model.modules() if any(isinstance(child, ScatterMoE) for child in m.modules())]
+    holders = _holders(model)
     for module in holders:
         if isinstance(module, CheckpointWrapper):
             module.checkpoint_fn = _keeping(module.checkpoint_fn)
@@ -35,6 +36,25 @@ def keep_exchanges(model: nn.Module) -> None:
                 module._gradient_checkpointing_func = _keeping(module._gradient_checkpointing_func)
 
     model.register_forward_pre_hook(look)
+
+
+@contextmanager
+def compiled_inside(model: nn.Module) -> Iterator[None]:
+    """Within it, `compile()` of a checkpointed layer that holds experts compiles the layer, and not the checkpointing
+    around it. torch.compile cannot break its graph inside a checkpoint: it would give up the whole layer."""
+    wrappers = [m for m in _holders(model) if isinstance(m, CheckpointWrapper)]
+    for wrapper in wrappers:
+        wrapper.compile = wrapper._checkpoint_wrapped_module.compile
+    try:
+        yield
+    finally:
+        for wrapper in wrappers:
+            del wrapper.compile
+
+
+def _holders(model: nn.Module) -> list[nn.Module]:
+    """Its modules with experts in them."""
+    return [m for m in model.modules() if any(isinstance(child, ScatterMoE) for child in m.modules())]
 
 
 def _keeping(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -9,12 +9,12 @@ compute, fused AdamW, no clipping, random tokens; fp32 master weights and no act
 scenario says so. Reported: the median time of a step from CUDA event to CUDA event, with no synchronisation in between,
 as a training loop runs; tokens/s/GPU, and how many times those of the fastest peer; the greatest peak memory of a rank
 over the timed steps, and the part it is of that peer's; and the loss of the last step (alike for all ways, or something
-is wrong). With --compile each way is timed again in the same processes with its decoder layers compiled, and compared
-with the compiled peers (not under activation checkpointing, where they would run as they are). One more step, after
-those that are timed, runs under the profiler: where rank 0's GPU spent it, by kind of kernel (the times overlap; a
-collective's time includes the wait for the other ranks), and for how much of it it was busy at all. The tables are
-printed and, with --results, replace this benchmark's section in that file, with a chart beside it. On a machine without
-a GPU it runs on gloo ranks, to try the script out.
+is wrong). With --compile each way is timed again in the same processes, its decoder layers compiled as accelerate's
+dynamo_use_regional_compilation does it (which leaves those under activation checkpointing as they are, unless they are
+ours), and compared with the compiled peers. One more step, after those that are timed, runs under the profiler: where
+rank 0's GPU spent it, by kind of kernel (the times overlap; a collective's time includes the wait for the other ranks),
+and for how much of it it was busy at all. The tables are printed and, with --results, replace this benchmark's section
+in that file, with a chart beside it. On a machine without a GPU it runs on gloo ranks, to try the script out.
 
 A way that this installation does not have, and one that runs out of memory, get a row that says so.
 """

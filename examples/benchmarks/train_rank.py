@@ -159,7 +159,7 @@ def work(way: str, scenario: Scenario, args: argparse.Namespace) -> None:
             (args.folder / "result.json").write_text(json.dumps(results))
 
     note("eager", measured(trained, scenario, args.steps))
-    if args.compile and not scenario.activation_checkpointing:  # then layers run as they are
+    if args.compile:
         compile_layers(trained.model)
         note("compiled", measured(trained, scenario, args.steps))
     if args.save is not None and way == OURS:
@@ -299,12 +299,12 @@ def write_layer_by_layer(scenario: Scenario, folder: Path, device: str) -> None:
 
 def compile_layers(model: torch.nn.Module) -> None:
     """accelerate's regional compilation, on a model that it has wrapped already."""
+    import accelerate.accelerator
     import torch._dynamo
-    from accelerate.utils.other import compile_regions_fsdp2
 
     torch._dynamo.config.capture_scalar_outputs = True
     torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = True
-    compile_regions_fsdp2(model, backend="inductor")
+    accelerate.accelerator.compile_regions_fsdp2(model, backend="inductor")
 
 
 # ---- Measuring

@@ -61,3 +61,20 @@ def test_deepspeed_with_expert_parallelism_is_refused_by_name():
     accelerator = types.SimpleNamespace(is_fsdp2=False, distributed_type=DistributedType.DEEPSPEED)
     with pytest.raises(ValueError, match=r"moe_ep_degree=2 .* needs FSDP2, but this Accelerator runs DEEPSPEED"):
         hooks._check_accelerator(accelerator, model, model._accel_moe)
+
+
+@pytest.mark.parametrize("degree", [1, 2])
+def test_a_checkpointed_layer_is_compiled_inside_its_checkpoint_where_ranks_exchange(degree):
+    import accelerate.accelerator
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+    model = accel_moe.prepare(tiny_model(), moe_ep_degree=degree)
+    layers = model.model.layers
+    for at, layer in enumerate(layers):
+        layers[at] = checkpoint_wrapper(layer)
+    accelerate.accelerator.compile_regions_fsdp2(model, backend="eager")
+    for wrapper in layers:
+        inside = wrapper._checkpoint_wrapped_module._compiled_call_impl is not None
+        outside = wrapper._compiled_call_impl is not None
+        assert (inside, outside) == (degree > 1, degree == 1)
+        assert "compile" not in vars(wrapper)

@@ -220,6 +220,11 @@ def swapped_layers(model: nn.Module) -> Iterator[tuple[str, ScatterMoE]]:
             yield name, module
 
 
+def holds_experts(module: nn.Module) -> bool:
+    """Whether it is a swapped layer, or has one in it."""
+    return any(True for _ in swapped_layers(module))
+
+
 def prepared_state(model: nn.Module) -> PreparedState | None:
     """The state `prepare` left on this model, however it was wrapped since (PEFT, compile, checkpointing)."""
     return next((layer._accel_moe_layer.prepared for _, layer in swapped_layers(model)), None)

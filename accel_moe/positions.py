@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from accel_moe.experts import ScatterMoE
+from accel_moe.experts import holds_experts
 
 
 class _Running(threading.local):
@@ -41,8 +41,7 @@ def _that_count_positions(model: nn.Module) -> Iterator[nn.Module]:
     """Models as transformers defines them, which hold the decoder layers themselves. One with images, sound or video
     gives its text model positions, by where in the text those are."""
     for module in model.modules():
-        blocks = [child for child in module.children() if isinstance(child, nn.ModuleList)]
-        if not any(isinstance(m, ScatterMoE) for block in blocks for m in block.modules()):
+        if not any(isinstance(child, nn.ModuleList) and holds_experts(child) for child in module.children()):
             continue
         config = getattr(module, "config", None)
         text_config = getattr(config, "get_text_config", None)

@@ -18,7 +18,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import Checkpoi
 from torch.utils.checkpoint import checkpoint
 
 from accel_moe.dispatch.keep import kept_exchanges
-from accel_moe.experts import ScatterMoE
+from accel_moe.experts import holds_experts
 
 
 def keep_exchanges(model: nn.Module) -> None:
@@ -54,7 +54,7 @@ def compiled_inside(model: nn.Module) -> Iterator[None]:
 
 def _holders(model: nn.Module) -> list[nn.Module]:
     """Its modules with experts in them."""
-    return [m for m in model.modules() if any(isinstance(child, ScatterMoE) for child in m.modules())]
+    return [m for m in model.modules() if holds_experts(m)]
 
 
 def _keeping(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -24,7 +24,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torch.distributed.tensor import DTensor, Shard
 
 from accel_moe.dispatch import make_dispatcher
-from accel_moe.experts import ScatterMoE, swapped_layers
+from accel_moe.experts import ScatterMoE, holds_experts, swapped_layers
 from accel_moe.mesh import MeshPlan
 
 BROADCAST_BYTES = 256 * 2**20
@@ -130,7 +130,7 @@ def prefetch_next_layers(model: nn.Module) -> None:
     for parent in model.modules():
         children = list(parent.children())
         for at, blocks in enumerate(children):
-            if not isinstance(blocks, nn.ModuleList) or not any(isinstance(m, ScatterMoE) for m in blocks.modules()):
+            if not isinstance(blocks, nn.ModuleList) or not holds_experts(blocks):
                 continue
             chain = [[m for m in block.modules() if isinstance(m, FSDPModule)] for block in blocks]
             chain.append([m for m in children[at + 1 :] if isinstance(m, FSDPModule)][:1])

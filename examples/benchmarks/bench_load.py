@@ -73,9 +73,7 @@ def parse() -> argparse.Namespace:
 
 
 def make_checkpoint(folder: Path, gigabytes: float) -> None:
-    """Layer by layer, so that it needs the memory of one."""
-    import torch
-    from safetensors.torch import save_file
+    from common import write_random_checkpoint
     from transformers import Qwen3MoeConfig
 
     layers = max(1, round((gigabytes * 1e9 - 4 * VOCAB * HIDDEN) / LAYER_BYTES))
@@ -94,38 +92,7 @@ def make_checkpoint(folder: Path, gigabytes: float) -> None:
         architectures=["Qwen3MoeForCausalLM"],
         tie_word_embeddings=False,
     )
-    folder.mkdir(parents=True, exist_ok=True)
-    config.save_pretrained(folder)
-    generator = torch.Generator().manual_seed(0)
-
-    def random(*shape: int) -> torch.Tensor:
-        return (torch.randint(-64, 65, shape, generator=generator, dtype=torch.int8).to(torch.bfloat16)) / 2048
-
-    weight_map: dict[str, str] = {}
-    for index in range(layers + 1):
-        tensors = {}
-        if index == layers:
-            tensors = {"model.embed_tokens.weight": random(VOCAB, HIDDEN), "lm_head.weight": random(VOCAB, HIDDEN)}
-            tensors["model.norm.weight"] = torch.ones(HIDDEN, dtype=torch.bfloat16)
-        else:
-            prefix = f"model.layers.{index}"
-            for name in ("q", "k", "v", "o"):
-                tensors[f"{prefix}.self_attn.{name}_proj.weight"] = random(HIDDEN, HIDDEN)
-            for name in ("self_attn.q_norm", "self_attn.k_norm"):
-                tensors[f"{prefix}.{name}.weight"] = torch.ones(64, dtype=torch.bfloat16)
-            for name in ("input_layernorm", "post_attention_layernorm"):
-                tensors[f"{prefix}.{name}.weight"] = torch.ones(HIDDEN, dtype=torch.bfloat16)
-            tensors[f"{prefix}.mlp.gate.weight"] = random(EXPERTS, HIDDEN)
-            for expert in range(EXPERTS):
-                of_expert = f"{prefix}.mlp.experts.{expert}"
-                tensors[f"{of_expert}.gate_proj.weight"] = random(INTERMEDIATE, HIDDEN)
-                tensors[f"{of_expert}.up_proj.weight"] = random(INTERMEDIATE, HIDDEN)
-                tensors[f"{of_expert}.down_proj.weight"] = random(HIDDEN, INTERMEDIATE)
-        file = f"model-{index + 1:05d}-of-{layers + 1:05d}.safetensors"
-        save_file(tensors, folder / file, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(tensors, file)
-    index_file = folder / "model.safetensors.index.json"
-    index_file.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    write_random_checkpoint(config, folder)
 
 
 def make_tiny(folder: Path) -> None:

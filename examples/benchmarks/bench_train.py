@@ -152,6 +152,8 @@ def no_transformers_ep(gpus: int) -> str | None:
 
 def consolidate(folder: Path, base: Path) -> dict[str, Any]:
     """Time the export of what the ranks saved in `folder`."""
+    from accel_moe.hub_format import read_hub_tensors
+
     command = [sys.executable, "-m", "accel_moe.consolidate", "--workers", str(CONSOLIDATE_WORKERS)]
     command += [str(folder / "state"), str(folder / "hub"), str(base)]
     started = time.perf_counter()
@@ -161,18 +163,8 @@ def consolidate(folder: Path, base: Path) -> dict[str, Any]:
         return {"why_not": f"failed with exit code {done.returncode}"}
     seconds = time.perf_counter() - started
     written = sum(file.stat().st_size for file in (folder / "hub").rglob("*.safetensors"))
-    same_names = names_of(folder / "hub") == names_of(base)
+    same_names = read_hub_tensors(folder / "hub").keys() == read_hub_tensors(base).keys()
     return {"consolidate_s": seconds, "written_bytes": written, "same_names": same_names}
-
-
-def names_of(folder: Path) -> set[str]:
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
-        return set(json.loads(index.read_text())["weight_map"])
-    from safetensors import safe_open
-
-    with safe_open(folder / "model.safetensors", "pt") as file:
-        return set(file.keys())
 
 
 def checkpoint_row(scenario: Scenario, gpus: int, result: dict[str, Any]) -> str:

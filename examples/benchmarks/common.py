@@ -1,12 +1,17 @@
-"""What the benchmarks share: a median time, the kernels of a run, and a section of RESULTS.md that a run replaces."""
+"""What the benchmarks share: a median time, the kernels of a run, a checkpoint of random weights, and a section of
+RESULTS.md that a run replaces."""
 
 from __future__ import annotations
 
+import copy
 import itertools
+import json
 import statistics
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -50,6 +55,43 @@ def gpu_profile(run: Callable[[], object]) -> tuple[list[tuple[str, float, int]]
         busy += max(0.0, end - max(start, until))
         until = max(until, end)
     return kernels, busy / 1e3
+
+
+def write_random_checkpoint(config: Any, folder: Path, device: str = "cpu") -> None:
+    """A causal model's random weights in the Hub's format and bf16, a file a layer: no more than a few layers are in
+    memory, however many the config has."""
+    from safetensors.torch import load_file, save_file
+    from transformers import AutoModelForCausalLM
+
+    layers, one = config.num_hidden_layers, copy.deepcopy(config)
+    one.num_hidden_layers = 1
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(one, dtype=torch.bfloat16)
+    model.save_pretrained(folder, max_shard_size="1TB")  # for the names that its tensors have there
+    of_one = folder / "model.safetensors"
+    first = load_file(of_one, device=device)
+    of_one.unlink()
+    whole = copy.deepcopy(model.config)
+    whole.num_hidden_layers = layers
+    whole.save_pretrained(folder)
+    weight_map: dict[str, str] = {}
+
+    def write(layer: int | None) -> None:
+        tensors, generator = {}, torch.Generator(device).manual_seed(layer or 0)
+        for name, tensor in first.items():
+            if (".layers.0." in name) != (layer is not None):
+                continue
+            name = name.replace(".layers.0.", f".layers.{layer}.")
+            random = torch.empty_like(tensor).normal_(std=0.02, generator=generator) if tensor.ndim > 1 else tensor
+            tensors[name] = random.cpu()
+        file = f"model-{0 if layer is None else layer + 1:05d}-of-{layers:05d}.safetensors"
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+        weight_map.update(dict.fromkeys(tensors, file))
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(write, [None, *range(layers)]))
+    index = {"metadata": {}, "weight_map": dict(sorted(weight_map.items()))}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
 def replace_section(path: Path, benchmark: str, title: str, section: str) -> None:

@@ -16,14 +16,13 @@ import os
 import statistics
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
-from common import gpu_profile
+from common import gpu_profile, write_random_checkpoint
 
 WARMUP_STEPS = 4
 OURS, FSDP2, TRANSFORMERS_EP = "accel_moe", "FSDP2 + grouped_mm", "transformers EP"
@@ -259,42 +258,10 @@ def write_checkpoint(scenario: Scenario, final: Path) -> None:
     """The scenario's random model in the format of the Hub: what transformers' EP trains, which loads by itself."""
     device, folder = "cuda" if GPU else "cpu", final.with_name(f"{final.name}.part")
     if scenario.from_files:
-        write_layer_by_layer(scenario, folder, device)
+        write_random_checkpoint(scenario.model_config(), folder, device)
     else:
         random_model(scenario, device).save_pretrained(folder)
     folder.rename(final)
-
-
-def write_layer_by_layer(scenario: Scenario, folder: Path, device: str) -> None:
-    """With random weights, in bf16."""
-    from safetensors.torch import load_file, save_file
-
-    # The first layer's names, and a file a layer: no process holds more than a few of them.
-    one = replace(scenario, config={**scenario.config, "num_hidden_layers": 1}, bf16_weights=True)
-    random_model(one, device).save_pretrained(folder, max_shard_size="1TB")
-    first = load_file(folder / "model.safetensors", device=device)
-    (folder / "model.safetensors").unlink()
-    config = json.loads((folder / "config.json").read_text())
-    layers = scenario.config["num_hidden_layers"]
-    (folder / "config.json").write_text(json.dumps({**config, **scenario.config}, indent=2))
-    weight_map: dict[str, str] = {}
-
-    def write(layer: int | None) -> None:
-        tensors, generator = {}, torch.Generator(device).manual_seed(layer or 0)
-        for name, tensor in first.items():
-            if (".layers.0." in name) != (layer is not None):
-                continue
-            name = name.replace(".layers.0.", f".layers.{layer}.")
-            random = torch.empty_like(tensor).normal_(std=0.02, generator=generator) if tensor.ndim > 1 else tensor
-            tensors[name] = random.cpu()
-        file = f"model-{0 if layer is None else layer + 1:05d}-of-{layers:05d}.safetensors"
-        save_file(tensors, folder / file, metadata={"format": "pt"})
-        weight_map.update(dict.fromkeys(tensors, file))
-
-    with ThreadPoolExecutor(8) as pool:
-        list(pool.map(write, [None, *range(layers)]))
-    index = {"metadata": {}, "weight_map": dict(sorted(weight_map.items()))}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
 def compile_layers(model: torch.nn.Module) -> None:

@@ -41,7 +41,7 @@ def prepare(model: Model, **options: object) -> Model:
         return _already_prepared(model, resolved)
     _refuse_wrapped(model)
     kernel = recognise.choose_kernel(resolved.config.moe_kernel, layers)
-    _refuse_unsupported(model, layers, kernel, resolved.config.moe_ep_degree)
+    _refuse_unsupported(model, layers, kernel, resolved.config)
     hooks.install()
     state = experts.PreparedState(
         resolved=resolved,
@@ -114,8 +114,12 @@ def _refuse_wrapped(model: nn.Module) -> None:
         )
 
 
-def _refuse_unsupported(model: nn.Module, layers: dict[str, nn.Module], kernel: str, ep_degree: int) -> None:
+def _refuse_unsupported(
+    model: nn.Module, layers: dict[str, nn.Module], kernel: str, settings: config.MoEConfig
+) -> None:
     family = getattr(model.config, "model_type", type(model).__name__)
+    recompute = settings.moe_recompute_up_projection
     for name, module in layers.items():
-        if why := recognise.refusal(module, kernel=kernel, ep_degree=ep_degree):
+        why = recognise.refusal(module, kernel=kernel, ep_degree=settings.moe_ep_degree)
+        if why := why or (experts.recompute_refusal(module, kernel) if recompute else None):
             raise ValueError(f"{family}: cannot prepare {name} ({type(module).__name__}): {why}.")

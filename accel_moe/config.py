@@ -71,6 +71,11 @@ class MoEConfig:
         "is sent and computed again in backward. 0: all at once.",
         minimum=0,
     )
+    moe_recompute_up_projection: bool = option(
+        False,
+        "Keep nothing of the experts' up-projection, and compute it again in backward: the cheap part of activation "
+        "checkpointing. Saves 2 x intermediate size for each (token, expert) pair of a layer. Needs `scattermoe`.",
+    )
     moe_keep_exchanged: bool = option(
         True,
         "Under activation checkpointing, keep what the exchange brought until backward, and do not exchange twice. "

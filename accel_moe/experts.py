@@ -93,6 +93,10 @@ class LayerState:
     def num_local_experts(self) -> int:
         return self.num_experts // self.ep
 
+    @property
+    def keep_h(self) -> bool:
+        return not self.prepared.config.moe_recompute_up_projection
+
 
 class ScatterMoE(nn.Module):
     """The forward that every swapped experts module gets, mixed in before the module's own class."""
@@ -200,6 +204,18 @@ def swap(modules: dict[str, nn.Module], prepared: PreparedState) -> None:
         gate = gate_of(layout) if prepared.kernel == "scattermoe" else None
         module._accel_moe_layer = LayerState(prepared, layout.num_experts, prepared.kernel, shim_of(module), gate)
         module.__class__ = _swapped_class(module.__class__)
+
+
+def recompute_refusal(module: nn.Module, kernel: str) -> str | None:
+    """Why its up-projection cannot be computed again in backward, or None."""
+    if kernel != "scattermoe":
+        return f"moe_recompute_up_projection needs moe_kernel scattermoe, and it would run {kernel}. Leave it out"
+    if gate_of(as_interface(module)) is None:
+        return (
+            "moe_recompute_up_projection needs a gate that our kernels know; its own is plain torch, which keeps what "
+            "it needs for its backward. Leave it out, or use activation checkpointing"
+        )
+    return None
 
 
 def _refuse_tied(modules: dict[str, nn.Module]) -> None:
@@ -323,7 +339,7 @@ def _whole_view(module: ScatterMoE, layer: LayerState, dtype: torch.dtype) -> Ex
         if layer.shim.identity_experts and layer.kernel != "eager":
             answers["gate_up_proj"] = answers["gate_up_proj"][: layer.num_experts]
             answers["_is_expert_parallel"] = True  # identity slots are sentinels now, which grouped_mm must skip
-    return ExpertsView(module, casts=casts, known_gate=layer.gate, **answers)
+    return ExpertsView(module, casts=casts, known_gate=layer.gate, keep_h=layer.keep_h, **answers)
 
 
 def _local_view(module: ScatterMoE, layer: LayerState, dtype: torch.dtype) -> ExpertsView:
@@ -354,12 +370,12 @@ def _local_view(module: ScatterMoE, layer: LayerState, dtype: torch.dtype) -> Ex
             left, right = change.left[own].to(dtype), change.right[own].to(dtype)
             local[name] = torch.baddbmm(local[name], left, right, alpha=change.scale)
     answers.update(weight_grad_scale=1.0 if layer.deltas else scale)
-    return ExpertsView(module, casts=casts, known_gate=layer.gate, **answers, **local)
+    return ExpertsView(module, casts=casts, known_gate=layer.gate, keep_h=layer.keep_h, **answers, **local)
 
 
 def _bytes_per_pair(module: ScatterMoE, layer: LayerState, dtype: torch.dtype) -> int:
-    """What one (row, expert) pair takes at least in forward: the activation [I], and the pre-activation, [2I] or [I],
-    where it is kept for backward."""
+    """What one (row, expert) pair takes at least: the activation [I], and with a backward to come the pre-activation,
+    [2I] or [I], too, whether it is kept for it or computed again."""
     if layer.pair_widths is None:
         layout: Any = as_interface(module)
         intermediate: int = layout.down_proj.shape[-2 if layout.is_transposed else -1]

@@ -106,17 +106,19 @@ class ExpertsView:
     Parameters are the rank's own local tensors, `num_experts` is e, `_is_expert_parallel` says that sentinel
     slots may occur; every other attribute is the module's.
 
-    Five attributes are for functions that can use them (ours does): `weight_grad_scale`, a factor owed to every
+    Six attributes are for functions that can use them (ours does): `weight_grad_scale`, a factor owed to every
     weight gradient; `num_pairs`, the number of slots that are not sentinels, what waits for it, or None; `casts`,
     which makes the parameters in the compute dtype where their own is another, or None; `known_gate`, the gate our
-    kernels know it by, so that nobody has to look again at every forward, or None; and `rows_ready`, to be called in
-    backward as soon as the gradients of the rows and of their weights are there, or None.
+    kernels know it by, so that nobody has to look again at every forward, or None; `rows_ready`, to be called in
+    backward as soon as the gradients of the rows and of their weights are there, or None; and `keep_h`, whether the
+    up-projection is kept until backward.
     """
 
     def __init__(self, module: nn.Module, **answers: Any):
         self._module = module
         self.casts: Casts | None = None
         self.known_gate: Gate | None = None
+        self.keep_h = True
         self.__dict__.update(answers)
 
     def of(self, num_pairs: int | LaterPairs, rows_ready: Callable[..., None] | None) -> ExpertsView:

@@ -1,7 +1,8 @@
 """What the backward keeps and which gradients it computes: the ops of ops.py joined under torch.autograd.
 
 Fused, saved are x, the weights and top_k_weights (held by others anyway), the pre-activation h [P, 2I] (its first rows,
-where P is counted later: counts.LaterPairs) and the routing as int32. Weights in another dtype than x (fp32 master
+where P is counted later: counts.LaterPairs; nothing of it, where it is to be computed again) and the routing as int32.
+Weights in another dtype than x (fp32 master
 weights under bf16 compute) are cast for the products, in forward and again in backward, so that no copy of them is
 kept; their gradients are written once, in their own dtype, from the fp32 accumulators. In two halves, what the gate's
 own torch operations save comes on top: h, its output a [P, I], and their like.
@@ -26,13 +27,15 @@ class _Experts(torch.autograd.Function):
     """The whole layer, fused. Of the parameters (w1, w2, b1, b2) only what `casts` makes of them is computed with."""
 
     @staticmethod
-    def forward(ctx, x, w1, w2, b1, b2, index, weights, kind, num_pairs, scale, casts, rows_ready):
+    def forward(ctx, x, w1, w2, b1, b2, index, weights, kind, num_pairs, scale, casts, rows_ready, keep_h):
         parameters, later = (w1, w2, b1, b2), num_pairs if isinstance(num_pairs, LaterPairs) else None
-        pairs, kept = (num_pairs, -1) if later is None else (-1, later.kept(index.numel()))
+        pairs, likely = _rows_of(num_pairs, index)
         forward = ops.direct(ops.experts_forward, x)
-        out, h, *routing = forward(x, *_taken(casts, parameters), index, weights, *kind, pairs, kept)
+        sizes = pairs, likely, likely if keep_h else 0
+        out, h, *routing = forward(x, *_taken(casts, parameters), index, weights, *kind, *sizes)
         ctx.save_for_backward(x, *parameters, weights, h, *routing)
         ctx.kind, ctx.scale, ctx.later, ctx.filled = kind, scale, later, later is not None or pairs >= 0
+        ctx.likely = likely
         ctx.casts, ctx.rows_ready = casts if casts is not None and casts.of_module else None, rows_ready
         return out
 
@@ -48,22 +51,33 @@ class _Experts(torch.autograd.Function):
         # not kept from forward, and of the saved tensors, so that nothing outlives them
         casts = _cast(parameters, x.dtype) if ctx.casts is None else _taken(ctx.casts, parameters)
         options = *ctx.kind, ctx.scale, dtype, ctx.filled, needs
-        if ctx.later is not None:
-            saved = _counted(ctx.later, ctx.kind, x, casts, *saved)
+        saved = _whole(ctx.later, ctx.likely, ctx.kind, x, casts, *saved)
         backward = ops.direct(ops.experts_backward, x)
         early = {} if backward is ops.experts_backward else {"rows_ready": ctx.rows_ready}
         gradients = backward(dout, x, *casts, *saved, *options, **early)
         *gradients, dweights = _where_needed(gradients, needs)
-        return *gradients, None, dweights, None, None, None, None, None
+        return *gradients, None, dweights, None, None, None, None, None, None
 
 
-def _counted(later: LaterPairs, kind, x, casts, weights, h, row_slot, slot_row, expert_offsets) -> tuple[Tensor, ...]:
-    """What the forward saved, in as many rows as it turned out to use."""
-    pairs, kept = later.wait(), h.shape[0]
-    row_slot = row_slot[:pairs]
-    if kept < pairs:
+def _rows_of(num_pairs: int | LaterPairs, index: Tensor) -> tuple[int, int]:
+    """As ops.experts_forward wants them: num_pairs, and likely."""
+    slots = index.numel()
+    if isinstance(num_pairs, LaterPairs):
+        return -1, num_pairs.likely(slots)
+    return num_pairs, slots if num_pairs < 0 else num_pairs
+
+
+def _whole(
+    later: LaterPairs | None, likely: int, kind, x, casts, weights, h, row_slot, slot_row, expert_offsets
+) -> tuple[Tensor, ...]:
+    """What the forward saved, with as many rows as it turned out to use, and all of h."""
+    if later is not None:
+        row_slot = row_slot[: later.wait()]
+    pairs = row_slot.shape[0]
+    if h.shape[0] < pairs:
         w1, w2, b1, _ = casts
-        h = ops.pre_activation(x, w1, w2, b1, row_slot, slot_row, expert_offsets, *kind, kept)
+        again = ops.direct(ops.pre_activation, x)
+        h = again(x, w1, w2, b1, row_slot, slot_row, expert_offsets, *kind, likely)
     return weights, h[:pairs], row_slot, slot_row, expert_offsets
 
 
@@ -133,6 +147,7 @@ def experts(
     weight_grad_scale: float = 1.0,
     casts: Casts | None = None,
     rows_ready: Callable[[Tensor, Tensor], None] | None = None,
+    keep_h: bool = True,
 ) -> Tensor:
     """The fused layer with gradients: x[T,H], index[T,K], weights[T,K] -> [T,H] in x's dtype.
 
@@ -142,8 +157,9 @@ def experts(
     num_pairs is the number of the others where the host knows it, or will. weight_grad_scale multiplies the gradients
     of w1, w2, b1 and b2, and nothing else. With `casts`, which makes the four (those that are there, in that order) in
     x's dtype, they may be of another; their gradients come in their own. rows_ready is called in backward with the
-    gradients of x and weights (without elements where not needed), before those of the parameters are computed. Raises
-    ValueError on what does not fit together.
+    gradients of x and weights (without elements where not needed), before those of the parameters are computed. keep_h:
+    whether the pre-activation is kept for backward, or computed again there, to the same bits. Raises ValueError on
+    what does not fit together.
     """
     parameters = (w1, w2, b1, b2)
     dtypes = (w1.dtype, w2.dtype) if casts is None else (x.dtype, x.dtype)
@@ -152,10 +168,9 @@ def experts(
     kind = (act, list(gate), gated, transposed)
     learns = (t for t in (x, *parameters, weights) if t is not None)
     if torch.is_grad_enabled() and any(t.requires_grad for t in learns):
-        return _Experts.apply(x, *parameters, index, weights, kind, pairs, weight_grad_scale, casts, rows_ready)
+        return _Experts.apply(x, *parameters, index, weights, kind, pairs, weight_grad_scale, casts, rows_ready, keep_h)
     forward = ops.direct(ops.experts_forward, x)
-    pairs = pairs if isinstance(pairs, int) else -1
-    out, *_ = forward(x, *_taken(casts, parameters), index, weights, *kind, pairs, 0)
+    out, *_ = forward(x, *_taken(casts, parameters), index, weights, *kind, *_rows_of(pairs, index), 0)
     return out
 
 

@@ -31,9 +31,9 @@ def copied_to_host(tensor: Tensor) -> Callable[[], list[Any]]:
 class LaterPairs:
     """How many (row, expert) pairs a forward has, where the host learns it after it launched that forward.
 
-    The forward's passing buffers then hold the most that could be; of the pre-activation it keeps an even routing's
-    share and an eighth more; and backward, which knows the number, computes again what was not kept. The same rows are
-    kept whatever came before: a forward that activation checkpointing runs again must save tensors of the same sizes.
+    The forward's passing buffers then hold the most that could be; of the pre-activation it keeps the rows that are
+    likely; and backward, which knows the number, computes again what was not kept. The same rows are kept whatever came
+    before: a forward that activation checkpointing runs again must save tensors of the same sizes.
 
     Attributes:
         wait: for the number.
@@ -43,5 +43,6 @@ class LaterPairs:
     wait: Callable[[], int]
     share: float
 
-    def kept(self, most: int) -> int:
+    def likely(self, most: int) -> int:
+        """An even routing's share, and an eighth more."""
         return min(most, int(most * self.share * _MARGIN) + 1)

@@ -81,25 +81,24 @@ def experts_forward(
     gated: bool,
     transposed: bool,
     num_pairs: int,
+    likely: int,
     h_rows: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """x[T,H], index[T,K], weights[T,K] -> out [T,H], h [h_rows, 2I or I], then the routing.
 
     b1 [E, 2I or I] and b2 [E, H]: biases, or None. gate: launch.Gate.numbers. num_pairs: slots that are not sentinels,
-    or -1 when unknown. h_rows: how many rows of the pre-activation to keep for a backward, the first of P; 0 for none,
-    -1 for all.
+    or -1 when unknown. likely: of P rows, how many the GEMMs are tuned for, which those in use should be. h_rows: how
+    many rows of the pre-activation to keep for a backward, the first of P.
     """
     kind = Gate.of(act, gated, gate)
     with launch.on_device(x):
         x, weights = launch.row_major(x), weights.contiguous()
         layer = Layer.of(w1, w2, gated, transposed)
         rows = _num_rows(index, num_pairs)
-        kept = rows if h_rows < 0 else h_rows
-        likely = kept or rows  # of P, how many are in use: what is kept is chosen by that
         routing = sort_slots(index, layer.num_experts, rows)
         tiles = TileLists(routing)
         up, down = Weight(w1, depth_last=not transposed), Weight(w2, depth_last=not transposed)
-        h, a = _up(layer, x, up, b1, routing, tiles, kind, likely, kept)
+        h, a = _up(layer, x, up, b1, routing, tiles, kind, likely, h_rows)
         run = lambda c: launch.grouped_rows(a, down, _dense(b2), routing, tiles, c)  # noqa: E731
         y = launch.tuned("down", layer, likely, x, run)
         out = launch.sum_slots(y, routing, weights, x.shape[0])
@@ -107,17 +106,18 @@ def experts_forward(
 
 
 @experts_forward.register_fake
-def _(x, w1, w2, b1, b2, index, weights, act, gate, gated, transposed, num_pairs, h_rows):
+def _(x, w1, w2, b1, b2, index, weights, act, gate, gated, transposed, num_pairs, likely, h_rows):
     rows, integers = _num_rows(index, num_pairs), {"dtype": torch.int32, "device": x.device}
     return (
         x.new_empty(x.shape),
-        x.new_empty(rows if h_rows < 0 else h_rows, w1.shape[2 if transposed else 1]),
+        x.new_empty(h_rows, w1.shape[2 if transposed else 1]),
         torch.empty(rows, **integers),
         torch.empty(index.numel(), **integers),
         torch.empty(w1.shape[0] + 1, **integers),
     )
 
 
+@_op("pre_activation")
 def pre_activation(
     x: Tensor,
     w1: Tensor,
@@ -132,8 +132,8 @@ def pre_activation(
     transposed: bool,
     likely: int,
 ) -> Tensor:
-    """h [P, 2I or I] as experts_forward computed it, for a backward that finds too little of it kept; `likely` is the
-    h_rows of that forward: the same configuration gives the same bits. w2 only tells the layer's shape."""
+    """h [P, 2I or I] as experts_forward computed it, for a backward that finds too little of it kept; `likely` is that
+    forward's: the same configuration gives the same bits. w2 only tells the layer's shape."""
     kind = Gate.of(act, gated, gate)
     with launch.on_device(x):
         x = launch.row_major(x)
@@ -142,6 +142,11 @@ def pre_activation(
         tiles, up = TileLists(routing), Weight(w1, depth_last=not transposed)
         h, _ = _up(layer, x, up, b1, routing, tiles, kind, likely, routing.num_rows, activate=False)
     return h
+
+
+@pre_activation.register_fake
+def _(x, w1, w2, b1, row_slot, slot_row, expert_offsets, act, gate, gated, transposed, likely):
+    return x.new_empty(row_slot.shape[0], w1.shape[2 if transposed else 1])
 
 
 def _up(

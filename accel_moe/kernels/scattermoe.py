@@ -49,10 +49,11 @@ def scattermoe_experts_forward(self, hidden_states: Tensor, top_k_index: Tensor,
     (multiplies the gradient of every expert parameter, default 1.0); `num_pairs` (how many slots are not sentinels,
     where the host knows: buffers are then of that size; or counts.LaterPairs, where it will); `casts` (casts.Casts of
     the parameters, where they are not in hidden_states' dtype; their gradients come in their own); `known_gate`
-    (gate_of it, where somebody asked that, and unsupported_reason, before); and `rows_ready` (called in backward as
-    soon as the gradients of hidden_states and top_k_weights are there). A slot with top_k_index >= num_experts is a
-    sentinel: no work, no contribution, gradient exactly 0. No host sync, no collective. Raises ValueError for a module
-    that unsupported_reason refuses and for tensors that do not fit.
+    (gate_of it, where somebody asked that, and unsupported_reason, before); `rows_ready` (called in backward as
+    soon as the gradients of hidden_states and top_k_weights are there); and `keep_h` (False: with a gate known to the
+    kernels, the up-projection is computed again in backward, instead of being kept). A slot with top_k_index >=
+    num_experts is a sentinel: no work, no contribution, gradient exactly 0. No host sync, no collective. Raises
+    ValueError for a module that unsupported_reason refuses and for tensors that do not fit.
     """
     known = getattr(self, "known_gate", None)
     reason = None if known is not None else unsupported_reason(self)
@@ -91,6 +92,7 @@ def scattermoe_experts_forward(self, hidden_states: Tensor, top_k_index: Tensor,
             gate=numbers,
             casts=casts,
             rows_ready=getattr(self, "rows_ready", None),
+            keep_h=getattr(self, "keep_h", True),
             **options,
         )
     else:

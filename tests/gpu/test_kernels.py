@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from accel_moe.kernels.autograd import experts, experts_in_halves
+from accel_moe.kernels.counts import LaterPairs
 from accel_moe.kernels.gate import Gate
 
 pytestmark = pytest.mark.gpu
@@ -187,6 +188,17 @@ def test_two_runs_give_the_same_bits():
     dout = torch.randn(args[0].shape, device="cuda").bfloat16()
     for a, b in zip(run(ours, args, dout), run(ours, args, dout), strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("pairs", ["unknown", "counted", "later"])
+def test_an_up_projection_that_is_computed_again_gives_the_same_bits(pairs):
+    args = make(2048, 8, 2048, 768, 128, torch.bfloat16)
+    args[3] = args[3].masked_fill(args[3] >= 64, 128)  # half the experts are elsewhere
+    count = int((args[3] < 128).sum())
+    options = {"num_pairs": {"unknown": None, "counted": count, "later": LaterPairs(lambda: count, 0.5)}[pairs]}
+    dout = torch.randn_like(args[0])
+    for again, once in zip(run(ours, args, dout, keep_h=False, **options), run(ours, args, dout, **options)):
+        assert torch.equal(again, once)
 
 
 def test_weight_grad_scale():

@@ -150,6 +150,18 @@ def test_eager_is_refused_under_expert_parallelism():
         accel_moe.prepare(tiny_model(), moe_ep_degree=2, moe_kernel="eager")
 
 
+def test_recomputing_the_up_projection_is_refused_where_another_kernel_or_an_unknown_gate_keeps_it(monkeypatch):
+    with pytest.raises(ValueError, match=r"moe_recompute_up_projection needs moe_kernel scattermoe.*run grouped_mm"):
+        accel_moe.prepare(tiny_model(), moe_recompute_up_projection=True)
+    monkeypatch.setattr(recognise, "triton_can_run", lambda: True)
+    model = tiny_model()
+    model.model.layers[1].mlp.experts._apply_gate = lambda h: torch.sin(h.chunk(2, -1)[0])
+    with pytest.raises(ValueError, match=r"layers\.1.*needs a gate that our kernels know"):
+        accel_moe.prepare(model, moe_recompute_up_projection=True)
+    assert experts.prepared_state(model) is None
+    accel_moe.prepare(tiny_model(), moe_recompute_up_projection=True)
+
+
 @pytest.mark.parametrize(
     "change, reason",
     [

@@ -149,13 +149,55 @@ def test_pairs_that_are_counted_later_give_the_same_bits_whatever_was_kept(kind,
         options.update(act="relu2", gated=False)
     pairs = int((~sentinel).sum())
     later = LaterPairs(lambda: pairs, share)
-    assert (later.kept(120) < pairs) == (share < 0.4)  # then backward computes the pre-activation again
+    assert (later.likely(120) < pairs) == (share < 0.4)  # then backward computes the pre-activation again
     dout = torch.randn(40, 24, generator=torch.Generator().manual_seed(1))
     found = run(experts, args, dout, num_pairs=later, **options)
     for ours, counted in zip(found, run(experts, args, dout, num_pairs=pairs, **options), strict=True):
         assert torch.equal(ours, counted)
     with torch.no_grad():
         assert torch.equal(experts(*args[:3], *args[3:], num_pairs=later, **options), found[0])
+
+
+@pytest.mark.parametrize("kind", ["gated", "biased", "not gated"])
+@pytest.mark.parametrize("pairs", ["unknown", "counted", "later"])
+def test_an_up_projection_that_is_computed_again_gives_the_same_bits_and_is_not_kept(pairs, kind, poisoned):
+    args = make(T=40, K=3)
+    sentinel = torch.rand(40, 3, generator=torch.Generator().manual_seed(2)) < 0.6
+    args[3] = args[3].masked_fill(sentinel, 4)
+    options = dict(act="silu")
+    if kind == "biased":
+        options.update(b1=torch.randn(4, 40), b2=torch.randn(4, 24))
+    if kind == "not gated":
+        args[1] = args[1][:, :20].contiguous()
+        options.update(act="relu2", gated=False)
+    count = int((~sentinel).sum())
+    options["num_pairs"] = {"unknown": None, "counted": count, "later": LaterPairs(lambda: count, 0.9)}[pairs]
+    dout = torch.randn(40, 24, generator=torch.Generator().manual_seed(1))
+    kept, found = {}, {}
+    for keep_h in (True, False):
+
+        def pack(tensor):
+            kept[keep_h] = kept.get(keep_h, 0) + tensor.numel()  # noqa: B023
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            found[keep_h] = run(experts, args, dout, keep_h=keep_h, **options)
+    for again, once in zip(found[False], found[True], strict=True):
+        assert torch.equal(again, once)
+    rows = {"unknown": 120, "counted": count, "later": options["num_pairs"] and LaterPairs(int, 0.9).likely(120)}[pairs]
+    assert kept[True] - kept[False] == rows * args[1].shape[1]
+
+
+@pytest.mark.parametrize("biased", [False, True])
+def test_an_up_projection_that_is_computed_again_compiles_into_one_graph(biased):
+    x, w1, w2, index, weights = make()
+    biases = dict(b1=torch.randn(4, 40, requires_grad=True), b2=torch.randn(4, 24)) if biased else {}
+    leaves = [t.requires_grad_() for t in (x, w1, w2, weights)] + [b for b in biases.values() if b.requires_grad]
+    layer = lambda: experts(x, w1, w2, index, weights, "silu", keep_h=False, **biases)  # noqa: E731
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    results = [[out, *torch.autograd.grad(out.sum(), leaves)] for out in (compiled(), layer())]
+    for actual, expected in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_later_pairs_that_turn_out_to_be_none():
@@ -325,7 +367,7 @@ def test_inference_mode_saves_nothing_and_gives_the_same_output():
         out = experts(*args, "silu")
     torch.testing.assert_close(out, eager(*args), rtol=1e-5, atol=1e-5)
     x, w1, w2, *routing = args
-    assert ops.experts_forward(x, w1, w2, None, None, *routing, "silu", [], True, False, -1, 0)[1].numel() == 0
+    assert ops.experts_forward(x, w1, w2, None, None, *routing, "silu", [], True, False, -1, 38, 0)[1].numel() == 0
 
 
 def test_bf16_routing_weights_keep_their_dtype_in_the_gradient():
@@ -351,8 +393,12 @@ def test_compiles_without_a_graph_break_and_the_fake_kernels_agree():
     assert_close([out / 2, *grads], run(eager, args, torch.ones(19, 24)))
     no_grad = [t.detach() for t in args]
     x, w1, w2, *routing = no_grad
-    inputs = (x, w1, w2, None, None, *routing, "silu", [], True, False, -1, -1)
+    inputs = (x, w1, w2, None, None, *routing, "silu", [], True, False, -1, 38, 38)
     torch.library.opcheck(ops.experts_forward, inputs, test_utils="test_faketensor")
+    _, h, *sorted_slots = ops.experts_forward(*inputs)
+    inputs = (x, w1, w2, None, *sorted_slots, "silu", [], True, False, 38)
+    torch.library.opcheck(ops.pre_activation, inputs, test_utils="test_faketensor")
+    assert torch.equal(ops.pre_activation(*inputs), h)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# What ACT2FN and torch.nn call the activations that gemm.activation computes.
+# What ACT2FN and torch.nn call the activations that activation.activation computes.
 _ACTIVATION_NAMES = {
     "SiLU": "silu",
     "SiLUActivation": "silu",
@@ -44,7 +44,7 @@ _LIMITS, _ALPHAS = ("limit", "swiglu_limit"), ("alpha", "swiglu_alpha")
 class Gate:
     """act(gate) * (up + shift), gate and up clamped: h [P, 2I] -> a [P, I]; or, not gated, act(h), [P, I] -> [P, I].
 
-    The fields are constants of the kernels (gemm.glu, gemm.activation).
+    The fields are constants of the kernels (activation.glu, activation.activation).
     """
 
     act: str = "silu"

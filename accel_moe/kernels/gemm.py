@@ -1,4 +1,4 @@
-"""The maths: every @triton.jit kernel of the experts layer, and nothing else.
+"""The maths: the GEMMs of the experts layer as Triton kernels, and what the layer computes.
 
 Shape letters: T tokens, K top-k, H hidden, I intermediate, E experts, P (token, expert) pairs in use (P <=
 T*K). A *slot* is one entry of `top_k_index[T, K]`, numbered t*K + k. A *row* is a slot's place once slots are
@@ -19,7 +19,8 @@ weight, the layer is
 
 `x[token]` and `dout[token]` are gathered by the GEMMs' own loads. Every sum has one owner and a fixed order:
 no atomics, so two runs give the same bits. One tile belongs to one expert; tiles are listed on the GPU
-(`list_tiles`). Kernels that are launched carry `@entry`; the others are parts of them.
+(sort.list_tiles). Kernels that are launched carry `@entry`; the others are parts of them. Beside the GEMMs there are
+the sort (sort.py), the passes that move and add (passes.py), and the gate in the epilogues (activation.py).
 
 Operands named `*_src` are a TMA tensor descriptor where USE_TMA says so and a plain pointer elsewhere; one
 source serves both. Row numbers are widened to 64 bits before they are multiplied by a stride: T*K*H passes
@@ -33,101 +34,8 @@ code of theirs is used.
 import triton
 import triton.language as tl
 
+from .activation import activation, activation_backward, activation_backward_halves, glu, split_columns, split_pairs
 from .entry import entry
-
-# ------------------------------------------------------------------------------------------------------------
-# Routing: a stable counting sort of slots by expert, in two launches and without atomics.
-# ------------------------------------------------------------------------------------------------------------
-
-SORT_CHUNK = tl.constexpr(128)
-
-
-@entry
-@triton.jit(do_not_specialize=["num_slots", "slots_per_block"])
-def count_slots(index_ptr, count_ptr, num_slots, num_experts, slots_per_block, BINS: tl.constexpr):
-    """count[block, e] = slots of this block that chose expert e. Sentinels (index >= num_experts) count as
-    bin E.
-    """
-    block = tl.program_id(0)
-    counts = tl.zeros((BINS,), tl.int32)
-    for chunk in range(0, slots_per_block, SORT_CHUNK):
-        slot = block * slots_per_block + chunk + tl.arange(0, SORT_CHUNK)
-        expert = tl.load(index_ptr + slot, mask=slot < num_slots, other=num_experts)
-        counts += tl.histogram(tl.minimum(expert, num_experts).to(tl.int32), BINS)
-    tl.store(count_ptr + block * BINS + tl.arange(0, BINS), counts)
-
-
-@entry
-@triton.jit(do_not_specialize=["num_slots", "num_rows", "slots_per_block", "num_blocks"])
-def place_slots(
-    index_ptr,
-    count_ptr,
-    row_slot_ptr,
-    slot_row_ptr,
-    expert_offset_ptr,
-    num_slots,
-    num_rows,
-    num_experts,
-    slots_per_block,
-    num_blocks,
-    BINS: tl.constexpr,
-):
-    """row_slot[row] = slot, its inverse slot_row[slot] = row (-1 for a sentinel), and expert_offsets[E + 1]."""
-    block = tl.program_id(0)
-    bins = tl.arange(0, BINS)
-    before = tl.zeros((BINS,), tl.int32)  # slots of each expert in earlier blocks
-    total = tl.zeros((BINS,), tl.int32)
-    for other in range(0, num_blocks):
-        counts = tl.load(count_ptr + other * BINS + bins)
-        total += counts
-        before += tl.where(other < block, counts, 0)
-    total = tl.where(bins < num_experts, total, 0)
-    offset = tl.cumsum(total, 0) - total
-    if block == 0:
-        # num_rows bounds what is written here and below, and so in every kernel after: a host that understates
-        # num_pairs loses the last slots, it does not make us write past a buffer.
-        tl.store(expert_offset_ptr + bins, tl.minimum(offset, num_rows), mask=bins <= num_experts)
-    place = offset + before
-    for chunk in range(0, slots_per_block, SORT_CHUNK):
-        lane = tl.arange(0, SORT_CHUNK)
-        slot = block * slots_per_block + chunk + lane
-        expert = tl.load(index_ptr + slot, mask=slot < num_slots, other=num_experts)
-        expert = tl.minimum(expert, num_experts).to(tl.int32)
-        # Stable: a slot comes after the earlier slots of the same expert.
-        rank = tl.sum(((expert[:, None] == expert[None, :]) & (lane[None, :] < lane[:, None])).to(tl.int32), axis=1)
-        row = tl.gather(place, expert, 0) + rank
-        used = (expert < num_experts) & (row < num_rows)
-        tl.store(slot_row_ptr + slot, tl.where(used, row, -1), mask=slot < num_slots)
-        tl.store(row_slot_ptr + row, slot, mask=used)
-        place += tl.histogram(expert, BINS)
-
-
-@entry
-@triton.jit(do_not_specialize=["max_tiles"])
-def list_tiles(
-    expert_offset_ptr,
-    tile_expert_ptr,
-    tile_offset_ptr,
-    num_experts,
-    max_tiles,
-    BLOCK_P: tl.constexpr,
-    BINS: tl.constexpr,
-    TILES: tl.constexpr,
-):
-    """tile_expert[i] = expert of row tile i (-1 past the last); tile_offsets[e] = first row tile of expert e."""
-    bins = tl.arange(0, BINS)
-    is_expert = bins < num_experts
-    start = tl.load(expert_offset_ptr + bins, mask=is_expert, other=0)
-    end = tl.load(expert_offset_ptr + bins + 1, mask=is_expert, other=0)
-    tiles = (end - start + BLOCK_P - 1) // BLOCK_P
-    last = tl.cumsum(tiles, 0)
-    if tl.program_id(0) == 0:
-        tl.store(tile_offset_ptr + 1 + bins, last, mask=is_expert)
-        tl.store(tile_offset_ptr + bins, last - tiles, mask=bins == 0)
-    tile = tl.program_id(0) * TILES + tl.arange(0, TILES)
-    expert = tl.sum((is_expert[None, :] & (last[None, :] <= tile[:, None])).to(tl.int32), axis=1)
-    tl.store(tile_expert_ptr + tile, tl.where(expert < num_experts, expert, -1), mask=tile < max_tiles)
-
 
 # ------------------------------------------------------------------------------------------------------------
 # Parts that the GEMMs share.
@@ -275,90 +183,38 @@ def pair_columns(i, intermediate, WIDTH: tl.constexpr, BLOCK_I: tl.constexpr, IN
 
 
 @triton.jit
-def split_columns(tile, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """[ROWS, COLS] -> its left and its right half; moves no data, an accumulator's row lies in one warp's
-    registers.
-    """
-    return tile.reshape(ROWS, 2, COLS // 2).permute(0, 2, 1).split()
-
-
-@triton.jit
-def tanh(x):
-    # 2*sigmoid(2x) - 1: tl.math has no tanh that the interpreter and every backend share.
-    return 2.0 * tl.sigmoid(2.0 * x) - 1.0
-
-
-@triton.jit
-def activation(x, ACT: tl.constexpr, ALPHA: tl.constexpr):
-    """-> act(x), act'(x), in fp32. To add one: a branch here and its name in launch.ACTIVATIONS.
-
-    silu is x * sigmoid(ALPHA * x); the others know no ALPHA.
-    """
-    if ACT == "silu":
-        sig = tl.sigmoid(ALPHA * x)
-        return x * sig, sig * (1.0 + ALPHA * x * (1.0 - sig))
-    elif ACT == "gelu":
-        cdf = 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))
-        return x * cdf, cdf + x * 0.3989422804014327 * tl.exp(-0.5 * x * x)
-    elif ACT == "gelu_tanh":
-        t = tanh(0.7978845608028654 * (x + 0.044715 * x * x * x))
-        slope = 0.7978845608028654 * (1.0 + 0.134145 * x * x)
-        return 0.5 * x * (1.0 + t), 0.5 * (1.0 + t) + 0.5 * x * (1.0 - t * t) * slope
-    elif ACT == "relu":
-        return tl.maximum(x, 0.0), tl.where(x > 0.0, 1.0, 0.0)
-    elif ACT == "relu2":
-        positive = tl.maximum(x, 0.0)
-        return positive * positive, 2.0 * positive
-    else:
-        tl.static_assert(ACT == "identity", "unknown activation")
-        return x, tl.full(x.shape, 1.0, tl.float32)
-
-
-@triton.jit
-def glu(
-    gate,
-    up,
-    ACT: tl.constexpr,
-    ALPHA: tl.constexpr,
-    SHIFT: tl.constexpr,
-    LIMIT: tl.constexpr,
-    LATE: tl.constexpr,
+def load_row_block(
+    src,
+    row,
+    row_end,
+    col,
+    width,
+    PADDED: tl.constexpr,
+    USE_TMA: tl.constexpr,
+    EVEN: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):
-    """-> a = act(gate) * (up + SHIFT), da/dgate, da/dup, in fp32.
-
-    With a LIMIT (not 0), up is clamped to +-LIMIT, and gate, or act(gate) if LATE, to at most LIMIT. As torch.clamp's,
-    the gradient passes where the value is within, bounds included. `where`, not min and max: NaN stays NaN.
+    """[BLOCK_P, BLOCK_N] of consecutive rows. By descriptor, a block of an operand that is not PADDED runs on into
+    the next expert's rows: finite numbers, which the padded operand's zeros cancel.
     """
-    clamped_up = up
-    if LIMIT != 0.0:
-        clamped_up = tl.where(up > LIMIT, LIMIT, tl.where(up < -LIMIT, -LIMIT, up))
-    if LIMIT != 0.0 and not LATE:
-        act, slope = activation(tl.where(gate > LIMIT, LIMIT, gate), ACT, ALPHA)
-        slope = tl.where(gate > LIMIT, 0.0, slope)
+    if USE_TMA:
+        tile = src.load([row, col])
     else:
-        act, slope = activation(gate, ACT, ALPHA)
-    if LIMIT != 0.0 and LATE:
-        slope = tl.where(act > LIMIT, 0.0, slope)
-        act = tl.where(act > LIMIT, LIMIT, act)
-    from_up = act
-    if LIMIT != 0.0:
-        from_up = tl.where(tl.abs(up) > LIMIT, 0.0, act)
-    clamped_up += SHIFT
-    return act * clamped_up, slope * clamped_up, from_up
-
-
-@triton.jit
-def split_pairs(tile, ROWS: tl.constexpr, COLS: tl.constexpr, INTERLEAVED: tl.constexpr):
-    """[ROWS, COLS] -> gate and up, [ROWS, COLS / 2] each: every second column, or the left and the right half."""
-    if INTERLEAVED:
-        pair = tile.reshape(ROWS, COLS // 2, 2).split()
-    else:
-        pair = split_columns(tile, ROWS, COLS)
-    return pair
+        rows = row + tl.arange(0, BLOCK_P)
+        cols = col + tl.arange(0, BLOCK_N)
+        pointers = src + rows.to(tl.int64)[:, None] * width + cols[None, :]
+        if PADDED and EVEN:
+            tile = tl.load(pointers)
+        elif PADDED:
+            tile = tl.load(pointers, mask=(cols < width)[None, :], other=0.0)
+        else:
+            tile = tl.load(pointers, mask=(rows < row_end)[:, None] & (cols < width)[None, :], other=0.0)
+    return tile
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Forward.
+# The GEMMs.
 # ------------------------------------------------------------------------------------------------------------
 
 
@@ -576,223 +432,6 @@ def grouped_rows(
 
 
 @entry
-@triton.jit
-def gather_rows(
-    x_ptr,
-    out_ptr,
-    row_slot_ptr,
-    tile_expert_ptr,
-    tile_offset_ptr,
-    expert_offset_ptr,
-    width,
-    stride_xt,
-    top_k,
-    PAD: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """out = x[token] by rows, each expert's rows padded with zeros to a multiple of PAD: row tile i of height PAD
-    becomes out[i * PAD : (i + 1) * PAD]. The zeros let weight_grad sum whole blocks with no mask.
-    """
-    tile = tl.program_id(0)
-    expert = tl.load(tile_expert_ptr + tile)
-    if expert < 0:
-        return
-    first = tl.load(expert_offset_ptr + expert) + (tile - tl.load(tile_offset_ptr + expert)) * PAD
-    end = tl.load(expert_offset_ptr + expert + 1)
-    lane = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
-    used = first + lane < end
-    token = tl.load(row_slot_ptr + first + lane, mask=used, other=0) // top_k
-    source = x_ptr + token.to(tl.int64)[:, None] * stride_xt
-    target = out_ptr + (tile * PAD + lane).to(tl.int64)[:, None] * width
-    for col in range(0, width, BLOCK):
-        cols = (col + tl.arange(0, BLOCK))[None, :]
-        value = tl.load(source + cols, mask=used[:, None] & (cols < width), other=0.0)
-        tl.store(target + cols, value, mask=cols < width)
-
-
-@entry
-@triton.jit
-def sum_slots(
-    y_ptr,
-    slot_row_ptr,
-    weight_ptr,
-    out_ptr,
-    hidden,
-    TOP_K: tl.constexpr,
-    WEIGHTED: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-):
-    """out[t] = sum_k weight[t, k] * y[slot_row[t, k]], k ascending, in fp32; a sentinel (row -1) adds
-    nothing.
-
-    Without WEIGHTED it is the plain sum that turns the gradient of x[token] into the gradient of x.
-    """
-    t = tl.program_id(0).to(tl.int64)
-    cols = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
-    acc = tl.zeros((BLOCK_H,), tl.float32)
-    for k in tl.static_range(TOP_K):  # pyright: ignore
-        row = tl.load(slot_row_ptr + t * TOP_K + k)
-        width = tl.where(row >= 0, hidden, 0)
-        value = tl.load(y_ptr + row.to(tl.int64) * hidden + cols, mask=cols < width, other=0.0).to(tl.float32)
-        if WEIGHTED:
-            # where, not a product alone: a sentinel's weight may be anything, NaN included
-            value *= tl.where(row >= 0, tl.load(weight_ptr + t * TOP_K + k).to(tl.float32), 0.0)
-        acc += value
-    tl.store(out_ptr + t * hidden + cols, acc.to(out_ptr.dtype.element_ty), mask=cols < hidden)
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Backward.
-# ------------------------------------------------------------------------------------------------------------
-
-
-@triton.jit
-def load_pairs(ptr, offset, mask):
-    """-> gate, up in fp32, at 2 * offset and the place after; 16-bit pairs come as one 32-bit word, in one layout."""
-    if ptr.dtype.element_ty.primitive_bitwidth == 16:
-        word = tl.load(ptr.to(tl.pointer_type(tl.uint32)) + offset, mask=mask, other=0)
-        gate = (word & 0xFFFF).to(tl.uint16).to(ptr.dtype.element_ty, bitcast=True)
-        up = (word >> 16).to(tl.uint16).to(ptr.dtype.element_ty, bitcast=True)
-    else:
-        gate = tl.load(ptr + 2 * offset, mask=mask, other=0.0)
-        up = tl.load(ptr + 2 * offset + 1, mask=mask, other=0.0)
-    return gate.to(tl.float32), up.to(tl.float32)
-
-
-@triton.jit
-def store_pairs(ptr, offset, gate, up, mask):
-    """The other way."""
-    gate, up = gate.to(ptr.dtype.element_ty), up.to(ptr.dtype.element_ty)
-    if ptr.dtype.element_ty.primitive_bitwidth == 16:
-        low = gate.to(tl.uint16, bitcast=True).to(tl.uint32)
-        word = low | (up.to(tl.uint16, bitcast=True).to(tl.uint32) << 16)
-        tl.store(ptr.to(tl.pointer_type(tl.uint32)) + offset, word, mask=mask)
-    else:
-        tl.store(ptr + 2 * offset, gate, mask=mask)
-        tl.store(ptr + 2 * offset + 1, up, mask=mask)
-
-
-@triton.jit
-def activation_backward(
-    da,
-    scale,
-    h_tile,
-    dh_tile,
-    sa_tile,
-    rows_left,
-    col0,
-    intermediate,
-    ACT: tl.constexpr,
-    ALPHA: tl.constexpr,
-    SHIFT: tl.constexpr,
-    LIMIT: tl.constexpr,
-    LATE: tl.constexpr,
-    GATED: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    BLOCK_I: tl.constexpr,
-):
-    """The epilogue of down_backward on columns col0 .. col0 + BLOCK_I: reads h, writes dh and sa, -> their share of
-    ds.
-
-    The pointers are those of the tile's first row, so that offsets within the tile fit 32 bits.
-    """
-    lane = tl.arange(0, BLOCK_P)[:, None]
-    cols = col0 + tl.arange(0, BLOCK_I)[None, :]
-    mask = (lane < rows_left) & (cols < intermediate)
-    dtype = sa_tile.dtype.element_ty
-    if GATED and INTERLEAVED:
-        h_offset = lane * intermediate + cols
-        gate, up = load_pairs(h_tile, h_offset, mask)
-        a, from_gate, from_up = glu(gate, up, ACT, ALPHA, SHIFT, LIMIT, LATE)
-    elif GATED:
-        h_offset = lane * (2 * intermediate) + cols
-        gate = tl.load(h_tile + h_offset, mask=mask, other=0.0).to(tl.float32)
-        up = tl.load(h_tile + h_offset + intermediate, mask=mask, other=0.0).to(tl.float32)
-        a, from_gate, from_up = glu(gate, up, ACT, ALPHA, SHIFT, LIMIT, LATE)
-    else:
-        h_offset = lane * intermediate + cols
-        a, slope = activation(tl.load(h_tile + h_offset, mask=mask, other=0.0).to(tl.float32), ACT, ALPHA)
-    ds = tl.sum(da * a, axis=1)
-    tl.store(sa_tile + lane * intermediate + cols, (a * scale[:, None]).to(dtype), mask=mask)
-    da = da * scale[:, None]
-    if GATED and INTERLEAVED:
-        store_pairs(dh_tile, h_offset, da * from_gate, da * from_up, mask)
-    elif GATED:
-        tl.store(dh_tile + h_offset, (da * from_gate).to(dtype), mask=mask)
-        tl.store(dh_tile + h_offset + intermediate, (da * from_up).to(dtype), mask=mask)
-    else:
-        tl.store(dh_tile + h_offset, (da * slope).to(dtype), mask=mask)
-    return ds
-
-
-@triton.jit
-def activation_backward_halves(
-    da,
-    scale,
-    h_tile,
-    dh_tile,
-    sa_tile,
-    rows_left,
-    col0,
-    intermediate,
-    ACT: tl.constexpr,
-    ALPHA: tl.constexpr,
-    SHIFT: tl.constexpr,
-    LIMIT: tl.constexpr,
-    LATE: tl.constexpr,
-    GATED: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    BLOCK_I: tl.constexpr,
-):
-    """As activation_backward, one half of the columns after the other: the accumulator, h and their products at once
-    are more than the registers hold (1.4 kB of spills a thread at 128 x 128 on 8 warps).
-    """
-    HALF: tl.constexpr = BLOCK_I // 2
-    left, right = split_columns(da, BLOCK_P, BLOCK_I)
-    ds = activation_backward(
-        left,
-        scale,
-        h_tile,
-        dh_tile,
-        sa_tile,
-        rows_left,
-        col0,
-        intermediate,
-        ACT,
-        ALPHA,
-        SHIFT,
-        LIMIT,
-        LATE,
-        GATED,
-        INTERLEAVED,
-        BLOCK_P,
-        HALF,
-    )
-    return ds + activation_backward(
-        right,
-        scale,
-        h_tile,
-        dh_tile,
-        sa_tile,
-        rows_left,
-        col0 + HALF,
-        intermediate,
-        ACT,
-        ALPHA,
-        SHIFT,
-        LIMIT,
-        LATE,
-        GATED,
-        INTERLEAVED,
-        BLOCK_P,
-        HALF,
-    )
-
-
-@entry
 @triton.jit(do_not_specialize=["num_rows"])
 def down_backward(
     dout_src,
@@ -962,77 +601,6 @@ def down_backward(
 
 
 @entry
-@triton.jit(do_not_specialize=["num_slots", "num_rows"])
-def sum_routing_grad(ds_ptr, slot_row_ptr, out_ptr, num_slots, num_rows, num_parts, BLOCK: tl.constexpr):
-    """d top_k_weights[slot] = sum of the slot's ds partials, in order; exactly 0 for a sentinel."""
-    slot = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    row = tl.load(slot_row_ptr + slot, mask=slot < num_slots, other=-1)
-    acc = tl.zeros((BLOCK,), tl.float32)
-    for part in range(0, num_parts):
-        acc += tl.load(ds_ptr + tl.cast(part, tl.int64) * num_rows + row, mask=row >= 0, other=0.0)
-    tl.store(out_ptr + slot, acc.to(out_ptr.dtype.element_ty), mask=slot < num_slots)
-
-
-@entry
-@triton.jit(do_not_specialize=["num_rows"])
-def zero_tail(
-    first_ptr,
-    second_ptr,
-    expert_offset_ptr,
-    num_experts,
-    num_rows,
-    first_width,
-    second_width,
-    BLOCK: tl.constexpr,
-):
-    """Zeroes the rows after the last used one, as many as programs, of two [num_rows, width] buffers; first
-    is the wider.
-
-    weight_grad reads whole blocks of rows and masks one operand to zero; the other must then be finite, for 0
-    * NaN is NaN.
-    """
-    row = (tl.load(expert_offset_ptr + num_experts) + tl.program_id(0)).to(tl.int64)
-    if row >= num_rows:
-        return
-    for col in range(0, first_width, BLOCK):
-        cols = col + tl.arange(0, BLOCK)
-        zero = tl.zeros((BLOCK,), first_ptr.dtype.element_ty)
-        tl.store(first_ptr + row * first_width + cols, zero, mask=cols < first_width)
-        tl.store(second_ptr + row * second_width + cols, zero, mask=cols < second_width)
-
-
-@triton.jit
-def load_row_block(
-    src,
-    row,
-    row_end,
-    col,
-    width,
-    PADDED: tl.constexpr,
-    USE_TMA: tl.constexpr,
-    EVEN: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    """[BLOCK_P, BLOCK_N] of consecutive rows. By descriptor, a block of an operand that is not PADDED runs on into
-    the next expert's rows: finite numbers, which the padded operand's zeros cancel.
-    """
-    if USE_TMA:
-        tile = src.load([row, col])
-    else:
-        rows = row + tl.arange(0, BLOCK_P)
-        cols = col + tl.arange(0, BLOCK_N)
-        pointers = src + rows.to(tl.int64)[:, None] * width + cols[None, :]
-        if PADDED and EVEN:
-            tile = tl.load(pointers)
-        elif PADDED:
-            tile = tl.load(pointers, mask=(cols < width)[None, :], other=0.0)
-        else:
-            tile = tl.load(pointers, mask=(rows < row_end)[:, None] & (cols < width)[None, :], other=0.0)
-    return tile
-
-
-@entry
 @triton.jit
 def weight_grad(
     left_src,
@@ -1091,79 +659,3 @@ def weight_grad(
     mask = (m0 + lane < left_width) & (cols < right_width)
     dw = dw_ptr + (expert.to(tl.int64) * left_width + m0) * right_width + (lane * right_width + cols)
     tl.store(dw, (acc * scale).to(dw_ptr.dtype.element_ty), mask=mask)
-
-
-@entry
-@triton.jit
-def sum_expert_rows(
-    src_ptr,
-    weight_ptr,
-    out_ptr,
-    row_slot_ptr,
-    expert_offset_ptr,
-    width,
-    stride,
-    top_k,
-    scale,
-    WEIGHTED: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """A bias gradient: out[e] = scale * sum of src over e's rows, top to bottom.
-
-    WEIGHTED: src is [T, width], read at each row's token and multiplied by its routing weight; else src is [P,
-    width].
-    """
-    expert = tl.program_id(0)
-    cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    end = tl.load(expert_offset_ptr + expert + 1)
-    acc = tl.zeros((BLOCK,), tl.float32)
-    for start in range(tl.load(expert_offset_ptr + expert), end, ROWS):
-        rows = start + tl.arange(0, ROWS)
-        used = rows < end
-        if WEIGHTED:
-            slot = tl.load(row_slot_ptr + rows, mask=used, other=0)
-            rows = slot // top_k
-        mask = used[:, None] & (cols < width)[None, :]
-        value = tl.load(src_ptr + rows.to(tl.int64)[:, None] * stride + cols[None, :], mask=mask, other=0.0)
-        value = value.to(tl.float32)
-        if WEIGHTED:
-            value *= tl.load(weight_ptr + slot, mask=used, other=0.0).to(tl.float32)[:, None]
-        acc += tl.sum(value, axis=0)
-    out = out_ptr + expert.to(tl.int64) * width + cols
-    tl.store(out, (acc * scale).to(out_ptr.dtype.element_ty), mask=cols < width)
-
-
-@entry
-@triton.jit
-def dot_bias(
-    dout_ptr,
-    bias_ptr,
-    ds_ptr,
-    row_slot_ptr,
-    tile_expert_ptr,
-    tile_offset_ptr,
-    expert_offset_ptr,
-    width,
-    stride,
-    top_k,
-    BLOCK_P: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """ds[row] = dout[token] . bias[e]: what the down-projection's bias adds to the gradient of the routing weight."""
-    tile = tl.program_id(0)
-    expert = tl.load(tile_expert_ptr + tile)
-    if expert < 0:
-        return
-    start = tl.load(expert_offset_ptr + expert) + (tile - tl.load(tile_offset_ptr + expert)) * BLOCK_P
-    rows = start + tl.arange(0, BLOCK_P)
-    used = rows < tl.load(expert_offset_ptr + expert + 1)
-    token = tl.load(row_slot_ptr + rows, mask=used, other=0) // top_k
-    acc = tl.zeros((BLOCK_P,), tl.float32)
-    for col in range(0, width, BLOCK):
-        cols = col + tl.arange(0, BLOCK)
-        bias = tl.load(bias_ptr + expert.to(tl.int64) * width + cols, mask=cols < width, other=0.0).to(tl.float32)
-        source = dout_ptr + token.to(tl.int64)[:, None] * stride + cols[None, :]
-        value = tl.load(source, mask=used[:, None] & (cols < width)[None, :], other=0.0).to(tl.float32)
-        acc += tl.sum(value * bias[None, :], axis=1)
-    tl.store(ds_ptr + rows, acc, mask=used)

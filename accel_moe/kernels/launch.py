@@ -15,12 +15,12 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from . import gemm, tuning
+from . import gemm, passes, tuning
 from .gate import Gate
 from .routing import Routing, Tiles, list_tiles
 from .tuning import Config, Problem
 
-ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2")  # the branches of gemm.activation
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2")  # the branches of activation.activation
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -176,7 +176,7 @@ class TileLists:
 
 @dataclass(frozen=True)
 class Padded:
-    """x[token] by rows, each expert's padded with zero rows to a multiple of `tiles.block_p` (gemm.gather_rows)."""
+    """x[token] by rows, each expert's padded with zero rows to a multiple of `tiles.block_p` (passes.gather_rows)."""
 
     data: Tensor  # [tiles.max_tiles * tiles.block_p, H]
     tiles: Tiles
@@ -191,7 +191,7 @@ def gather_rows(x: Tensor, routing: Routing, tiles: TileLists) -> Padded:
     out = x.new_empty(pad.max_tiles * PAD, width)
     rows = 16 if not _INTERPRETED else PAD
     if out.numel():
-        gemm.gather_rows[(pad.max_tiles, PAD // rows)](
+        passes.gather_rows[(pad.max_tiles, PAD // rows)](
             x,
             out,
             routing.row_slot,
@@ -313,7 +313,7 @@ def sum_slots(y: Tensor, routing: Routing, weights: Tensor | None, num_tokens: i
     out = y.new_empty(num_tokens, hidden)
     block = min(triton.next_power_of_2(hidden), 64 if _INTERPRETED else 2048)
     if out.numel():
-        gemm.sum_slots[(num_tokens, triton.cdiv(hidden, block))](
+        passes.sum_slots[(num_tokens, triton.cdiv(hidden, block))](
             y,
             routing.slot_row,
             y if weights is None else weights,
@@ -382,7 +382,7 @@ def down_backward(
 
 
 def zero_tail(first: Tensor, second: Tensor, routing: Routing, tail: int) -> None:
-    gemm.zero_tail[(tail,)](
+    passes.zero_tail[(tail,)](
         first,
         second,
         routing.expert_offsets,
@@ -399,7 +399,8 @@ def routing_grad(ds: Tensor, routing: Routing, like: Tensor) -> Tensor:
     out, block = torch.empty_like(like, memory_format=torch.contiguous_format), 256
     if out.numel():
         grid = (triton.cdiv(out.numel(), block),)
-        gemm.sum_routing_grad[grid](ds, routing.slot_row, out, out.numel(), routing.num_rows, ds.shape[0], BLOCK=block)
+        slot_row, num_rows = routing.slot_row, routing.num_rows
+        passes.sum_routing_grad[grid](ds, slot_row, out, out.numel(), num_rows, ds.shape[0], BLOCK=block)
     return out
 
 
@@ -447,7 +448,7 @@ def bias_grad(
     """
     out = torch.empty_like(like, dtype=dtype, memory_format=torch.contiguous_format)
     width, block = like.shape[1], 128
-    gemm.sum_expert_rows[(routing.num_experts, triton.cdiv(width, block))](
+    passes.sum_expert_rows[(routing.num_experts, triton.cdiv(width, block))](
         src,
         src if weights is None else weights,
         out,
@@ -468,7 +469,7 @@ def dot_bias(dout: Tensor, bias: Tensor, ds: Tensor, routing: Routing, tiles: Ti
     """ds [P] = each row's dout[token] . bias[expert]."""
     rows = tiles[PAD]
     if rows.max_tiles:
-        gemm.dot_bias[(rows.max_tiles,)](
+        passes.dot_bias[(rows.max_tiles,)](
             dout,
             bias,
             ds,

@@ -2,7 +2,7 @@
 
 Two roads, both on the launches of launch.py:
 
-- *fused*, for gates that gemm.glu or gemm.activation know: `experts_forward`, `experts_backward`.
+- *fused*, for gates that activation.glu or activation.activation know: `experts_forward`, `experts_backward`.
 - *in two halves*, for every other gate: `sort_rows`, then `up_half`, then the module's own gate as plain torch on the
   rows, then `down_half`; each half with its backward. The gather, the biases, the weighted sum and the routing weights'
   gradient stay fused with the GEMMs.

@@ -13,7 +13,7 @@ import torch
 import triton
 from torch import Tensor
 
-from . import gemm
+from . import sort
 
 _SORT_BLOCKS = 128  # about one per multiprocessor: each block re-reads the counts of all the others
 
@@ -65,14 +65,14 @@ def sort_slots(top_k_index: Tensor, num_experts: int, num_rows: int) -> Routing:
         top_k=top_k_index.shape[1],
     )
     bins = triton.next_power_of_2(num_experts + 1)
-    chunk = gemm.SORT_CHUNK.value
+    chunk = sort.SORT_CHUNK.value
     slots_per_block = max(1, triton.cdiv(num_slots, _SORT_BLOCKS * chunk)) * chunk
     num_blocks = max(1, triton.cdiv(num_slots, slots_per_block))
     counts = torch.empty(num_blocks, bins, dtype=torch.int32, device=device)
     index = top_k_index.contiguous()
     grid = (num_blocks,)
-    gemm.count_slots[grid](index, counts, num_slots, num_experts, slots_per_block, BINS=bins)
-    gemm.place_slots[grid](
+    sort.count_slots[grid](index, counts, num_slots, num_experts, slots_per_block, BINS=bins)
+    sort.place_slots[grid](
         index,
         counts,
         routing.row_slot,
@@ -99,7 +99,7 @@ def list_tiles(routing: Routing, block_p: int) -> Tiles:
     )
     if max_tiles:
         slots = 64
-        gemm.list_tiles[(triton.cdiv(max_tiles, slots),)](
+        sort.list_tiles[(triton.cdiv(max_tiles, slots),)](
             routing.expert_offsets,
             tiles.tile_expert,
             tiles.tile_offsets,

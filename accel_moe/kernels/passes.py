@@ -1,0 +1,192 @@
+"""Triton kernels that only move and add: rows into order, slots into sums, and what the biases need.
+
+Each is bound by memory. Letters and terms are gemm.py's; every sum has one owner and a fixed order here, too.
+"""
+
+import triton
+import triton.language as tl
+
+from .entry import entry
+
+
+@entry
+@triton.jit
+def gather_rows(
+    x_ptr,
+    out_ptr,
+    row_slot_ptr,
+    tile_expert_ptr,
+    tile_offset_ptr,
+    expert_offset_ptr,
+    width,
+    stride_xt,
+    top_k,
+    PAD: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """out = x[token] by rows, each expert's rows padded with zeros to a multiple of PAD: row tile i of height PAD
+    becomes out[i * PAD : (i + 1) * PAD]. The zeros let weight_grad sum whole blocks with no mask.
+    """
+    tile = tl.program_id(0)
+    expert = tl.load(tile_expert_ptr + tile)
+    if expert < 0:
+        return
+    first = tl.load(expert_offset_ptr + expert) + (tile - tl.load(tile_offset_ptr + expert)) * PAD
+    end = tl.load(expert_offset_ptr + expert + 1)
+    lane = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    used = first + lane < end
+    token = tl.load(row_slot_ptr + first + lane, mask=used, other=0) // top_k
+    source = x_ptr + token.to(tl.int64)[:, None] * stride_xt
+    target = out_ptr + (tile * PAD + lane).to(tl.int64)[:, None] * width
+    for col in range(0, width, BLOCK):
+        cols = (col + tl.arange(0, BLOCK))[None, :]
+        value = tl.load(source + cols, mask=used[:, None] & (cols < width), other=0.0)
+        tl.store(target + cols, value, mask=cols < width)
+
+
+@entry
+@triton.jit
+def sum_slots(
+    y_ptr,
+    slot_row_ptr,
+    weight_ptr,
+    out_ptr,
+    hidden,
+    TOP_K: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):
+    """out[t] = sum_k weight[t, k] * y[slot_row[t, k]], k ascending, in fp32; a sentinel (row -1) adds
+    nothing.
+
+    Without WEIGHTED it is the plain sum that turns the gradient of x[token] into the gradient of x.
+    """
+    t = tl.program_id(0).to(tl.int64)
+    cols = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+    acc = tl.zeros((BLOCK_H,), tl.float32)
+    for k in tl.static_range(TOP_K):  # pyright: ignore
+        row = tl.load(slot_row_ptr + t * TOP_K + k)
+        width = tl.where(row >= 0, hidden, 0)
+        value = tl.load(y_ptr + row.to(tl.int64) * hidden + cols, mask=cols < width, other=0.0).to(tl.float32)
+        if WEIGHTED:
+            # where, not a product alone: a sentinel's weight may be anything, NaN included
+            value *= tl.where(row >= 0, tl.load(weight_ptr + t * TOP_K + k).to(tl.float32), 0.0)
+        acc += value
+    tl.store(out_ptr + t * hidden + cols, acc.to(out_ptr.dtype.element_ty), mask=cols < hidden)
+
+
+@entry
+@triton.jit(do_not_specialize=["num_slots", "num_rows"])
+def sum_routing_grad(ds_ptr, slot_row_ptr, out_ptr, num_slots, num_rows, num_parts, BLOCK: tl.constexpr):
+    """d top_k_weights[slot] = sum of the slot's ds partials, in order; exactly 0 for a sentinel."""
+    slot = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    row = tl.load(slot_row_ptr + slot, mask=slot < num_slots, other=-1)
+    acc = tl.zeros((BLOCK,), tl.float32)
+    for part in range(0, num_parts):
+        acc += tl.load(ds_ptr + tl.cast(part, tl.int64) * num_rows + row, mask=row >= 0, other=0.0)
+    tl.store(out_ptr + slot, acc.to(out_ptr.dtype.element_ty), mask=slot < num_slots)
+
+
+@entry
+@triton.jit(do_not_specialize=["num_rows"])
+def zero_tail(
+    first_ptr,
+    second_ptr,
+    expert_offset_ptr,
+    num_experts,
+    num_rows,
+    first_width,
+    second_width,
+    BLOCK: tl.constexpr,
+):
+    """Zeroes the rows after the last used one, as many as programs, of two [num_rows, width] buffers; first
+    is the wider.
+
+    weight_grad reads whole blocks of rows and masks one operand to zero; the other must then be finite, for 0
+    * NaN is NaN.
+    """
+    row = (tl.load(expert_offset_ptr + num_experts) + tl.program_id(0)).to(tl.int64)
+    if row >= num_rows:
+        return
+    for col in range(0, first_width, BLOCK):
+        cols = col + tl.arange(0, BLOCK)
+        zero = tl.zeros((BLOCK,), first_ptr.dtype.element_ty)
+        tl.store(first_ptr + row * first_width + cols, zero, mask=cols < first_width)
+        tl.store(second_ptr + row * second_width + cols, zero, mask=cols < second_width)
+
+
+@entry
+@triton.jit
+def sum_expert_rows(
+    src_ptr,
+    weight_ptr,
+    out_ptr,
+    row_slot_ptr,
+    expert_offset_ptr,
+    width,
+    stride,
+    top_k,
+    scale,
+    WEIGHTED: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """A bias gradient: out[e] = scale * sum of src over e's rows, top to bottom.
+
+    WEIGHTED: src is [T, width], read at each row's token and multiplied by its routing weight; else src is [P,
+    width].
+    """
+    expert = tl.program_id(0)
+    cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    end = tl.load(expert_offset_ptr + expert + 1)
+    acc = tl.zeros((BLOCK,), tl.float32)
+    for start in range(tl.load(expert_offset_ptr + expert), end, ROWS):
+        rows = start + tl.arange(0, ROWS)
+        used = rows < end
+        if WEIGHTED:
+            slot = tl.load(row_slot_ptr + rows, mask=used, other=0)
+            rows = slot // top_k
+        mask = used[:, None] & (cols < width)[None, :]
+        value = tl.load(src_ptr + rows.to(tl.int64)[:, None] * stride + cols[None, :], mask=mask, other=0.0)
+        value = value.to(tl.float32)
+        if WEIGHTED:
+            value *= tl.load(weight_ptr + slot, mask=used, other=0.0).to(tl.float32)[:, None]
+        acc += tl.sum(value, axis=0)
+    out = out_ptr + expert.to(tl.int64) * width + cols
+    tl.store(out, (acc * scale).to(out_ptr.dtype.element_ty), mask=cols < width)
+
+
+@entry
+@triton.jit
+def dot_bias(
+    dout_ptr,
+    bias_ptr,
+    ds_ptr,
+    row_slot_ptr,
+    tile_expert_ptr,
+    tile_offset_ptr,
+    expert_offset_ptr,
+    width,
+    stride,
+    top_k,
+    BLOCK_P: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """ds[row] = dout[token] . bias[e]: what the down-projection's bias adds to the gradient of the routing weight."""
+    tile = tl.program_id(0)
+    expert = tl.load(tile_expert_ptr + tile)
+    if expert < 0:
+        return
+    start = tl.load(expert_offset_ptr + expert) + (tile - tl.load(tile_offset_ptr + expert)) * BLOCK_P
+    rows = start + tl.arange(0, BLOCK_P)
+    used = rows < tl.load(expert_offset_ptr + expert + 1)
+    token = tl.load(row_slot_ptr + rows, mask=used, other=0) // top_k
+    acc = tl.zeros((BLOCK_P,), tl.float32)
+    for col in range(0, width, BLOCK):
+        cols = col + tl.arange(0, BLOCK)
+        bias = tl.load(bias_ptr + expert.to(tl.int64) * width + cols, mask=cols < width, other=0.0).to(tl.float32)
+        source = dout_ptr + token.to(tl.int64)[:, None] * stride + cols[None, :]
+        value = tl.load(source, mask=used[:, None] & (cols < width)[None, :], other=0.0).to(tl.float32)
+        acc += tl.sum(value * bias[None, :], axis=1)
+    tl.store(ds_ptr + rows, acc, mask=used)

@@ -1,0 +1,98 @@
+"""Triton kernels: a stable counting sort of slots by expert, in two launches and without atomics, and its tiles.
+
+Letters and terms are gemm.py's.
+"""
+
+import triton
+import triton.language as tl
+
+from .entry import entry
+
+SORT_CHUNK = tl.constexpr(128)
+
+
+@entry
+@triton.jit(do_not_specialize=["num_slots", "slots_per_block"])
+def count_slots(index_ptr, count_ptr, num_slots, num_experts, slots_per_block, BINS: tl.constexpr):
+    """count[block, e] = slots of this block that chose expert e. Sentinels (index >= num_experts) count as
+    bin E.
+    """
+    block = tl.program_id(0)
+    counts = tl.zeros((BINS,), tl.int32)
+    for chunk in range(0, slots_per_block, SORT_CHUNK):
+        slot = block * slots_per_block + chunk + tl.arange(0, SORT_CHUNK)
+        expert = tl.load(index_ptr + slot, mask=slot < num_slots, other=num_experts)
+        counts += tl.histogram(tl.minimum(expert, num_experts).to(tl.int32), BINS)
+    tl.store(count_ptr + block * BINS + tl.arange(0, BINS), counts)
+
+
+@entry
+@triton.jit(do_not_specialize=["num_slots", "num_rows", "slots_per_block", "num_blocks"])
+def place_slots(
+    index_ptr,
+    count_ptr,
+    row_slot_ptr,
+    slot_row_ptr,
+    expert_offset_ptr,
+    num_slots,
+    num_rows,
+    num_experts,
+    slots_per_block,
+    num_blocks,
+    BINS: tl.constexpr,
+):
+    """row_slot[row] = slot, its inverse slot_row[slot] = row (-1 for a sentinel), and expert_offsets[E + 1]."""
+    block = tl.program_id(0)
+    bins = tl.arange(0, BINS)
+    before = tl.zeros((BINS,), tl.int32)  # slots of each expert in earlier blocks
+    total = tl.zeros((BINS,), tl.int32)
+    for other in range(0, num_blocks):
+        counts = tl.load(count_ptr + other * BINS + bins)
+        total += counts
+        before += tl.where(other < block, counts, 0)
+    total = tl.where(bins < num_experts, total, 0)
+    offset = tl.cumsum(total, 0) - total
+    if block == 0:
+        # num_rows bounds what is written here and below, and so in every kernel after: a host that understates
+        # num_pairs loses the last slots, it does not make us write past a buffer.
+        tl.store(expert_offset_ptr + bins, tl.minimum(offset, num_rows), mask=bins <= num_experts)
+    place = offset + before
+    for chunk in range(0, slots_per_block, SORT_CHUNK):
+        lane = tl.arange(0, SORT_CHUNK)
+        slot = block * slots_per_block + chunk + lane
+        expert = tl.load(index_ptr + slot, mask=slot < num_slots, other=num_experts)
+        expert = tl.minimum(expert, num_experts).to(tl.int32)
+        # Stable: a slot comes after the earlier slots of the same expert.
+        rank = tl.sum(((expert[:, None] == expert[None, :]) & (lane[None, :] < lane[:, None])).to(tl.int32), axis=1)
+        row = tl.gather(place, expert, 0) + rank
+        used = (expert < num_experts) & (row < num_rows)
+        tl.store(slot_row_ptr + slot, tl.where(used, row, -1), mask=slot < num_slots)
+        tl.store(row_slot_ptr + row, slot, mask=used)
+        place += tl.histogram(expert, BINS)
+
+
+@entry
+@triton.jit(do_not_specialize=["max_tiles"])
+def list_tiles(
+    expert_offset_ptr,
+    tile_expert_ptr,
+    tile_offset_ptr,
+    num_experts,
+    max_tiles,
+    BLOCK_P: tl.constexpr,
+    BINS: tl.constexpr,
+    TILES: tl.constexpr,
+):
+    """tile_expert[i] = expert of row tile i (-1 past the last); tile_offsets[e] = first row tile of expert e."""
+    bins = tl.arange(0, BINS)
+    is_expert = bins < num_experts
+    start = tl.load(expert_offset_ptr + bins, mask=is_expert, other=0)
+    end = tl.load(expert_offset_ptr + bins + 1, mask=is_expert, other=0)
+    tiles = (end - start + BLOCK_P - 1) // BLOCK_P
+    last = tl.cumsum(tiles, 0)
+    if tl.program_id(0) == 0:
+        tl.store(tile_offset_ptr + 1 + bins, last, mask=is_expert)
+        tl.store(tile_offset_ptr + bins, last - tiles, mask=bins == 0)
+    tile = tl.program_id(0) * TILES + tl.arange(0, TILES)
+    expert = tl.sum((is_expert[None, :] & (last[None, :] <= tile[:, None])).to(tl.int32), axis=1)
+    tl.store(tile_expert_ptr + tile, tl.where(expert < num_experts, expert, -1), mask=tile < max_tiles)

@@ -24,7 +24,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torch.distributed.tensor import DTensor, Shard
 
 from accel_moe.dispatch import make_dispatcher
-from accel_moe.experts import ScatterMoE, holds_experts, swapped_layers
+from accel_moe.experts import ScatterMoE, holds_experts, plain_name, swapped_layers
 from accel_moe.mesh import MeshPlan
 
 BROADCAST_BYTES = 256 * 2**20
@@ -149,8 +149,10 @@ class WithoutShardedExperts:
 
     def __init__(self, model: nn.Module, full_state_dict: dict[str, torch.Tensor]):
         self._model = model
-        owned = {f"{prefix}.{name}" for prefix, layer in swapped_layers(model) for name in layer._parameters}
-        self._experts = {key: value for key, value in full_state_dict.items() if key in owned}
+        # activation checkpointing's wrapper is in the modules' names, and not in a state dict's keys
+        layers = ((plain_name(prefix), layer) for prefix, layer in swapped_layers(model))
+        owned = {f"{prefix}.{name}" for prefix, layer in layers for name in layer._parameters}
+        self._experts = {key: value for key, value in full_state_dict.items() if plain_name(key) in owned}
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         return {key: value for key, value in self._model.state_dict().items() if key not in self._experts}

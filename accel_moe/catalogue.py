@@ -71,7 +71,7 @@ class Family:
         kernel: what `moe_kernel: auto` takes on a GPU.
         note: why it is refused, or why not scattermoe; "" if there is nothing to say.
         hub_keys: how the Hub stores its experts: "per expert", "fused" or "as in memory".
-        tested: for each of `TESTS`, "yes", "nightly" or "no"; empty for a refused family.
+        tested: for each of `TESTS`, "yes", "slow" or "no"; empty for a refused family.
     """
 
     name: str
@@ -162,15 +162,15 @@ def _defaults(classes: list[type]) -> Iterator:
 
 
 def tests_of(family: str, limited: bool = False) -> tuple[str, ...]:
-    """For each of `TESTS`: "yes" (the default test run), "nightly" (with --slow) or "no".
+    """For each of `TESTS`: "yes" (the default test run), "slow" (with --slow) or "no".
 
     Args:
         limited: the family runs with moe_ep_degree 1 only.
     """
     if limited:
         return ("no", "no", "yes")
-    over_ranks = "yes" if family in OVER_RANKS else "nightly"
-    return (over_ranks, "yes" if family in ROUND_TRIP else "nightly", "yes")
+    over_ranks = "yes" if family in OVER_RANKS else "slow"
+    return (over_ranks, "yes" if family in ROUND_TRIP else "slow", "yes")
 
 
 def families(names: Iterable[str] | None = None) -> list[Family]:

@@ -73,8 +73,9 @@ class MoEConfig:
     )
     moe_recompute_up_projection: bool = option(
         False,
-        "Keep nothing of the experts' up-projection, and compute it again in backward: the cheap part of activation "
-        "checkpointing. Saves 2 x intermediate size for each (token, expert) pair of a layer. Needs `scattermoe`.",
+        "Keep nothing of the experts' up-projection, and compute it again in backward. Saves 2 x intermediate size for "
+        "each (token, expert) pair of a layer (once, where there is no gate). Needs `scattermoe` and a gate that its "
+        "kernels know. Of no use under activation checkpointing or in chunks, which compute it again anyway.",
     )
     moe_keep_exchanged: bool = option(
         True,

@@ -1,5 +1,5 @@
-"""Train a Mixture-of-Experts language model with accelerate. Three lines of it are accel_moe's; the rest is the loop
-that any accelerate user has.
+"""Train a Mixture-of-Experts language model with accelerate: the loop that any accelerate user has, and a few lines of
+accel_moe's.
 
     accelerate launch --config_file accelerate_configs/ep8.yaml examples/train.py --model Qwen/Qwen3-30B-A3B \
         --data my_texts --output runs/mine
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -69,6 +70,8 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_arguments()
+    logging.basicConfig()
+    logging.getLogger("accel_moe").setLevel(logging.INFO)  # what is in force, and how experts are sharded
     accel_moe.cpu.enable()  # FSDP2 on a machine without a GPU; does nothing on one with
     accelerator = Accelerator(
         gradient_accumulation_steps=args.gradient_accumulation,

@@ -10,6 +10,7 @@ the newest checkpoint in --output.
 from __future__ import annotations
 
 import argparse
+import logging
 
 from accelerate.utils import is_tensorboard_available
 from text import add_data_arguments, read_texts, tokenize
@@ -41,16 +42,20 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--seq-len", type=int, default=128, help="tokens per sequence")
     parser.add_argument("--lr", type=float, default=1e-4)
     parser.add_argument("--warmup", type=int, default=20, help="steps until --lr is reached")
+    parser.add_argument("--max-grad-norm", type=float, default=1.0)
     parser.add_argument("--log-every", type=int, default=10, metavar="STEPS")
     parser.add_argument("--eval-every", type=int, default=100, metavar="STEPS")
     parser.add_argument("--eval-sequences", type=int, default=128, help="how much held-out text to evaluate on")
     parser.add_argument("--save-every", type=int, default=100, metavar="STEPS")
+    parser.add_argument("--seed", type=int, default=0)
     add_data_arguments(parser)
     return parser.parse_args()
 
 
 def main() -> None:
     args = parse_arguments()
+    logging.basicConfig()
+    logging.getLogger("accel_moe").setLevel(logging.INFO)  # what is in force, and how experts are sharded
     accel_moe.cpu.enable()  # FSDP2 on a machine without a GPU; does nothing on one with
     training = TrainingArguments(
         output_dir=args.output,
@@ -59,6 +64,8 @@ def main() -> None:
         per_device_eval_batch_size=args.batch_size,
         gradient_accumulation_steps=args.gradient_accumulation,
         learning_rate=args.lr,
+        max_grad_norm=args.max_grad_norm,
+        seed=args.seed,
         lr_scheduler_type="constant_with_warmup",
         warmup_steps=args.warmup,
         logging_steps=args.log_every,

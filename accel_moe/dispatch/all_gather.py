@@ -128,8 +128,8 @@ class AllGatherDispatcher:
         return GatherRoute(tokens, self._rank, _least(free), _least(capacity), self.group)
 
     def most_bytes(self, route: GatherRoute, hidden_states: torch.Tensor, top_k: int, bytes_per_pair: int) -> int:
-        """What a rank takes for a moment in forward, for K slots of every row: the rows, what the experts function says
-        of a pair, and its output."""
+        """What a rank takes at most for a moment, for K slots of every row: the rows, what the experts function says of
+        a pair, and its output."""
         bytes_per_row = hidden_states.shape[1] * hidden_states.element_size()
         return route.received * (bytes_per_row + top_k * (bytes_per_pair + bytes_per_row))
 

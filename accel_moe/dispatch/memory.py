@@ -49,7 +49,7 @@ def check_fits(
 
     Args:
         rows, pairs, free: per rank of the group; the same lists on every rank.
-        bytes_per_row, bytes_per_pair: a lower bound of what one row, and one (row, expert) pair, take in forward.
+        bytes_per_row, bytes_per_pair: a lower bound of what one row, and one (row, expert) pair, take.
         tokens: of the caller, for the advice.
 
     Raises:

@@ -35,7 +35,7 @@ class _Experts(torch.autograd.Function):
         out, h, *routing = forward(x, *_taken(casts, parameters), index, weights, *kind, *sizes)
         ctx.save_for_backward(x, *parameters, weights, h, *routing)
         ctx.kind, ctx.scale, ctx.later, ctx.filled = kind, scale, later, later is not None or pairs >= 0
-        ctx.likely = likely
+        ctx.likely, ctx.keep_h = likely, keep_h
         ctx.casts, ctx.rows_ready = casts if casts is not None and casts.of_module else None, rows_ready
         return out
 
@@ -51,7 +51,7 @@ class _Experts(torch.autograd.Function):
         # not kept from forward, and of the saved tensors, so that nothing outlives them
         casts = _cast(parameters, x.dtype) if ctx.casts is None else _taken(ctx.casts, parameters)
         options = *ctx.kind, ctx.scale, dtype, ctx.filled, needs
-        saved = _whole(ctx.later, ctx.likely, ctx.kind, x, casts, *saved)
+        saved = _whole(ctx.later, ctx.keep_h, ctx.likely, ctx.kind, x, casts, *saved)
         backward = ops.direct(ops.experts_backward, x)
         early = {} if backward is ops.experts_backward else {"rows_ready": ctx.rows_ready}
         gradients = backward(dout, x, *casts, *saved, *options, **early)
@@ -68,13 +68,13 @@ def _rows_of(num_pairs: int | LaterPairs, index: Tensor) -> tuple[int, int]:
 
 
 def _whole(
-    later: LaterPairs | None, likely: int, kind, x, casts, weights, h, row_slot, slot_row, expert_offsets
+    later: LaterPairs | None, keep_h: bool, likely: int, kind, x, casts, weights, h, row_slot, slot_row, expert_offsets
 ) -> tuple[Tensor, ...]:
     """What the forward saved, with as many rows as it turned out to use, and all of h."""
     if later is not None:
         row_slot = row_slot[: later.wait()]
     pairs = row_slot.shape[0]
-    if h.shape[0] < pairs:
+    if not keep_h or (later is not None and h.shape[0] < pairs):
         w1, w2, b1, _ = casts
         again = ops.direct(ops.pre_activation, x)
         h = again(x, w1, w2, b1, row_slot, slot_row, expert_offsets, *kind, likely)

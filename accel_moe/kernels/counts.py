@@ -32,8 +32,8 @@ class LaterPairs:
     """How many (row, expert) pairs a forward has, where the host learns it after it launched that forward.
 
     The forward's passing buffers then hold the most that could be; of the pre-activation it keeps the rows that are
-    likely; and backward, which knows the number, computes again what was not kept. The same rows are kept whatever came
-    before: a forward that activation checkpointing runs again must save tensors of the same sizes.
+    likely, if any; and backward, which knows the number, computes again what was not kept. The same rows are kept
+    whatever came before: a forward that activation checkpointing runs again must save tensors of the same sizes.
 
     Attributes:
         wait: for the number.

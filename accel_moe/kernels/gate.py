@@ -134,12 +134,13 @@ def gate_of(module) -> Gate | None:
     if has_default_gate(module):
         return Gate(act) if act else None
     owner = getattr(module._apply_gate, "__self__", module)
-    key = (act, *(_number(module, names) for names in (_LIMITS, _ALPHAS)))
+    numbers = [_number(module, names) for names in (_LIMITS, _ALPHAS)]
+    key = (getattr(module._apply_gate, "__func__", module._apply_gate), act, *numbers)
     known = getattr(owner, "_scattermoe_gate", None)
     if known is None or known[0] != key:
         if torch.compiler.is_compiling():
             return None
-        known = key, _recognise(module._apply_gate, *key)
+        known = key, _recognise(module._apply_gate, act, *numbers)
         owner._scattermoe_gate = known
     return known[1]
 

@@ -5,7 +5,7 @@ T*K). A *slot* is one entry of `top_k_index[T, K]`, numbered t*K + k. A *row* is
 sorted by expert: rows `expert_offsets[e] .. expert_offsets[e+1]` belong to expert e. With s the routing
 weight, the layer is
 
-    forward     h = x[token] @ W1[e].T          saved for backward: h, and nothing else of this size
+    forward     h = x[token] @ W1[e].T          saved for backward (or not): h, and nothing else of this size
                 a = act(h)                      (gate, up = h.chunk(2); silu(gate) * up; or another of `glu`)
                 y = a @ W2[e].T
                 out[t] = sum_k s[t, k] * y[row(t, k)]
@@ -27,8 +27,8 @@ source serves both. Row numbers are widened to 64 bits before they are multiplie
 2^31 in real models.
 
 The idea of gathering inside the GEMM is ScatterMoE's (Tan et al., arXiv 2403.08245); recomputing act(h) and
-reducing ds in the epilogue of da, so that only h is saved, is SonicMoE's (Guo et al., arXiv 2512.14080). No
-code of theirs is used.
+reducing ds in the epilogue of da, so that only h is saved, if anything, is SonicMoE's (Guo et al., arXiv
+2512.14080). No code of theirs is used.
 """
 
 import triton

@@ -2,7 +2,8 @@
 
 Two roads, both on the launches of launch.py:
 
-- *fused*, for gates that activation.glu or activation.activation know: `experts_forward`, `experts_backward`.
+- *fused*, for gates that activation.glu or activation.activation know: `experts_forward`, `experts_backward`, and
+  `pre_activation` for what the forward did not keep.
 - *in two halves*, for every other gate: `sort_rows`, then `up_half`, then the module's own gate as plain torch on the
   rows, then `down_half`; each half with its backward. The gather, the biases, the weighted sum and the routing weights'
   gradient stay fused with the GEMMs.
@@ -87,8 +88,8 @@ def experts_forward(
     """x[T,H], index[T,K], weights[T,K] -> out [T,H], h [h_rows, 2I or I], then the routing.
 
     b1 [E, 2I or I] and b2 [E, H]: biases, or None. gate: launch.Gate.numbers. num_pairs: slots that are not sentinels,
-    or -1 when unknown. likely: of P rows, how many the GEMMs are tuned for, which those in use should be. h_rows: how
-    many rows of the pre-activation to keep for a backward, the first of P.
+    or -1 when unknown. likely: how many of the P rows are expected to be in use; the GEMMs are tuned for that. h_rows:
+    how many rows of the pre-activation to keep for a backward, the first of P.
     """
     kind = Gate.of(act, gated, gate)
     with launch.on_device(x):
@@ -207,7 +208,7 @@ def experts_backward(
         if rows_ready is not None:  # for one more buffer of P rows at the peak
             dx = _input_grad(layer, x, w1, dh, routing, tiles, need_x)
             rows_ready(dx, dweights)
-        # Each buffer of P rows is dropped as soon as its last reader is launched: they decide the peak.
+        # Each buffer of P rows but the caller's h is dropped once its last reader is launched: they decide the peak.
         dw2 = _weight_grad("down_weight_grad", layer, dout_rows, sa, transposed, routing, scale, need_w2, grad_dtype)
         ds = sa = dout_rows = None
         db1 = (

@@ -23,7 +23,7 @@ from tests.distributed.trainer_parity import train_with_trainer
 from tests.ranks import run_ranks
 
 SCATTERMOE = dict(kernel="scattermoe", interpret=True)
-RECOMPUTE = ("moe_recompute_up_projection", True)
+RECOMPUTE_UP = ("moe_recompute_up_projection", True)
 TO_ALL, TO_EVERY_RANK = ("moe_dispatcher", "all_to_all"), ("moe_dispatcher", "all_gather")
 
 TABLE = [
@@ -65,8 +65,8 @@ TABLE = [
     Case(4, 4, options=(TO_EVERY_RANK,), checkpointing=True, nothing_received=True),
     Case(4, 4, options=(TO_EVERY_RANK, ("moe_dispatch_chunk_tokens", 5), ("moe_keep_exchanged", False))),
     Case(2, 2, options=(TO_ALL, ("moe_keep_exchanged", False)), checkpointing=True, nothing_received=True),
-    Case(2, 2, **SCATTERMOE, options=(RECOMPUTE,), nothing_received=True),
-    Case(2, 2, **SCATTERMOE, options=(RECOMPUTE, TO_ALL), checkpointing=True, nothing_received=True),
+    Case(2, 2, **SCATTERMOE, options=(RECOMPUTE_UP,), nothing_received=True),
+    Case(2, 2, **SCATTERMOE, options=(RECOMPUTE_UP, TO_ALL), checkpointing=True, nothing_received=True),
     Case(2, 2, compiled="regional", lengths=(6, 6, 9)),
     Case(4, 2, compiled="regional"),
     Case(2, 2, compiled="regional", checkpointing=True, nothing_received=True),

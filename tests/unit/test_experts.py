@@ -162,6 +162,30 @@ def test_recomputing_the_up_projection_is_refused_where_another_kernel_or_an_unk
     accel_moe.prepare(tiny_model(), moe_recompute_up_projection=True)
 
 
+def test_recomputing_the_up_projection_keeps_less_for_backward(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    kept = {}
+    for recompute in (False, True):
+        model = accel_moe.prepare(tiny_model(), moe_kernel="scattermoe", moe_recompute_up_projection=recompute)
+        sizes: list[int] = []
+
+        def pack(tensor, sizes=sizes):
+            sizes.append(tensor.numel())
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            loss, gradients = loss_and_gradients(model)
+        kept[recompute] = sum(sizes), loss, gradients
+        layers = [layer for _, layer in experts.swapped_layers(model)]
+        assert all(
+            experts._local_view(layer, layer._accel_moe_layer, torch.float32).keep_h != recompute for layer in layers
+        )
+    tokens, width = batches(1)[0].numel(), layers[0].gate_up_proj.shape[1]
+    assert kept[False][0] - kept[True][0] == len(layers) * tokens * model.config.num_experts_per_tok * width
+    assert torch.equal(kept[False][1], kept[True][1])
+    assert all(torch.equal(g, kept[True][2][name]) for name, g in kept[False][2].items() if g is not None)
+
+
 @pytest.mark.parametrize(
     "change, reason",
     [

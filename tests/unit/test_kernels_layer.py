@@ -200,6 +200,24 @@ def test_an_up_projection_that_is_computed_again_compiles_into_one_graph(biased)
         torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("keep_h", [True, False])
+def test_forward_its_repetition_and_evaluation_are_tuned_for_the_same_number_of_rows(keep_h, monkeypatch):
+    tuned, tuned_for = launch.tuned, []
+
+    def noted(kernel, layer, rows, x, run):
+        if kernel == "up":
+            tuned_for.append(rows)
+        return tuned(kernel, layer, rows, x, run)
+
+    monkeypatch.setattr(launch, "tuned", noted)
+    args = make(T=40, K=3)
+    later = LaterPairs(lambda: 120, 0.5)  # more than is likely: computed again, whatever is kept
+    run(experts, args, torch.ones(40, 24), act="silu", num_pairs=later, keep_h=keep_h)
+    with torch.no_grad():
+        experts(*args, "silu", num_pairs=later)
+    assert tuned_for == [later.likely(120)] * 3 and later.likely(120) < 120
+
+
 def test_later_pairs_that_turn_out_to_be_none():
     args = make()
     args[3] = torch.full_like(args[3], 4)

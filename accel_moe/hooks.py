@@ -302,18 +302,19 @@ def _values_from_files(accelerator, model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _planned_models(accelerator, args: tuple[Any, ...]) -> Iterator[None]:
-    """Around Accelerator.prepare: models with a load plan are checked, and keep their optimizers.
+    """Around Accelerator.prepare: models with a load plan are checked, and those on meta keep their optimizers.
 
     accelerate finds an optimizer's new parameters by data_ptr, which is 0 for everything on meta; here they are put
     back by name. Off the FSDP2 road a planned model is loaded whole, first.
     """
-    models = [arg for arg in args if isinstance(arg, nn.Module) and load.pending(arg) is not None]
-    for model in models:
+    models = [arg for arg in args if isinstance(arg, nn.Module)]
+    planned = [model for model in models if load.pending(model) is not None]
+    for model in planned:
         load.check_unchanged(model, load.pending(model).plan)
     if not accelerator.is_fsdp2:
-        for model in models:
+        for model in planned:
             load.fill(model, torch.device("cpu"))
-        models = []
+    models = [m for m in models if accelerator.is_fsdp2 and any(p.is_meta for p in m.parameters())]
     names = {id(p): plain_name(name) for model in models for name, p in model.named_parameters()}
     optimizers = [arg for arg in args if isinstance(arg, torch.optim.Optimizer)] if models else []
     before = [[[names.get(id(p)) for p in g["params"]] for g in o.param_groups] for o in optimizers]
@@ -410,6 +411,7 @@ def _shard(accelerator, model: nn.Module, state: PreparedState) -> list[nn.Modul
     plugin = accelerator.state.fsdp_plugin
     plan = _plan(accelerator, state)
     _log_plan(plan)
+    recompute.keep_random_numbers(model)
     if state.config.moe_keep_exchanged:
         recompute.keep_exchanges(model)
     positions.trust_own_positions(model)

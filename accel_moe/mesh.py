@@ -22,6 +22,7 @@ Source of the axes' names and order: torchtitan, distributed/parallel_dims.py.
 from __future__ import annotations
 
 import datetime
+import weakref
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -94,10 +95,26 @@ def plan_mesh(world_size: int, ep_degree: int, *, dp_replicate: int = 1, dp_shar
 
 
 def build_mesh(plan: MeshPlan, device_type: str) -> DeviceMesh:
-    """Make the (dp_replicate, efsdp, ep) DeviceMesh. A collective: every rank of the world calls it.
+    """The (dp_replicate, efsdp, ep) DeviceMesh. A collective: every rank of the world calls it.
 
-    All three axes exist even at size 1, so that no later code asks which ones there are.
+    All three axes exist even at size 1, so that no later code asks which ones there are. A second model of the same
+    plan gets the first one's: process groups, and the memory of NCCL's communicators, are not made twice.
     """
+    import torch.distributed as dist
+
+    key = plan, device_type, default_timeout()
+    if (found := _meshes.get(key)) is not None and found[0]() is dist.group.WORLD:
+        return found[1]
+    mesh = _new_mesh(plan, device_type)
+    _meshes[key] = weakref.ref(dist.group.WORLD), mesh
+    return mesh
+
+
+_meshes: dict[tuple[MeshPlan, str, datetime.timedelta | None], tuple[weakref.ref, DeviceMesh]] = {}
+"""By plan, device type and timeout, with the process group of the job then: another may take its place."""
+
+
+def _new_mesh(plan: MeshPlan, device_type: str) -> DeviceMesh:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.distributed_c10d import _set_pg_timeout
 

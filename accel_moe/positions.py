@@ -10,11 +10,13 @@ looked at as before.
 from __future__ import annotations
 
 import functools
+import os
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
 
 from accel_moe.experts import holds_experts
@@ -57,8 +59,21 @@ def _enter(plain: set[torch.Size], module: nn.Module, args: tuple[Any, ...], kwa
     given = (kwargs.get(name) is not None for name in ("attention_mask", "position_ids", "cache_position"))
     # a later hook, or a forward of the user's, may give what the caller did not
     last = next(reversed(module._forward_pre_hooks)) == module._accel_moe_positions_hook
-    ours = last and "forward" not in vars(module) and len(args) < 2 and not any(given)
+    own = "forward" not in vars(module) and _is_transformers(type(module).forward)
+    ours = last and own and len(args) < 2 and not any(given)
     _running.plain = plain if ours else None
+
+
+@functools.cache
+def _is_transformers(function: Any) -> bool:
+    """Whether it, and what it wraps, is code of transformers, and not put in its place."""
+    folder = os.path.join(os.path.dirname(transformers.__file__), "")
+    while function is not None:
+        code = getattr(function, "__code__", None)
+        if code is None or not code.co_filename.startswith(folder):
+            return False
+        function = getattr(function, "__wrapped__", None)
+    return True
 
 
 def _leave(*_: Any) -> None:

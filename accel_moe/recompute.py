@@ -1,4 +1,5 @@
-"""Activation checkpointing that does not exchange twice, however it was switched on, and torch.compile inside it.
+"""Activation checkpointing that does not exchange twice, however it was switched on, nor drop out otherwise; and
+torch.compile inside it.
 
 accelerate's `fsdp_activation_checkpointing` wraps the decoder layers, transformers' `gradient_checkpointing_enable`
 gives them a function; both end in torch.utils.checkpoint, which takes a `context_fn`. It is given here, to layers that
@@ -11,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, TypeGuard
 
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
@@ -19,6 +20,17 @@ from torch.utils.checkpoint import checkpoint
 
 from accel_moe.dispatch.keep import kept_exchanges
 from accel_moe.experts import holds_experts
+
+
+def keep_random_numbers(model: nn.Module) -> None:
+    """From now on, accelerate's checkpointed layers of `model` drop out the same values when they are run again.
+
+    accelerate asks for other ones (preserve_rng_state=False): gradients are then those of another forward, and a token
+    may be routed elsewhere, which no rank expects.
+    """
+    for module in _holders(model):
+        if isinstance(module, CheckpointWrapper) and _is_checkpoint(module.checkpoint_fn):
+            module.checkpoint_fn = partial(module.checkpoint_fn, preserve_rng_state=True)
 
 
 def keep_exchanges(model: nn.Module) -> None:
@@ -57,9 +69,13 @@ def _holders(model: nn.Module) -> list[nn.Module]:
     return [m for m in model.modules() if holds_experts(m)]
 
 
+def _is_checkpoint(function: Callable[..., Any]) -> TypeGuard[partial[Any]]:
+    return isinstance(function, partial) and function.func is checkpoint
+
+
 def _keeping(function: Callable[..., Any]) -> Callable[..., Any]:
     """The same checkpoint function, with our contexts where it has none."""
-    if not isinstance(function, partial) or function.func is not checkpoint:
+    if not _is_checkpoint(function):
         return function
     if function.keywords.get("use_reentrant") is not False or {"context_fn", "debug"} & set(function.keywords):
         return function

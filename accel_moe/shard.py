@@ -53,7 +53,8 @@ def shard_experts(
         mp_policy: accelerate's, for the compute and reduce dtypes. Inputs are not cast and outputs keep their
             dtype: the layer casts hidden_states itself, and fp32 routing weights must stay fp32.
         upcast: make trainable weights fp32 first, as accelerate does under mixed precision.
-        from_rank0: only rank 0's values are real (RAM-efficient loading); they are sent to the others.
+        from_rank0: only rank 0's values are real (RAM-efficient loading), the others' may be on meta; they are sent to
+            them.
 
     Returns:
         The layers that FSDP has to ignore.
@@ -99,7 +100,7 @@ def _own_experts(parameter: nn.Parameter, ep_mesh: DeviceMesh, dtype: torch.dtyp
     device = torch.device(ep_mesh.device_type, torch.cuda.current_device()) if ep_mesh.device_type == "cuda" else "cpu"
     experts = parameter.shape[0] // ep_mesh.size()
     first = ep_mesh.get_local_rank() * experts
-    if parameter.is_meta:  # its values are read into the shard later: load.py
+    if parameter.is_meta and not from_rank0:  # its values are read into the shard later: load.py
         return torch.empty((experts, *parameter.shape[1:]), dtype=dtype, device="meta")
     if not from_rank0:
         return parameter.detach().narrow(0, first, experts).to(device=device, dtype=dtype, copy=True)

@@ -256,6 +256,7 @@ class _Gathered(torch.autograd.Function):
         return out
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, grad_values: torch.Tensor | None, grad_weights: torch.Tensor | None):
         needs_values, needs_weights, *_ = ctx.needs_input_grad
         (local_index,) = ctx.saved_tensors
@@ -287,6 +288,7 @@ class _SumHome(torch.autograd.Function):
         return remember(home, handed_out=True)
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, grad_home: torch.Tensor):
         route: GatherRoute = ctx.route
         own = grad_home.contiguous()

@@ -191,6 +191,7 @@ class _SendOut(torch.autograd.Function):
         return values, local_index, local_weights
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, grad_values: torch.Tensor | None, _grad_index, grad_weights: torch.Tensor | None):
         needs_values, needs_weights, _ = ctx.needs_input_grad
         # A gradient that this rank's experts do not have is zero: the other ranks wait for it all the same.
@@ -212,6 +213,7 @@ class _SendBack(torch.autograd.Function):
         return remember(lambda: _send_back(values, None, route)[0], handed_out=True)
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, grad_home: torch.Tensor):
         layout = RowLayout(grad_home.shape[1], grad_home.dtype)
         return _send_out(grad_home.contiguous(), None, layout, ctx.route), None

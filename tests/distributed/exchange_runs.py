@@ -62,6 +62,43 @@ def gradients_and_exchanges(case: Case, transformers_checkpointing: str = "") ->
     return {clean(n): whole(p.grad) for n, p in model.named_parameters()}, len(exchanges)
 
 
+def gradients_with_dropout(case: Case) -> dict[str, torch.Tensor]:
+    """Of one forward whose attention drops out half of its scores, the same ones for the same seed."""
+    with mock.patch.dict("tests.tiny.COMMON", attention_dropout=0.5):
+        accelerator, model, _ = prepared(case)
+    model.train()
+    own = own_batch(accelerator)
+    torch.manual_seed(5 + accelerator.process_index)
+    accelerator.backward(model(input_ids=own, labels=own).loss)
+    return {clean(name): whole(p.grad) for name, p in model.named_parameters()}
+
+
+def groups_after_each_model(case: Case, models: int) -> list[int]:
+    """How many process groups there are after each of so many models was prepared in this process."""
+    counts = []
+    for _ in range(models):
+        prepared(case)
+        counts.append(len(dist.distributed_c10d._world.pg_map))
+    return counts
+
+
+def differentiate_twice(dispatcher: str) -> str:
+    """What a second derivative through an exchange says."""
+    from accel_moe.dispatch import make_dispatcher
+
+    dist.init_process_group("gloo")
+    exchange = make_dispatcher(dispatcher, dist.group.WORLD, 4)
+    hidden = torch.randn(3, 8, requires_grad=True)
+    sent = exchange.dispatch(hidden, torch.tensor([[0, 2], [1, 3], [0, 3]]), torch.rand(3, 2))
+    out = exchange.combine(sent.rows**2, sent)
+    (gradient,) = torch.autograd.grad(out.sum(), hidden, create_graph=True)
+    try:
+        gradient.sum().backward()
+    except RuntimeError as error:
+        return str(error)
+    return ""
+
+
 def counted_backward(case: Case, on: bool) -> dict[str, torch.Tensor]:
     """Gradients of a step of few tokens; rank 0 counts its backward's operations."""
     from torch.utils.flop_counter import FlopCounterMode

@@ -32,7 +32,8 @@ class Case:
     tie: bool = False
     checkpointing: bool = False
     nothing_received: bool = False
-    ram_efficient: bool = False
+    ram_efficient: bool | str = False
+    """Of the ranks but the first, the values are NaN, or the parameters on "meta"."""
     two_groups: bool = False
     compiled: str = ""
     """By accelerate's dynamo plugin: the decoder layers ("regional") or the "whole" model."""
@@ -148,8 +149,12 @@ def prepared(case: Case):
         model.set_experts_implementation(auto if case.kernel == "auto" else case.kernel)
     accelerator = accelerator_for(case, model)
     if case.ram_efficient and accelerator.process_index:
-        for parameter in model.parameters():  # only rank 0's values are real
-            parameter.data.fill_(float("nan"))
+        for module in model.modules():  # only rank 0's values are real
+            for name, parameter in module.named_parameters(recurse=False):
+                if case.ram_efficient == "meta":
+                    module.register_parameter(name, torch.nn.Parameter(parameter.detach().to("meta")))
+                else:
+                    parameter.data.fill_(float("nan"))
     optimizer = optimizer_of(model, case)
     model, optimizer = accelerator.prepare(model, optimizer)
     return accelerator, model, optimizer

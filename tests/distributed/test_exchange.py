@@ -115,6 +115,25 @@ def test_a_rank_that_counts_its_operations_in_backward_exchanges_with_those_that
     assert_same(counted, plain)
 
 
+@pytest.mark.parametrize("options", [(), (*TO_ALL, RECOMPUTE), (*TO_ALL, ("moe_dispatch_chunk_tokens", 5))], ids=str)
+def test_dropout_drops_the_same_when_activation_checkpointing_runs_a_layer_again(options):
+    """accelerate asks for other random numbers then: another routing, and gradients of another forward."""
+    plain = run_ranks(runs.gradients_with_dropout, 2, Case(2, 2))[0]
+    again = run_ranks(runs.gradients_with_dropout, 2, Case(2, 2, checkpointing=True, options=options))[0]
+    for name, gradient in plain.items():
+        torch.testing.assert_close(again[name], gradient, rtol=1e-4, atol=1e-6, msg=name)  # as the parity table's
+
+
+def test_a_second_model_makes_no_process_groups():
+    (first, *others), *_ = run_ranks(runs.groups_after_each_model, 2, Case(2, 2), 3)
+    assert others == [first, first]
+
+
+@pytest.mark.parametrize("dispatcher", ["all_to_all", "all_gather"])
+def test_a_second_derivative_is_refused(dispatcher):
+    assert all("once_differentiable" in said for said in run_ranks(runs.differentiate_twice, 2, dispatcher))
+
+
 def test_a_dispatcher_from_outside_the_package_trains_alike():
     case = Case(2, 2, kernel="grouped_mm")
     assert not (wrong := differences(run_ranks(runs.train_with_toy, 2, case)[0], oracle(case))), "\n".join(wrong)

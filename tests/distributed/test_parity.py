@@ -45,6 +45,7 @@ TABLE = [
     Case(4, 2, options=(("moe_dispatch_chunk_tokens", 5),), accumulation=2),
     Case(2, 2, options=(("moe_keep_exchanged", False),), checkpointing=True, nothing_received=True),
     Case(2, 2, ram_efficient=True),
+    Case(2, 2, ram_efficient="meta"),
     Case(2, 2, ram_efficient=True, checkpointing=True, nothing_received=True),
     Case(4, 2, ram_efficient=True, checkpointing=True, tie=True),
     Case(4, 2, two_groups=True),

@@ -1,5 +1,7 @@
 """A model's own positions are looked at once for each shape; positions from anywhere else, every time."""
 
+import functools
+
 import pytest
 import torch
 
@@ -68,7 +70,25 @@ def given_by_a_forward_of_the_users(model):
         del model.model.forward
 
 
-@pytest.mark.parametrize("packed", [given_by_the_caller, given_by_a_hook, given_by_a_forward_of_the_users])
+def given_by_a_forward_in_the_class(model):
+    cls = next(c for c in type(model.model).__mro__ if "forward" in vars(c))
+    own = cls.forward
+
+    @functools.wraps(own)
+    def packing(self, *args, **kwargs):
+        return own(self, *args, **{**kwargs, "position_ids": PACKED})
+
+    cls.forward = packing
+    try:
+        return model(IDS)
+    finally:
+        cls.forward = own
+
+
+@pytest.mark.parametrize(
+    "packed",
+    [given_by_the_caller, given_by_a_hook, given_by_a_forward_of_the_users, given_by_a_forward_in_the_class],
+)
 def test_packed_positions_keep_sequences_apart_after_others_of_that_shape(looks, packed):
     model = trusted()
     alone = torch.cat([model(half).logits for half in IDS.split(3, dim=1)], dim=1)

@@ -23,6 +23,7 @@ from torch.distributed.tensor import DTensor
 from accel_moe.adapters import LowRank, adopt_adapters
 from accel_moe.config import MoEConfig, ResolvedConfig
 from accel_moe.dispatch.chunks import in_chunks
+from accel_moe.dispatch.keep import runs_again
 from accel_moe.kernels import scattermoe
 from accel_moe.kernels.casts import Casts
 from accel_moe.kernels.counts import LaterPairs
@@ -165,7 +166,8 @@ class ScatterMoE(nn.Module):
             pairs = sent.num_pairs if isinstance(sent.num_pairs, int) else LaterPairs(sent.num_pairs, 1 / layer.ep)
             view = views[0].of(pairs, sent.rows_ready)
             rows = function(view, received, sent.local_index, sent.local_weights)
-            again = None if view.casts is None else view.casts.prepare
+            # a forward that is run again makes casts of its own, and these would lie beside them
+            again = None if view.casts is None or runs_again() else view.casts.prepare
             return dispatcher.combine(rows.to(compute_dtype), sent, meanwhile=again)
 
         if limit := layer.prepared.config.moe_dispatch_chunk_tokens:

@@ -34,6 +34,11 @@ def remember(compute: Callable[[], T], *, handed_out: bool = False) -> T:
     return stack[-1](compute, handed_out) if stack else compute()
 
 
+def runs_again() -> bool:
+    """Whether checkpointing will run this forward again before its backward, as far as is known here."""
+    return bool(_stack())
+
+
 def kept_exchanges() -> tuple[Any, Any]:
     """The contexts of a forward that keeps and of its second run, for `torch.utils.checkpoint(context_fn=...)`."""
     values: list[Any] = []

@@ -1,5 +1,6 @@
 """The swap: what it changes, what it leaves alone, what it refuses. One process, no group."""
 
+import contextlib
 import copy
 
 import pytest
@@ -8,6 +9,8 @@ from torch import nn
 
 import accel_moe
 from accel_moe import experts, recognise
+from accel_moe.dispatch.base import Dispatched
+from accel_moe.dispatch.keep import kept_exchanges
 from tests.tiny import batches, tiny_model
 
 FAMILIES = ["mixtral", "qwen3_moe", "olmoe", "deepseek_v3", "granitemoe", "glm4_moe"]
@@ -215,6 +218,35 @@ def test_a_marked_layer_that_was_never_sharded_raises_in_its_forward():
     model = accel_moe.prepare(tiny_model(), moe_ep_degree=2)
     with pytest.raises(RuntimeError, match="moe_ep_degree=2 but its experts were never sharded"):
         model(input_ids=batches(1)[0])
+
+
+class Alone:
+    """A dispatcher of one rank; notes what it may do meanwhile in backward."""
+
+    group = None
+
+    def __init__(self):
+        self.meanwhile = []
+
+    def dispatch(self, hidden_states, top_k_index, top_k_weights, *, meanwhile=None, **_):
+        return Dispatched(hidden_states, top_k_index, top_k_weights, top_k_index.numel(), None)
+
+    def combine(self, rows, dispatched, *, meanwhile=None):
+        self.meanwhile.append(meanwhile)
+        return rows
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_weights_are_not_cast_beside_the_exchange_for_a_backward_that_runs_the_layer_again_first(again, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    model = accel_moe.prepare(tiny_model(), moe_ep_degree=2, moe_kernel="scattermoe").double()
+    _, layer = next(experts.swapped_layers(model))
+    state = layer._accel_moe_layer
+    state.dispatcher, state.compute_dtype = Alone(), torch.float32
+    with kept_exchanges()[0] if again else contextlib.nullcontext():
+        layer(torch.randn(3, 32), torch.tensor([[0, 1], [2, 3], [3, 0]]), torch.rand(3, 2))
+    (meanwhile,) = state.dispatcher.meanwhile
+    assert (meanwhile is None) == again
 
 
 def test_expert_load_counts_slots_since_the_last_call():

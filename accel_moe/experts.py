@@ -233,9 +233,10 @@ def _refuse_tied(modules: dict[str, nn.Module]) -> None:
 
 
 def swapped_layers(model: nn.Module) -> Iterator[tuple[str, ScatterMoE]]:
+    """By the names that a state dict gives them, whatever wraps them."""
     for name, module in model.named_modules():
         if isinstance(module, ScatterMoE):
-            yield name, module
+            yield plain_name(name), module
 
 
 def holds_experts(module: nn.Module) -> bool:
@@ -285,7 +286,7 @@ def expert_load(model: nn.Module) -> dict[str, torch.Tensor]:
     flat = torch.cat(rows)
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.all_reduce(flat)
-    return dict(zip(map(plain_name, layers), flat.cpu().split([row.numel() for row in rows])))
+    return dict(zip(layers, flat.cpu().split([row.numel() for row in rows])))
 
 
 def experts_function(kernel: str, module: nn.Module) -> Callable[..., torch.Tensor]:

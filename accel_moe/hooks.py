@@ -86,7 +86,7 @@ def check_then_prepare(original):
                 if state.config.moe_ep_degree > 1:
                     _check_accelerator(self, model, state)
                     adopt_adapters(find_experts(model))  # PEFT may have wrapped the experts since prepare()
-        with _planned_models(self, args):
+        with _models_on_meta(self, args):
             return original(self, *args, device_placement=device_placement)
 
     return prepare
@@ -301,7 +301,7 @@ def _values_from_files(accelerator, model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _planned_models(accelerator, args: tuple[Any, ...]) -> Iterator[None]:
+def _models_on_meta(accelerator, args: tuple[Any, ...]) -> Iterator[None]:
     """Around Accelerator.prepare: models with a load plan are checked, and those on meta keep their optimizers.
 
     accelerate finds an optimizer's new parameters by data_ptr, which is 0 for everything on meta; here they are put

@@ -150,9 +150,7 @@ class WithoutShardedExperts:
 
     def __init__(self, model: nn.Module, full_state_dict: dict[str, torch.Tensor]):
         self._model = model
-        # activation checkpointing's wrapper is in the modules' names, and not in a state dict's keys
-        layers = ((plain_name(prefix), layer) for prefix, layer in swapped_layers(model))
-        owned = {f"{prefix}.{name}" for prefix, layer in layers for name in layer._parameters}
+        owned = {f"{prefix}.{name}" for prefix, layer in swapped_layers(model) for name in layer._parameters}
         self._experts = {key: value for key, value in full_state_dict.items() if plain_name(key) in owned}
 
     def state_dict(self) -> dict[str, torch.Tensor]:

@@ -2,10 +2,10 @@
 
 Fused, saved are x, the weights and top_k_weights (held by others anyway), the pre-activation h [P, 2I] (its first rows,
 where P is counted later: counts.LaterPairs; nothing of it, where it is to be computed again) and the routing as int32.
-Weights in another dtype than x (fp32 master
-weights under bf16 compute) are cast for the products, in forward and again in backward, so that no copy of them is
-kept; their gradients are written once, in their own dtype, from the fp32 accumulators. In two halves, what the gate's
-own torch operations save comes on top: h, its output a [P, I], and their like.
+Weights in another dtype than x (fp32 master weights under bf16 compute) are cast for the products, in forward and again
+in backward, so that no copy of them is kept; their gradients are written once, in their own dtype, from the fp32
+accumulators. In two halves, what the gate's own torch operations save comes on top: h, its output a [P, I], and their
+like.
 """
 
 import functools

@@ -47,6 +47,7 @@ TABLE = [
     Case(2, 2, ram_efficient=True),
     Case(2, 2, ram_efficient="meta"),
     Case(2, 2, ram_efficient=True, checkpointing=True, nothing_received=True),
+    Case(4, 2, ram_efficient=True, tie=True),
     Case(4, 2, ram_efficient=True, checkpointing=True, tie=True),
     Case(4, 2, two_groups=True),
     Case(4, 1, ram_efficient=True, two_groups=True, dp_replicate=2),

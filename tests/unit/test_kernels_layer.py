@@ -49,6 +49,27 @@ def make(T=19, K=2, H=24, I=20, E=4, seed=0):
     return [x, w1, w2, index, weights]
 
 
+def make_with_sentinels():
+    """-> arguments of 40 x 3 slots, of which some six in ten are sentinels; and which."""
+    args = make(T=40, K=3)
+    sentinel = torch.rand(40, 3, generator=torch.Generator().manual_seed(2)) < 0.6
+    args[3] = args[3].masked_fill(sentinel, 4)
+    return args, sentinel
+
+
+def options_of(kind, args):
+    """The options of a kind of layer; args become those of one."""
+    if kind == "interleaved":
+        gate = Gate("silu", interleaved=True)
+        return dict(gate=gate.numbers, act=gate.act)
+    if kind == "biased":
+        return dict(act="silu", b1=torch.randn(4, 40), b2=torch.randn(4, 24))
+    if kind == "not gated":
+        args[1] = args[1][:, :20].contiguous()
+        return dict(act="relu2", gated=False)
+    return dict(act="silu")
+
+
 def run(fn, args, dout, **kwargs):
     """-> [out, dx, dw1, dw2, dweights]."""
     x, w1, w2, index, weights = args
@@ -118,9 +139,7 @@ def test_all_tokens_on_one_expert():
 
 @pytest.mark.parametrize("counted", [False, True])
 def test_sentinels_add_nothing_and_get_zero_routing_gradient(counted, poisoned):
-    args = make(T=40, K=3)
-    sentinel = torch.rand(40, 3, generator=torch.Generator().manual_seed(2)) < 0.6
-    args[3] = args[3].masked_fill(sentinel, 4)
+    args, sentinel = make_with_sentinels()
     *_, dweights = check(args, num_pairs=int((~sentinel).sum()) if counted else None)
     assert not dweights[sentinel].any()
 
@@ -137,16 +156,8 @@ def test_a_sentinel_ignores_its_index_above_num_experts_and_its_weight():
 @pytest.mark.parametrize("share", [0.01, 0.3, 1.0])
 @pytest.mark.parametrize("kind", ["gated", "interleaved", "not gated"])
 def test_pairs_that_are_counted_later_give_the_same_bits_whatever_was_kept(kind, share, poisoned):
-    args = make(T=40, K=3)
-    sentinel = torch.rand(40, 3, generator=torch.Generator().manual_seed(2)) < 0.6
-    args[3] = args[3].masked_fill(sentinel, 4)
-    options = dict(act="silu")
-    if kind == "interleaved":
-        gate = Gate("silu", interleaved=True)
-        options.update(gate=gate.numbers, act=gate.act)
-    if kind == "not gated":
-        args[1] = args[1][:, :20].contiguous()
-        options.update(act="relu2", gated=False)
+    args, sentinel = make_with_sentinels()
+    options = options_of(kind, args)
     pairs = int((~sentinel).sum())
     later = LaterPairs(lambda: pairs, share)
     assert (later.likely(120) < pairs) == (share < 0.4)  # then backward computes the pre-activation again
@@ -161,15 +172,8 @@ def test_pairs_that_are_counted_later_give_the_same_bits_whatever_was_kept(kind,
 @pytest.mark.parametrize("kind", ["gated", "biased", "not gated"])
 @pytest.mark.parametrize("pairs", ["unknown", "counted", "later"])
 def test_an_up_projection_that_is_computed_again_gives_the_same_bits_and_is_not_kept(pairs, kind, poisoned):
-    args = make(T=40, K=3)
-    sentinel = torch.rand(40, 3, generator=torch.Generator().manual_seed(2)) < 0.6
-    args[3] = args[3].masked_fill(sentinel, 4)
-    options = dict(act="silu")
-    if kind == "biased":
-        options.update(b1=torch.randn(4, 40), b2=torch.randn(4, 24))
-    if kind == "not gated":
-        args[1] = args[1][:, :20].contiguous()
-        options.update(act="relu2", gated=False)
+    args, sentinel = make_with_sentinels()
+    options = options_of(kind, args)
     count = int((~sentinel).sum())
     options["num_pairs"] = {"unknown": None, "counted": count, "later": LaterPairs(lambda: count, 0.9)}[pairs]
     dout = torch.randn(40, 24, generator=torch.Generator().manual_seed(1))

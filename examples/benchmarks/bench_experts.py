@@ -250,7 +250,7 @@ def chart(all_results: dict[str, list[Result]], path: Path) -> None:
     axes.set_xticks([x + 0.4 - width / 2 for x in range(len(all_results))], list(all_results))
     axes.set_ylabel("TFLOP/s, forward + backward")
     axes.set_title(f"one experts layer, {torch.cuda.get_device_name()}")
-    axes.legend()
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.08), ncols=len(names))  # beside the bars, not on them
     figure.tight_layout()
     figure.savefig(path, dpi=120)
 

@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from accel_moe.recognise import FoundExperts
 
@@ -42,6 +45,46 @@ class LendsLowRank(nn.Module):
             yield
         finally:
             del deltas[self.parameter_name]
+
+    def get_delta_weight(self, adapter_name: str, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """PEFT's change of the whole weight, as the weight itself lies: merge and unmerge add and take it.
+
+        A collective where FSDP shards lora_A and lora_B, as merging is in plain FSDP2.
+        """
+        change, weight = super().get_delta_weight(adapter_name, *args, **kwargs), self.get_param()  # pyright: ignore
+        return _sharded_like(change, weight) if isinstance(weight, DTensor) else change
+
+
+def _sharded_like(whole: torch.Tensor, weight: DTensor) -> DTensor:
+    """`whole`, which every rank can have, as this rank's part of a DTensor like `weight`."""
+    if isinstance(whole, DTensor):
+        whole = whole.full_tensor()
+    shape, offset = compute_local_shape_and_global_offset(weight.shape, weight.device_mesh, weight.placements)
+    own = whole[tuple(slice(first, first + size) for first, size in zip(offset, shape))]
+    local = weight.to_local()
+    return DTensor.from_local(
+        own.to(local.device, local.dtype),
+        weight.device_mesh,
+        weight.placements,
+        run_check=False,
+        shape=weight.shape,
+        stride=weight.stride(),
+    )
+
+
+def adopting(original: Callable[..., Any]) -> Callable[..., Any]:
+    """For PEFT's ParamWrapper._activate_lora: a wrapper that was put around experts after they were sharded."""
+
+    @functools.wraps(original)
+    def _activate_lora(self, active_adapters):
+        layer = getattr(self.get_base_layer(), "_accel_moe_layer", None)
+        if layer is None or layer.ep == 1:
+            return original(self, active_adapters)
+        _check_adapter(self)
+        self.__class__ = _lending_class(self.__class__)
+        return self._activate_lora(active_adapters)
+
+    return _activate_lora
 
 
 def adopt_adapters(found: FoundExperts) -> None:

@@ -15,6 +15,7 @@ import logging
 import math
 import os
 import re
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ import torch
 from torch import nn
 
 from accel_moe import config, load, mesh, positions, recompute, shard
-from accel_moe.adapters import adopt_adapters
+from accel_moe.adapters import adopt_adapters, adopting
 from accel_moe.checkpoint.hooked import HOOKED as CHECKPOINT_ROWS
 from accel_moe.experts import PreparedState, plain_name, prepared_state, swapped_layers
 from accel_moe.recognise import find_experts
@@ -80,6 +81,7 @@ def leave_experts_out(original):
 def check_then_prepare(original):
     @functools.wraps(original)
     def prepare(self, *args, device_placement=None):
+        install()  # PEFT may have been imported since accel_moe.prepare()
         for model in args:
             if isinstance(model, nn.Module) and (state := prepared_state(model)) is not None:
                 _compare_ranks(state)
@@ -191,6 +193,17 @@ LOAD_TABLE = (
     ),
 )
 
+PEFT_TABLE = (
+    Patch(
+        "peft.tuners.lora.layer.ParamWrapper._activate_lora",
+        ("self", "active_adapters"),
+        adopting,
+        "PEFT may wrap experts after they were sharded, and its parametrisation then adds a whole matrix to a shard.",
+        "peft 0.21.2",
+    ),
+)
+"""In place where PEFT was imported; its older versions have no ParamWrapper."""
+
 _originals: dict[str, Any] = {}
 
 
@@ -202,6 +215,9 @@ def install() -> None:
     """
     for patch in TABLE:
         _install(patch)
+    if hasattr(sys.modules.get("peft.tuners.lora.layer"), "ParamWrapper"):
+        for patch in PEFT_TABLE:
+            _install(patch)
 
 
 def install_cpu() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -150,9 +151,13 @@ def on_rank(case: Case, folder: str | None = None) -> Run | None:
     weights = {clean(n): whole(p) for n, p in model.named_parameters() if p.requires_grad}
     if folder is not None:
         save_adapter(accelerator, model, folder)
-    own = batches(1)[0].chunk(world)[rank]
-    with model.disable_adapter(), torch.no_grad():
-        without = accelerator.reduce(model(input_ids=own, labels=own).loss, "mean").item()
+    evaluate = functools.partial(mean_loss, accelerator, model)
+    with model.disable_adapter():
+        without = evaluate()
+    separate = evaluate()
+    model.merge_adapter()
+    merged = evaluate()
+    model.unmerge_adapter()
     frozen = [n for n, p in model.named_parameters() if not p.requires_grad]
     facts = {
         "frozen_with_gradient": [n for n, p in model.named_parameters() if n in frozen and p.grad is not None],
@@ -160,9 +165,35 @@ def on_rank(case: Case, folder: str | None = None) -> Run | None:
         "trained_dtypes": sorted({str(p.dtype) for n, p in model.named_parameters() if p.requires_grad}),
         "optimizer_state": len(optimizer.state),
         "loss_without_adapter": without,
+        "losses_around_merging": [separate, merged, evaluate()],
         "trained": len(trained(model)),
     }
     return Run(losses, norms, gradients, weights, facts) if rank == 0 else None
+
+
+@torch.no_grad()
+def mean_loss(accelerator, model: nn.Module) -> float:
+    """Of the first batch, over all ranks. A collective."""
+    own = batches(1)[0].chunk(accelerator.num_processes)[accelerator.process_index]
+    return accelerator.reduce(model(input_ids=own, labels=own).loss, "mean").item()
+
+
+def wrapped_after_sharding() -> float:
+    """The loss of a model that PEFT wraps only after accelerator.prepare has sharded its experts."""
+    from peft import LoraConfig, get_peft_model
+
+    import accel_moe
+    import accel_moe.cpu
+    from tests.distributed.parity import Case as Plain
+    from tests.distributed.parity import accelerator_for
+
+    accel_moe.cpu.enable()
+    model = accel_moe.prepare(tiny_model(), moe_ep_degree=2)
+    accelerator = accelerator_for(Plain(2, 2), model)
+    model, _ = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    model = get_peft_model(model, LoraConfig(r=4, target_modules=[], target_parameters=list(EXPERTS)))
+    randomise_adapter(model)
+    return mean_loss(accelerator, model)
 
 
 def save_adapter(accelerator, model: nn.Module, folder: str) -> None:

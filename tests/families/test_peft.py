@@ -14,7 +14,16 @@ import torch
 
 import accel_moe
 from accel_moe import experts
-from tests.families.peft_runs import EXPERTS, Case, build, differences, on_one_process, on_rank, randomise_adapter
+from tests.families.peft_runs import (
+    EXPERTS,
+    Case,
+    build,
+    differences,
+    on_one_process,
+    on_rank,
+    randomise_adapter,
+    wrapped_after_sharding,
+)
 from tests.ranks import run_ranks
 from tests.tiny import batches, tiny_model
 
@@ -57,6 +66,20 @@ def test_lora_training_equals_stock_peft_on_one_process(case):
     assert run.facts["frozen_with_gradient"] == []
     assert run.facts["optimizer_state"] == run.facts["trained"] > 0
     assert run.facts["loss_without_adapter"] == pytest.approx(loss_of_the_base(case.family), rel=1e-5)
+    separate, merged, unmerged = run.facts["losses_around_merging"]
+    # a merged weight is rounded once more, each product is not: fp32 noise
+    assert (merged, unmerged) == pytest.approx((separate, separate), rel=1e-5)
+    assert separate != pytest.approx(run.facts["loss_without_adapter"], rel=1e-3)
+
+
+def test_peft_may_wrap_experts_that_are_already_sharded():
+    from peft import LoraConfig, get_peft_model
+
+    stock = get_peft_model(tiny_model(), LoraConfig(r=4, target_modules=[], target_parameters=list(EXPERTS)))
+    randomise_adapter(stock)
+    batch = batches(1)[0]
+    right = stock(input_ids=batch, labels=batch).loss.item()
+    assert run_ranks(wrapped_after_sharding, 2) == pytest.approx([right] * 2, rel=1e-5)
 
 
 def test_frozen_experts_stay_in_bf16_under_mixed_precision():

@@ -20,7 +20,8 @@ def put_back():
 def test_importing_patches_nothing_and_prepare_installs_the_table():
     assert hooks.installed() == []
     accel_moe.prepare(tiny_model())
-    assert hooks.installed() == [patch.target for patch in hooks.TABLE]
+    with_peft = hooks.PEFT_TABLE if "peft.tuners.lora.layer" in sys.modules else ()
+    assert hooks.installed() == [patch.target for patch in (*hooks.TABLE, *with_peft)]
 
 
 def test_uninstall_puts_the_originals_back():
@@ -49,7 +50,7 @@ def test_a_target_that_is_gone_is_refused():
         hooks._install(patch)
 
 
-@pytest.mark.parametrize("patch", [*hooks.TABLE, *hooks.CPU_TABLE], ids=lambda patch: patch.target)
+@pytest.mark.parametrize("patch", [*hooks.TABLE, *hooks.CPU_TABLE, *hooks.PEFT_TABLE], ids=lambda patch: patch.target)
 def test_every_row_gives_its_reason_and_tested_versions(patch):
     assert patch.reason.endswith(".") and patch.tested
 

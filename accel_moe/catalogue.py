@@ -1,9 +1,12 @@
 """Every Mixture-of-Experts family of the installed transformers, found by looking, not from a list.
 
 A family is a folder of `transformers.models` whose modeling file has a class that names itself experts or a
-Mixture-of-Experts block. It is on the experts interface if a class carries `@use_experts_implementation`; then
-one of its experts modules is made on the meta device from the family's default config (no weight is allocated,
-no file downloaded), and the same `refusal` that `prepare()` calls says whether it can be run and how.
+Mixture-of-Experts block; or one that has a config and no modeling file, to which transformers' auto classes give the
+model of such a family (sarvam_moe: glm4_moe's). A model that only holds another family's text model (kimi_k25:
+deepseek_v3's) has no row of its own: its experts are that family's. A family is on the experts interface if a class
+carries `@use_experts_implementation`; then one of its experts modules is made on the meta device from the family's
+default config (no weight is allocated, no file downloaded), and the same `refusal` that `prepare()` calls says whether
+it can be run and how.
 
 What is written by hand: why a family off the interface is off it (`recognise.OFF_INTERFACE`), and which families the
 tests of this package train over several ranks (`OVER_RANKS`, which is what those tests run).
@@ -17,7 +20,6 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 
 import torch
 from torch import nn
@@ -26,6 +28,8 @@ from accel_moe import recognise
 from accel_moe.kernels.gate import gate_of, has_default_gate
 
 _DECORATED = re.compile(r"^@use_experts_implementation[^\n]*\n(?:@[^\n]*\n)*class (\w+)", re.MULTILINE)
+_CLASS = re.compile(r"^class (\w+)", re.MULTILINE)
+_AUTO_NAMES = re.compile(r"MODEL_(FOR_\w+_)?MAPPING_NAMES$")
 _LOOKALIKE = re.compile(
     r"^class (\w*(?:Experts?|MoE|Moe|MOE|SparseMLP|MoeBlock)\w*)\((?:nn\.Module|nn\.ModuleList|nn\.ModuleDict)\)",
     re.MULTILINE,
@@ -47,17 +51,19 @@ ROUND_TRIP = ("qwen3_moe", "mixtral", "granitemoe", "gpt_oss", "nemotron_h", "qw
 
 @dataclass(frozen=True)
 class Source:
-    """One family as its modeling files show it: nothing imported yet.
+    """One family as its modeling files show it: none of them imported yet.
 
     Attributes:
         name: the folder under transformers.models, which is the model_type of most families.
         decorated: (module, class) of each class on the experts interface.
         lookalikes: classes off it that are named like experts.
+        model_type: of a family that runs another's modeling file, what its own config is registered as; else "".
     """
 
     name: str
     decorated: tuple[tuple[str, str], ...]
     lookalikes: tuple[tuple[str, str], ...]
+    model_type: str = ""
 
 
 @dataclass(frozen=True)
@@ -88,26 +94,52 @@ def sources() -> list[Source]:
     """Every family of the installed transformers that has experts, by name. Reads source text only."""
     import transformers
 
-    found = []
+    found, owners = [], {}
     root = Path(transformers.__file__).parent / "models"
     for folder in sorted(path for path in root.iterdir() if path.is_dir()):
         decorated: list[tuple[str, str]] = []
         lookalikes: list[tuple[str, str]] = []
+        models: list[str] = []
         for file in sorted(folder.glob("modeling_*.py")):
             text = file.read_text(encoding="utf-8")
             module = f"transformers.models.{folder.name}.{file.stem}"
             classes = _DECORATED.findall(text)
             decorated += [(module, name) for name in classes]
             lookalikes += [(module, name) for name in _LOOKALIKE.findall(text) if name not in classes]
+            models += _CLASS.findall(text)
         if decorated or lookalikes:
             found.append(Source(folder.name, tuple(decorated), tuple(lookalikes)))
-    return found
+            owners.update(dict.fromkeys(models, found[-1]))
+    return sorted([*found, *_without_modeling_file(root, owners)], key=lambda source: source.name)
 
 
-def config_classes(module: ModuleType) -> list[type]:
-    """The config classes of a modeling file's models, in the file's order, each once."""
-    from transformers import PreTrainedModel
+def _without_modeling_file(root: Path, owners: dict[str, Source]) -> list[Source]:
+    """Families that transformers' auto classes give another family's model.
 
+    Args:
+        owners: a model class's name to the family whose modeling file has it.
+    """
+    from transformers.models.auto import modeling_auto
+    from transformers.models.auto.configuration_auto import model_type_to_module_name
+
+    found: dict[str, Source] = {}
+    for mapping in (value for name, value in vars(modeling_auto).items() if _AUTO_NAMES.match(name)):
+        for model_type, names in mapping.items():
+            folder = root / model_type_to_module_name(model_type)
+            names = (names,) if isinstance(names, str) else names
+            owner = next((owners[name] for name in names if name in owners), None)
+            if owner is not None and not any(folder.glob("modeling_*.py")):
+                found[folder.name] = Source(folder.name, owner.decorated, owner.lookalikes, model_type)
+    return list(found.values())
+
+
+def config_classes(source: Source, module_name: str) -> list[type]:
+    """The config classes that a family makes the models of this modeling file from, in the file's order, each once."""
+    from transformers import CONFIG_MAPPING, PreTrainedModel
+
+    if source.model_type:
+        return [CONFIG_MAPPING[source.model_type]]
+    module = importlib.import_module(module_name)
     models = (
         value
         for value in vars(module).values()
@@ -116,19 +148,15 @@ def config_classes(module: ModuleType) -> list[type]:
     return list(dict.fromkeys(c for m in models if (c := getattr(m, "config_class", None)) is not None))
 
 
-def build_experts(module_name: str, class_name: str, configs: Iterable | None = None) -> nn.Module:
-    """One experts module alone, from the first of the file's configs that it accepts.
-
-    Args:
-        configs: config objects to try; the file's config classes with their defaults if None.
+def build_experts(module_name: str, class_name: str, configs: Iterable) -> nn.Module:
+    """One experts module alone, from the first of these configs that it accepts.
 
     Raises:
         ValueError: no config fits; every attempt's error is in the message.
     """
-    module = importlib.import_module(module_name)
-    cls = getattr(module, class_name)
+    cls = getattr(importlib.import_module(module_name), class_name)
     failures = []
-    for config in configs if configs is not None else _defaults(config_classes(module)):
+    for config in configs:
         try:
             built = cls(config)
         except Exception as error:
@@ -189,8 +217,8 @@ def _row(source: Source) -> Family:
     for module, name in source.decorated or shims:
         try:
             with torch.device("meta"):
-                layers.append(build_experts(module, name))
-        except ValueError as error:
+                layers.append(build_experts(module, name, _defaults(config_classes(source, module))))
+        except (ValueError, ImportError) as error:  # a modeling file may need a package that is not installed
             problems.append(str(error))
     classes = classes or tuple(name for _, name in shims)
     if not layers:

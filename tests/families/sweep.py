@@ -6,10 +6,11 @@ and every gradient: of hidden_states, of the routing weights, of each parameter.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import csv
 import inspect
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -53,13 +54,13 @@ class Holder(nn.Module):
 def layer_rows(family: str, kernel: str, sabotage: object = None) -> list[Row]:
     """One row per experts class of the family: the module alone, random input and routing, one expert idle."""
     source = next(s for s in tiny_families.families() if s.name == family)
-    return [_layer_row(family, module, name, kernel, sabotage) for module, name in tiny_families.classes_of(source)]
+    return [_layer_row(source, module, name, kernel, sabotage) for module, name in tiny_families.classes_of(source)]
 
 
-def _layer_row(family: str, module_name: str, class_name: str, kernel: str, sabotage: object) -> Row:
-    row = Row(family, "layer", experts=class_name)
+def _layer_row(source: catalogue.Source, module_name: str, class_name: str, kernel: str, sabotage: object) -> Row:
+    row = Row(source.name, "layer", experts=class_name)
     try:
-        oracle, config = build_layer(family, module_name, class_name)
+        oracle, config = build_layer(source, module_name, class_name)
     except Exception as error:
         row.result = f"not built: {type(error).__name__}: {error}"
         return row
@@ -79,14 +80,19 @@ def _layer_row(family: str, module_name: str, class_name: str, kernel: str, sabo
     return row
 
 
-def build_layer(family: str, module_name: str, class_name: str, seed: int = 0) -> tuple[nn.Module, object]:
-    import importlib
+def layers_of(sources: Iterable[catalogue.Source]) -> Iterator[tuple[catalogue.Source, nn.Module]]:
+    """Every experts layer of these families that can be built; what cannot be has a row of its own that says so."""
+    for source in sources:
+        for module, name in tiny_families.classes_of(source):
+            with contextlib.suppress(Exception):
+                yield source, build_layer(source, module, name)[0]
 
-    module = importlib.import_module(module_name)
+
+def build_layer(source: catalogue.Source, module_name: str, class_name: str, seed: int = 0) -> tuple[nn.Module, object]:
     configs = []
-    for cls in catalogue.config_classes(module):
+    for cls in catalogue.config_classes(source, module_name):
         try:
-            configs.append(tiny_families.tiny_config(cls, family))
+            configs.append(tiny_families.tiny_config(cls, source.name))
         except Exception:
             continue
     for config in configs:  # ernie4_5_vl gives its experts their width beside the config

@@ -6,6 +6,8 @@ kernels in Triton's interpreter. `--slow` does every family with both. See sweep
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 import torch
 
@@ -38,11 +40,9 @@ def test_a_whole_tiny_model_of_every_family_equals_its_own_loop(family, families
 def one_of_each_kind() -> dict[str, str]:
     """Kind of maths to the first family of it that our kernels take."""
     kinds: dict[str, str] = {}
-    for source in SOURCES:
-        for module, name in tiny_families.classes_of(source):
-            layer, _ = sweep.build_layer(source.name, module, name)
-            if recognise.not_scattermoe(layer) is None:
-                kinds.setdefault(catalogue.describe_maths(layer), source.name)
+    for source, layer in sweep.layers_of(SOURCES):
+        if recognise.not_scattermoe(layer) is None:
+            kinds.setdefault(catalogue.describe_maths(layer), source.name)
     return kinds
 
 
@@ -59,6 +59,34 @@ def test_our_kernels_equal_the_loop_of_every_family_they_take(family, families_t
     rows = [row for row in sweep.layer_rows(family, "auto")]
     families_table += rows
     assert [row.result for row in rows] == ["ok"] * len(rows)
+
+
+def test_a_family_that_cannot_be_built_is_a_row_with_its_name_and_stops_no_other(monkeypatch):
+    """What the collection builds must not fail: on a new transformers no test at all would run."""
+    build = sweep.build_layer
+
+    def without_mixtral(source, *names):
+        if source.name == "mixtral":
+            raise RuntimeError("a field that nobody knew")
+        return build(source, *names)
+
+    monkeypatch.setattr(sweep, "build_layer", without_mixtral)
+    monkeypatch.setitem(globals(), "SOURCES", [s for s in SOURCES if s.name in ("gpt_oss", "mixtral")])
+    assert list(one_of_each_kind().values()) == ["gpt_oss"]
+    (row,) = sweep.layer_rows("mixtral", "grouped_mm")
+    assert (row.family, row.result) == ("mixtral", "not built: RuntimeError: a field that nobody knew")
+
+
+def test_the_tiny_model_of_a_family_whose_layers_loop_runs_their_experts_in_each_pass():
+    if "inkling2_loop" not in NAMES:
+        pytest.skip("this transformers has no family whose layers loop")
+    model = tiny_families.tiny("inkling2_loop").build()
+    calls = Counter()
+    for name, layer in recognise.find_experts(model).items():
+        layer.register_forward_hook(lambda *_, name=name: calls.update([name]))
+    gradients = sweep.run_model(model)
+    assert list(calls.values()) == [1, 2, 2, 1]
+    assert all(gradients[f"gradient of {name}"].any() for name, _ in model.named_parameters() if "message" in name)
 
 
 def other_gate(layer: torch.nn.Module) -> None:

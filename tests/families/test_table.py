@@ -7,8 +7,9 @@ import csv
 import io
 
 import pytest
+import transformers
 
-from accel_moe import catalogue, families
+from accel_moe import catalogue, families, recognise
 from tests.families import tiny_families
 
 
@@ -47,6 +48,26 @@ def test_the_claims_about_tests_are_those_tests_families(table):
         assert (consolidate == "yes") == (name in test_round_trip.DEFAULT)
         assert (ep == consolidate == "no") == (name in test_over_ranks.ONE_RANK_ONLY)
         assert load == "yes"  # tests/unit/test_load_families.py has all
+
+
+@pytest.mark.parametrize(("family", "whose"), [("sarvam_moe", "Glm4MoeExperts"), ("sarvam_mla", "DeepseekV3Experts")])
+def test_a_family_without_a_modeling_file_is_found_by_the_model_that_the_auto_classes_give_it(family, whose):
+    if family not in transformers.CONFIG_MAPPING:
+        pytest.skip(f"transformers {transformers.__version__} has no {family}")
+    (row,) = catalogue.families([family])
+    assert (row.status, row.experts) == ("supported", (whose,))
+    model = tiny_families.tiny(family).build()
+    assert model.config.model_type == family
+    assert {type(layer).__name__ for layer in recognise.find_experts(model).values()} == {whose}
+
+
+def test_a_family_whose_modeling_file_cannot_be_imported_is_a_row_with_the_reason(monkeypatch):
+    def no_module(*_):
+        raise ImportError("it needs a package that is not here")
+
+    monkeypatch.setattr(catalogue, "build_experts", no_module)
+    (row,) = catalogue.families(["mixtral"])
+    assert (row.status, row.note) == ("refused", "it needs a package that is not here")
 
 
 def test_one_family_can_be_asked_for_and_an_unknown_one_is_an_error(capsys):

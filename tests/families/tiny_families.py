@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from types import ModuleType
 
 import torch
+import transformers
 from torch import nn
 
 from accel_moe import catalogue, recognise
@@ -112,6 +113,19 @@ OVERRIDES: dict[str, dict[str, object]] = {
         "linear_head_dim": 8,
         "linear_num_heads": 4,
     },
+    "hy_v4_vl": {"rope_parameters": {**MROPE, "mrope_section": [2, 1, 1]}},
+    "inkling2": {"unpadded_vocab_size": VOCAB - 4},
+    # one layer before the loop, two in it, one behind; each a block of its own
+    "inkling2_loop": {
+        "unpadded_vocab_size": VOCAB - 4,
+        "num_hidden_layers": 4,
+        "layer_types": ["hybrid_sliding", "hybrid", "hybrid_sliding", "hybrid"],
+        "n_layers_per_attn_res_block": 1,
+        "loop_layer_index_start": 1,
+        "loop_layer_index_end": 3,
+        "loop_num_passes": 2,
+        "loop_gate_rank": 4,
+    },
     "kimi_linear": {"linear_head_dim": 8, "linear_num_heads": 4, "linear_attn_config": NO_VALUE},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "mimo_v2_flash": {"num_key_value_heads": 2},
@@ -124,7 +138,10 @@ OVERRIDES: dict[str, dict[str, object]] = {
 
 @dataclass(frozen=True)
 class Tiny:
-    """One family's smallest model: `build()` makes it, on the CPU in float32."""
+    """One family's smallest model: `build()` makes it, on the CPU in float32.
+
+    `model_class` is what reads its checkpoints: of a family without a modeling file, transformers' auto class.
+    """
 
     family: str
     model_class: type
@@ -132,9 +149,13 @@ class Tiny:
 
     def build(self, seed: int = 0) -> nn.Module:
         torch.manual_seed(seed)
-        model = self.model_class(self.config).float()
+        model = _make(self.model_class, self.config).float()
         randomise(model, seed)
         return model.train()
+
+
+def _make(model_class: type, config: object) -> nn.Module:
+    return model_class.from_config(config) if hasattr(model_class, "from_config") else model_class(config)
 
 
 def families() -> list[catalogue.Source]:
@@ -174,12 +195,11 @@ def tiny(family: str) -> Tiny:
     failures = []
     names = {name for _, name in classes_of(source)}
     for module_name in dict.fromkeys(module for module, _ in classes_of(source)):
-        module = importlib.import_module(module_name)
-        for model_class in _model_classes(module):
+        for model_class, config_class in _models_of(source, module_name):
             try:
-                config = tiny_config(model_class.config_class, family)
+                config = tiny_config(config_class, family)
                 with torch.device("meta"):
-                    model = model_class(config)
+                    model = _make(model_class, config)
             except Exception as error:
                 failures.append(f"{model_class.__name__}: {type(error).__name__}: {error}")
                 continue
@@ -187,6 +207,14 @@ def tiny(family: str) -> Tiny:
                 return Tiny(family, model_class, config)
             failures.append(f"{model_class.__name__}: no experts in it")
     raise ValueError("; ".join(failures))
+
+
+def _models_of(source: catalogue.Source, module_name: str) -> list[tuple[type, type]]:
+    """(class that makes and reads the model, class of its config), the ones to be preferred first."""
+    if source.model_type:
+        (config_class,) = catalogue.config_classes(source, module_name)
+        return [(auto, config_class) for auto in (transformers.AutoModelForCausalLM, transformers.AutoModel)]
+    return [(cls, cls.config_class) for cls in _model_classes(importlib.import_module(module_name))]
 
 
 def _model_classes(module: ModuleType) -> list[type]:

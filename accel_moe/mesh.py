@@ -27,6 +27,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
     from torch.distributed.device_mesh import DeviceMesh
 
 MESH_DIM_NAMES = ("dp_replicate", "efsdp", "ep")
@@ -116,15 +117,24 @@ _meshes: dict[tuple[MeshPlan, str, datetime.timedelta | None], tuple[weakref.ref
 
 def _new_mesh(plan: MeshPlan, device_type: str) -> DeviceMesh:
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.distributed_c10d import _set_pg_timeout
 
+    timeout = default_timeout()  # before the groups are made: those split off the job's may share its options
     override = {"ep": options} if plan.ep > 1 and (options := _of_its_own(device_type)) is not None else None
     shape = plan.dp_replicate, plan.efsdp, plan.ep
     mesh = init_device_mesh(device_type, shape, mesh_dim_names=MESH_DIM_NAMES, backend_override=override)
-    if (timeout := default_timeout()) is not None:
+    if timeout is not None:
         for group in mesh.get_all_groups():  # made with torch's default: half an hour on gloo
-            _set_pg_timeout(timeout, group)
+            set_timeout(timeout, group)
     return mesh
+
+
+def set_timeout(timeout: datetime.timedelta, group: ProcessGroup) -> None:
+    """torch's own function, which is public from 2.14 on; the private one of before is deprecated there."""
+    import torch.distributed as dist
+    from torch.distributed import distributed_c10d
+
+    of_torch = getattr(dist, "set_timeout", None) or distributed_c10d._set_pg_timeout
+    of_torch(timeout, group)
 
 
 def _of_its_own(device_type: str):

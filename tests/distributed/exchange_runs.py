@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
 
+from accel_moe.mesh import set_timeout
 from tests.distributed.parity import Case, build, clean, prepared, whole
 from tests.tiny import batches
 
@@ -233,7 +234,7 @@ def die_in_step(case: Case, how: str, before: str, timeout_s: float, folder: str
     optimizer.step()
     optimizer.zero_grad()
     # as a job that was started with this timeout: the exchange is over groups made after it was known
-    dist.distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=timeout_s), dist.group.WORLD)
+    set_timeout(datetime.timedelta(seconds=timeout_s), dist.group.WORLD)
     mesh = build_mesh(plan_mesh(case.world, case.ep), accelerator.device.type)
     board._boards.clear()
     for module in model.modules():

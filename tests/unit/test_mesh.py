@@ -1,8 +1,12 @@
 """plan_mesh: arithmetic that a laptop can check."""
 
-import pytest
+import datetime
+import warnings
 
-from accel_moe.mesh import MeshPlan, plan_mesh
+import pytest
+import torch
+
+from accel_moe.mesh import MeshPlan, build_mesh, plan_mesh
 
 
 def test_ep_is_the_innermost_axis_so_that_a_group_is_made_of_neighbours():
@@ -40,3 +44,57 @@ def test_degrees_that_do_not_multiply_up_to_the_world_are_refused():
 def test_an_ep_group_inside_a_node_touches_one_node_and_a_wide_one_touches_more():
     assert plan_mesh(16, 8).nodes_per_ep_group(8) == 1
     assert plan_mesh(16, 16).nodes_per_ep_group(8) == 2
+
+
+SEVEN_MINUTES = datetime.timedelta(minutes=7)
+
+
+@pytest.fixture
+def a_job_of_one(tmp_path):
+    torch.distributed.init_process_group(
+        "gloo",
+        store=torch.distributed.FileStore(str(tmp_path / "store"), 1),
+        rank=0,
+        world_size=1,
+        timeout=SEVEN_MINUTES,
+    )
+    yield torch.distributed
+    torch.distributed.destroy_process_group()
+
+
+def timeouts_of(mesh):
+    return [group._get_backend(torch.device("cpu")).options._timeout for group in mesh.get_all_groups()]
+
+
+def test_every_group_of_the_mesh_ends_when_the_job_s_own_would(a_job_of_one):
+    assert timeouts_of(build_mesh(plan_mesh(1, 1), "cpu")) == [SEVEN_MINUTES] * 3
+
+
+def test_where_torch_has_a_public_function_for_timeouts_the_deprecated_one_is_left_alone(a_job_of_one, monkeypatch):
+    """As torch 2.14, which warns of the private one."""
+    private = torch.distributed.distributed_c10d._set_pg_timeout
+
+    def deprecated(timeout, group=None):
+        warnings.warn("`_set_pg_timeout` is deprecated, please use `set_timeout`", FutureWarning, stacklevel=2)
+        private(timeout, group)
+
+    monkeypatch.setattr(a_job_of_one, "set_timeout", lambda timeout, group=None: private(timeout, group), raising=False)
+    monkeypatch.setattr(a_job_of_one.distributed_c10d, "_set_pg_timeout", deprecated)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        assert timeouts_of(build_mesh(plan_mesh(1, 1), "cpu")) == [SEVEN_MINUTES] * 3
+
+
+def test_the_job_s_timeout_is_read_before_groups_are_made_that_may_write_over_it(a_job_of_one, monkeypatch):
+    """Groups that are split off the job's own may share its options, with torch's default written into them."""
+    import torch.distributed.device_mesh as device_mesh
+
+    make = device_mesh.init_device_mesh
+
+    def writes_over_it(*args, **options):
+        made = make(*args, **options)
+        monkeypatch.setattr("accel_moe.mesh.default_timeout", lambda: datetime.timedelta(minutes=30))
+        return made
+
+    monkeypatch.setattr(device_mesh, "init_device_mesh", writes_over_it)
+    assert timeouts_of(build_mesh(plan_mesh(1, 1), "cpu")) == [SEVEN_MINUTES] * 3

@@ -1,9 +1,9 @@
 """The only file that assigns into accelerate or transformers: a table of patches, each on a leash.
 
 A row names its target, the parameters that the target had in the versions it was tested with, and why there is no
-hook or public API to use instead. Installing checks the parameters and refuses loudly if they moved; `uninstall`
-puts everything back. Nothing is patched at import: `prepare()` installs `TABLE`, `accel_moe.cpu.enable()` installs
-`CPU_TABLE`.
+hook or public API to use instead. Installing checks every row's parameters first, and refuses loudly if they moved. A
+newer version than was tested, whose targets have not moved, is a warning. `uninstall` puts everything back. Nothing is
+patched at import: `prepare()` installs `TABLE`, `accel_moe.cpu.enable()` installs `CPU_TABLE`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from accel_moe import config, load, mesh, positions, recompute, shard
+from accel_moe import config, load, mesh, positions, recompute, shard, supported
 from accel_moe.adapters import adopt_adapters, adopting
 from accel_moe.checkpoint.hooked import HOOKED as CHECKPOINT_ROWS
 from accel_moe.experts import PreparedState, plain_name, prepared_state, swapped_layers
@@ -42,14 +42,14 @@ class Patch:
         parameters: the target's own, in order, in the tested versions.
         wrapper: (original) -> replacement.
         reason: why it is patched, for the reader and for the error.
-        tested: the versions it was run with.
+        tested: the versions it was run with (supported.py).
     """
 
     target: str
     parameters: tuple[str, ...]
     wrapper: Callable[[Callable[..., Any]], Callable[..., Any]]
     reason: str
-    tested: str = "accelerate 1.15.0"
+    tested: str = supported.words("accelerate")
 
 
 def shard_then_prepare(original):
@@ -168,7 +168,7 @@ TABLE = (
         positions.asking_once,
         "It asks the GPU in every forward whether the positions are those of packed sequences, also where the model "
         "has just counted them; the host waits for the whole step before.",
-        "transformers 5.17.0, 5.23.0",
+        supported.words("transformers"),
     ),
     *(Patch(*row) for row in CHECKPOINT_ROWS),
 )
@@ -189,7 +189,7 @@ LOAD_TABLE = (
         plan_instead_of_reading,
         "accel_moe.from_pretrained is transformers' own, up to the reading: it has resolved the files, the dtype and "
         "the conversions by then, and offers no hook to stop there. In place only while from_pretrained runs.",
-        "transformers 5.17.0, 5.23.0",
+        supported.words("transformers"),
     ),
 )
 
@@ -208,11 +208,15 @@ _originals: dict[str, Any] = {}
 
 
 def install() -> None:
-    """Put every row of TABLE in place; a second call changes nothing.
+    """Put every row of TABLE in place; a second call changes nothing. Warns once of versions that were not tested.
 
     Raises:
-        RuntimeError: a target is gone or takes other parameters than it did in the tested versions.
+        RuntimeError: a target is gone or takes other parameters than it did in the tested versions. No row is in place
+            then.
     """
+    for patch in TABLE:
+        _refuse_off_leash(patch)
+    _warn_of_untested_versions()
     for patch in TABLE:
         _install(patch)
     if hasattr(sys.modules.get("peft.tuners.lora.layer"), "ParamWrapper"):
@@ -253,24 +257,51 @@ def installed() -> list[str]:
     return list(_originals)
 
 
+def off_leash(patch: Patch) -> str | None:
+    """Why the patch does not fit what is installed here, or None. One that is in place is seen through."""
+    try:
+        owner, name = _locate(patch.target)
+        found = tuple(inspect.signature(getattr(owner, name)).parameters)
+    except LookupError:
+        moved = "which this version does not have"
+    except (TypeError, ValueError):
+        moved = "which is no function here"
+    else:
+        if found == patch.parameters:
+            return None
+        moved = f"and found it with parameters {found} where it expected {patch.parameters}"
+    package = patch.target.split(".")[0]
+    return (
+        f"accel_moe patches {patch.target}, {moved} ({package} {supported.installed(package)}; tested with "
+        f"{patch.tested}). Install a tested version, or update accel_moe. What the patch is for: {patch.reason}"
+    )
+
+
+def _refuse_off_leash(patch: Patch) -> None:
+    if (why := off_leash(patch)) is not None:
+        raise RuntimeError(why)
+
+
+@functools.cache
+def _warn_of_untested_versions() -> None:
+    if int(os.environ.get("RANK", 0)) == 0 and (message := supported.warning()) is not None:
+        logger.warning(message)
+
+
 def _install(patch: Patch) -> None:
     if patch.target in _originals:
         return
+    _refuse_off_leash(patch)
     owner, name = _locate(patch.target)
-    original = getattr(owner, name)
-    found = tuple(inspect.signature(original).parameters)
-    if found != patch.parameters:
-        raise RuntimeError(
-            f"accel_moe patches {patch.target}, and found it with parameters {found} where it expected "
-            f"{patch.parameters} (tested with {patch.tested}). Install a tested version, or update accel_moe. "
-            f"What the patch is for: {patch.reason}"
-        )
     _originals[patch.target] = inspect.getattr_static(owner, name)  # a static method must come back as one
-    setattr(owner, name, patch.wrapper(original))
+    setattr(owner, name, patch.wrapper(getattr(owner, name)))
 
 
 def _locate(target: str) -> tuple[Any, str]:
-    """The object that holds the attribute, and its name: modules first, then attributes of the module."""
+    """The object that holds the attribute, and its name: modules first, then attributes of the module.
+
+    Raises LookupError if there is none.
+    """
     *path, name = target.split(".")
     for cut in range(len(path), 0, -1):
         try:
@@ -278,11 +309,11 @@ def _locate(target: str) -> tuple[Any, str]:
         except ModuleNotFoundError:
             continue
         for part in path[cut:]:
-            owner = getattr(owner, part)
+            owner = getattr(owner, part, None)
         if hasattr(owner, name):
             return owner, name
         break
-    raise RuntimeError(f"accel_moe patches {target}, which this version does not have. Install a tested version.")
+    raise LookupError(target)
 
 
 def _compare_ranks(state: PreparedState) -> None:

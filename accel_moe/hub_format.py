@@ -16,8 +16,6 @@ generations of a family exist), and then plans, group by group, how parameters b
 A group is the smallest set of parameters that must be converted together (`gate_up_proj` alone; q, k and v
 where the base fuses them). Converting group by group bounds memory, and gives the same bytes as converting
 the whole model.
-
-Works with transformers 5.17 and 5.23.
 """
 
 from __future__ import annotations

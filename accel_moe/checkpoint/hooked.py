@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from accel_moe import supported
 from accel_moe.checkpoint import loading, saving
 
 
@@ -21,7 +22,7 @@ class Hooked(NamedTuple):
     tested: str
 
 
-_ACCELERATE, _TRAINER = "accelerate 1.15.0", "transformers 5.17.0 and 5.23.0, accelerate 1.15.0"
+_ACCELERATE, _TRAINER = supported.words("accelerate"), supported.words("transformers", "accelerate")
 _SAVE_MODEL = ("fsdp_plugin", "accelerator", "model", "output_dir", "model_index", "adapter_only", "use_dcp")
 _LOAD_MODEL = ("fsdp_plugin", "accelerator", "model", "input_dir", "model_index", "adapter_only", "use_dcp")
 _SAVE_OPTIMIZER = (

@@ -1,12 +1,15 @@
 """Patches on a leash: installed once, undoable, refusing loudly."""
 
+import dataclasses
+import logging
 import sys
 import types
 
+import accelerate
 import pytest
 
 import accel_moe
-from accel_moe import hooks
+from accel_moe import hooks, supported
 from tests.tiny import tiny_model
 
 
@@ -17,11 +20,15 @@ def put_back():
     hooks.uninstall()
 
 
+def rows_to_install() -> list[str]:
+    with_peft = hooks.PEFT_TABLE if "peft.tuners.lora.layer" in sys.modules else ()
+    return [patch.target for patch in (*hooks.TABLE, *with_peft)]
+
+
 def test_importing_patches_nothing_and_prepare_installs_the_table():
     assert hooks.installed() == []
     accel_moe.prepare(tiny_model())
-    with_peft = hooks.PEFT_TABLE if "peft.tuners.lora.layer" in sys.modules else ()
-    assert hooks.installed() == [patch.target for patch in (*hooks.TABLE, *with_peft)]
+    assert hooks.installed() == rows_to_install()
 
 
 def test_uninstall_puts_the_originals_back():
@@ -44,10 +51,80 @@ def test_a_target_whose_parameters_moved_is_refused_with_the_reason(monkeypatch)
         hooks._install(patch)
 
 
-def test_a_target_that_is_gone_is_refused():
-    patch = hooks.Patch("accelerate.accelerator.no_such_name", (), lambda original: original, "")
-    with pytest.raises(RuntimeError, match=r"accelerate\.accelerator\.no_such_name, which this version does not have"):
+@pytest.mark.parametrize(
+    "target", ["accelerate.accelerator.no_such_name", "accelerate.NoSuchClass.prepare", "accelerate.no_such_file.name"]
+)
+def test_a_target_that_is_gone_is_refused_with_what_was_found_and_what_was_tested(target):
+    patch = hooks.Patch(target, (), lambda original: original, "")
+    found = (
+        rf"{target}, which this version does not have \(accelerate {accelerate.__version__}; tested with accelerate 1"
+    )
+    with pytest.raises(RuntimeError, match=found):
         hooks._install(patch)
+
+
+def test_a_target_that_is_no_function_any_more_is_refused():
+    patch = hooks.Patch("accelerate.__version__", (), lambda original: original, "")
+    with pytest.raises(RuntimeError, match=r"accelerate\.__version__, which is no function here"):
+        hooks._install(patch)
+
+
+def test_one_row_off_its_leash_leaves_none_in_place(monkeypatch):
+    off = dataclasses.replace(hooks.TABLE[-1], parameters=("something", "else"))
+    monkeypatch.setattr(hooks, "TABLE", (*hooks.TABLE[:-1], off))
+    with pytest.raises(RuntimeError, match=r"where it expected \('something', 'else'\)"):
+        accel_moe.prepare(tiny_model())
+    assert hooks.installed() == []
+
+
+@pytest.fixture
+def forget_what_was_said():
+    hooks._warn_of_untested_versions.cache_clear()
+    yield
+    hooks._warn_of_untested_versions.cache_clear()
+
+
+@pytest.fixture
+def newer_transformers(monkeypatch, forget_what_was_said):
+    here = supported.installed
+    monkeypatch.setattr(supported, "installed", lambda name: "97.1.0.dev0" if name == "transformers" else here(name))
+
+
+def said_by_prepare(caplog):
+    with caplog.at_level(logging.WARNING, "accel_moe"):
+        accel_moe.prepare(tiny_model())
+        accel_moe.prepare(tiny_model())
+    return [record.getMessage() for record in caplog.records if record.name == "accel_moe"]
+
+
+def test_a_newer_version_than_was_tested_is_one_warning_and_works(newer_transformers, caplog):
+    (message,) = said_by_prepare(caplog)
+    assert "transformers 97.1.0.dev0 (tested: 5.17 to " in message
+    assert "python -m accel_moe.families --check" in message and "install a tested version" in message
+    assert hooks.installed() == rows_to_install()
+
+
+def test_a_newer_version_is_spoken_of_by_one_rank(newer_transformers, monkeypatch, caplog):
+    monkeypatch.setenv("RANK", "1")
+    assert said_by_prepare(caplog) == []
+
+
+@pytest.mark.core
+def test_the_installed_versions_are_tested_ones_and_nothing_is_said(caplog, forget_what_was_said):
+    assert said_by_prepare(caplog) == []
+
+
+@pytest.mark.parametrize(
+    ("found", "verdict"),
+    [("5.16.9", "too old"), ("5.17.0", "ok"), ("5.24.7", "ok"), ("5.25.0.dev0", "untested"), ("6", "untested")],
+)
+def test_a_version_is_judged_by_its_minor_number(found, verdict):
+    assert supported.Range("transformers", "5.17", "5.24").verdict(found) == verdict
+
+
+def test_a_version_that_is_not_there_is_missing_unless_none_is_needed():
+    assert supported.Range("torch", "2.11", "2.15").verdict(None) == "missing"
+    assert supported.Range("triton", "", "").verdict(None) == "ok"
 
 
 @pytest.mark.parametrize("patch", [*hooks.TABLE, *hooks.CPU_TABLE, *hooks.PEFT_TABLE], ids=lambda patch: patch.target)

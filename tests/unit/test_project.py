@@ -6,11 +6,13 @@ python tests/unit/test_project.py      brings README's table of options up to da
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 import transformers
 
+from accel_moe import supported
 from accel_moe.config import TABLE_BEGIN, TABLE_END, options_table
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -85,6 +87,25 @@ def test_readme_has_the_two_commands_and_ci_runs_the_second():
     assert f"\n{TEST_COMMAND}\n" in readme
     pattern = re.search(r"grep -m 1 '(.*)' README.md", (REPOSITORY / ".ci" / "run").read_text())[1]
     assert re.findall(pattern, readme, re.MULTILINE) == [TEST_COMMAND]
+
+
+def test_the_floors_of_pyproject_are_the_supported_ones_and_nothing_shuts_out_a_version_to_come():
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+    asked = [re.match(r"[\w-]+[^;]*", line)[0].strip() for line in project["dependencies"]]
+    for row in supported.VERSIONS:
+        if row.name == "python":
+            assert project["requires-python"] == f">={row.oldest}"
+        else:
+            assert (f"{row.name}>={row.oldest}" if row.oldest else row.name) in asked
+    assert not [line for line in asked if "<" in line or "==" in line]
+
+
+def test_readme_says_which_versions_are_supported_and_tested():
+    of = {row.name: row for row in supported.VERSIONS}
+    readme = README.read_text()
+    row = f"| versions | accelerate {of['accelerate']}, transformers {of['transformers']}, torch {of['torch']}"
+    assert row in readme
+    assert f"Python {of['python']}" in readme
 
 
 def test_every_import_goes_down_the_floors():

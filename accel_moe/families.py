@@ -4,8 +4,10 @@
     python -m accel_moe.families --markdown          the same for a README
     python -m accel_moe.families --tsv               the same for a program
     python -m accel_moe.families qwen3_moe gpt_oss   only these
+    python -m accel_moe.families --check             whether the installed versions fit; exit status 1 if not
 
-Needs no GPU and no network: it looks at the installed transformers. The logic is in accel_moe/catalogue.py.
+Needs no GPU and no network: it looks at the installed transformers. The logic is in accel_moe/catalogue.py, and that of
+the check in accel_moe/check.py.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ import logging
 import sys
 import warnings
 
-from accel_moe import catalogue
+from accel_moe import catalogue, check
 
 COLUMNS = ("family", "status", "maths", "kernel", "Hub keys", "tested: ep / consolidate / load", "note")
 
@@ -26,10 +28,13 @@ def main(arguments: list[str] | None = None) -> int:
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--markdown", action="store_true", help="a Markdown table")
     form.add_argument("--tsv", action="store_true", help="tab-separated values")
+    form.add_argument("--check", action="store_true", help="whether the installed versions fit; try these families")
     options = parser.parse_args(arguments)
     known = {source.name for source in catalogue.sources()}
     if unknown := sorted(set(options.family) - known):
         parser.error(f"no such family of the installed transformers: {', '.join(unknown)}")
+    if options.check:
+        return check.report(options.family or check.PROBED)
     rows = [_cells(family) for family in catalogue.families(options.family or None)]
     if options.tsv:
         text = "\n".join("\t".join(row) for row in [COLUMNS, *rows])

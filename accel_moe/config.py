@@ -9,7 +9,8 @@ default are the schema, its help is a row of README's table (`python -m accel_mo
 from the environment and the YAML, is typed, merged and interpolated (`${oc.env:NAME,default}`) by omegaconf,
 in our keys only; the rest of the file belongs to accelerate. Arguments are Python values and taken as such.
 
-Every mistake is a ValueError that says what was found, what was expected and how to mend it. This module sees
+Every mistake is a ValueError that says what was found, what was expected and how to mend it; a name that is nearly
+one of ours, or another project's for the same thing, is such a mistake (spelling.py). This module sees
 one process and no model: whether a degree fits the mesh or the experts, and whether a kernel is registered,
 is decided on the floors above. config_mismatch() compares what the ranks resolved; gathering that from them
 is the caller's collective.
@@ -17,17 +18,19 @@ is the caller's collective.
 
 from __future__ import annotations
 
-import difflib
 import os
+import re
 import sys
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, get_args, get_type_hints
 
+from accel_moe import spelling
 from accel_moe.launcher import (
     PARALLELISM_PREFIX,
     LauncherYaml,
+    accelerate_keys,
     accelerate_parallelism_keys,
     find_launcher_yaml,
 )
@@ -35,6 +38,10 @@ from accel_moe.launcher import (
 ENVIRONMENT_PREFIX = "ACCEL_MOE_"
 # ACCEL_MOE_* names with another meaning than an option
 VARIABLES_NOT_OPTIONS: frozenset[str] = frozenset()
+# omegaconf's word for a value that is still to be given
+MISSING = "???"
+# what a variable says that asks for no expert parallelism
+_OFF = ("", "0", "1", "false", "False", "no", "off")
 # the two sources that need no further address
 ARGUMENT, DEFAULT = "argument to prepare()", "default"
 # README keeps options_table() between these
@@ -139,7 +146,7 @@ def resolve(
     """
     yaml = find_launcher_yaml() if yaml is None else yaml
     arguments = _from_arguments(options or {})
-    text = _from_yaml(yaml) | _from_environment(environ)
+    text = _from_yaml(yaml) | _from_environment(environ, _variables_in(yaml.content))
     text = {name: given for name, given in text.items() if name not in arguments}
 
     values = _typed(text) if text else {}
@@ -149,9 +156,14 @@ def resolve(
     sources = {name: DEFAULT for name in option_names()}
     sources |= {name: source for name, (_, source) in (text | arguments).items()}
 
-    warning = missing_launcher_warning(yaml, sources, environ, sys.modules)
-    if warning:
-        warnings.warn(warning, stacklevel=2)
+    variables = (name for name in environ if name not in _variables_in(yaml.content))
+    unread = [name for name in variables if spelling.asks_for_ep(name) and environ[name] not in _OFF]
+    for warning in (
+        missing_launcher_warning(yaml, sources, environ, sys.modules),
+        _unread_variables_warning(unread, sources, environ),
+    ):
+        if warning:
+            warnings.warn(warning, stacklevel=2)
     return ResolvedConfig(MoEConfig(**values), sources)
 
 
@@ -162,25 +174,34 @@ def resolve(
 def _from_arguments(options: Mapping[str, object]) -> dict[str, tuple[Any, str]]:
     for name in options:
         if name not in option_names():
-            raise ValueError(f"{name!r} ({ARGUMENT}) is no option of accel_moe. {_nearest(name)}")
+            meant = spelling.meant_in_our_section(name, option_names())
+            nearest = meant or spelling.most_like(name, option_names())
+            raise ValueError(f"{name!r} ({ARGUMENT}) is no option of accel_moe. {_nearest(nearest)}")
     return {name: (value, ARGUMENT) for name, value in options.items()}
 
 
-def _from_environment(environ: Mapping[str, str]) -> dict[str, tuple[Any, str]]:
+def _from_environment(environ: Mapping[str, str], referred: set[str]) -> dict[str, tuple[Any, str]]:
+    """referred: variables that the YAML's values refer to, which somebody reads whatever they are called."""
     known = {environment_variable(name): name for name in option_names()}
     given: dict[str, tuple[Any, str]] = {}
     for variable, value in environ.items():
-        if not variable.startswith(ENVIRONMENT_PREFIX) or variable in VARIABLES_NOT_OPTIONS:
+        if variable in known:
+            given[known[variable]] = (value, f"{variable} in the environment")
             continue
-        if variable not in known:
+        if variable in VARIABLES_NOT_OPTIONS or variable in referred:
+            continue
+        ours = variable.startswith(ENVIRONMENT_PREFIX)
+        if (meant := spelling.meant_in_environment(variable, option_names())) is not None or ours:
+            nearest = environment_variable(meant or option_names()[0])
             raise ValueError(
-                f"{variable}={value!r} in the environment sets no option of accel_moe. {_nearest(variable, known)}"
+                f"{variable}={value!r} in the environment sets no option of accel_moe. Did you mean {nearest}? "
+                f"Known: {', '.join(known)}. Rename the variable, or remove it."
             )
-        given[known[variable]] = (value, f"{variable} in the environment")
     return given
 
 
 def _from_yaml(yaml: LauncherYaml) -> dict[str, tuple[Any, str]]:
+    _refuse_repeated_keys(yaml)
     _refuse_misplaced_keys(yaml)
     body = yaml.content.get("parallelism_config") or {}
     if not isinstance(body, dict):
@@ -197,43 +218,88 @@ def _from_yaml(yaml: LauncherYaml) -> dict[str, tuple[Any, str]]:
     return given
 
 
+def _refuse_repeated_keys(yaml: LauncherYaml) -> None:
+    """Raise for a key that is given twice, where the one that is dropped in silence may be ours."""
+    for path in yaml.repeated:
+        section, _, key = path.rpartition(".")
+        ours = section == "parallelism_config" or path == "parallelism_config"
+        if ours or spelling.meant_elsewhere(section, key, option_names()) is not None:
+            raise ValueError(
+                f"{path} is given twice in {yaml.path}, of which only the last would count. Expected each key once. "
+                "Remove one of them."
+            )
+
+
 def _refuse_misplaced_keys(yaml: LauncherYaml) -> None:
-    """Raise for a moe_* key at the top level (accelerate refuses it, too) or inside fsdp_config and such."""
-    for section, body in yaml.content.items():
-        inside = body if isinstance(body, dict) and section != "parallelism_config" else {}
-        places = {str(section): "at the top level", **{str(key): f"inside {section}" for key in inside}}
-        for key, place in places.items():
-            if key.startswith("moe_"):
-                unknown = "" if key in option_names() else f" (It is no option, either. {_nearest(key)})"
-                raise ValueError(
-                    f"{key} stands {place} of {yaml.path}, where it has no effect. "
-                    f"Move it into parallelism_config.{unknown}"
-                )
+    """Raise for a key of ours at the top level (accelerate refuses it, too) or inside fsdp_config and such."""
+    for section, key in _keys_elsewhere(yaml.content):
+        if key in option_names():
+            meant, unknown = key, ""
+        else:
+            meant = spelling.meant_elsewhere(section, key, option_names())
+            unknown = f" (It is no option, either. {_nearest(meant)})" if meant is not None else ""
+        if meant is not None:
+            place = f"inside {section}" if section else "at the top level"
+            raise ValueError(
+                f"{key} stands {place} of {yaml.path}, where it has no effect. "
+                f"Move it into parallelism_config.{unknown}"
+            )
+
+
+def _keys_elsewhere(content: Mapping[Any, Any]) -> Iterator[tuple[str, str]]:
+    """(section, key) of every key that is neither in parallelism_config nor one that accelerate reads there."""
+    for section, body in content.items():
+        if section == "parallelism_config":
+            continue
+        if section not in accelerate_keys():
+            yield "", str(section)
+        inside = [body]
+        while inside:
+            part = inside.pop()
+            if isinstance(part, dict):
+                fixed = str(section).removesuffix("_config")
+                read = (key for key in part if not {str(key), f"{fixed}_{key}"} & accelerate_keys())
+                yield from ((str(section), str(key)) for key in read)
+                inside += part.values()
+            elif isinstance(part, list):
+                inside += part
 
 
 def _refuse_key_that_nobody_reads(key: str, value: object, yaml: LauncherYaml) -> None:
     """Raise for a key of parallelism_config that is meant for us or for accelerate, and reaches neither.
 
-    For us: moe_epdegree, MOE_EP_DEGREE, moe-ep-degree, ep_degree, parallelism_config_moe_ep_degree. For
-    accelerate: `dp_shard_size: 2`, which it ignores in silence, to train on another mesh than was asked for.
-    A key of neither (another library's) passes.
+    For us: moe_epdegree, mo_ep_degree, MOE_EP_DEGREE, moe-ep-degree, ep_degree, ep_size, parallelism_config_ep_size.
+    For accelerate: `dp_shard_size: 2`, which it ignores in silence, to train on another mesh than was asked for. A key
+    of neither (another library's) passes.
     """
-    plain = key.lower().replace("-", "_").removeprefix(PARALLELISM_PREFIX).removeprefix("accel_")
-    if plain.startswith("moe") or f"moe_{plain}" in option_names():
-        raise ValueError(f"{key!r} in parallelism_config of {yaml.path} is no option of accel_moe. {_nearest(plain)}")
-    prefixed = PARALLELISM_PREFIX + key
-    if not key.startswith(PARALLELISM_PREFIX) and prefixed in accelerate_parallelism_keys():
+    if key in accelerate_parallelism_keys():
+        return
+    if (meant := spelling.meant_in_our_section(key, option_names())) is not None:
+        raise ValueError(f"{key!r} in parallelism_config of {yaml.path} is no option of accel_moe. {_nearest(meant)}")
+    known = sorted(accelerate_parallelism_keys())
+    for prefixed in (PARALLELISM_PREFIX + key, f"{PARALLELISM_PREFIX}{key}_size"):
+        if prefixed in known:
+            raise ValueError(
+                f"`{key}: {value}` in parallelism_config of {yaml.path} has no effect: accelerate reads only "
+                f"keys that begin with {PARALLELISM_PREFIX!r}. Write `{prefixed}: {value}`."
+            )
+    if key.startswith(PARALLELISM_PREFIX):
         raise ValueError(
-            f"`{key}: {value}` in parallelism_config of {yaml.path} has no effect: accelerate reads only "
-            f"keys that begin with {PARALLELISM_PREFIX!r}. Write `{prefixed}: {value}`."
+            f"`{key}: {value}` in parallelism_config of {yaml.path} has no effect: accelerate knows no such key. Use "
+            f"one of {', '.join(known)}, or remove it."
         )
 
 
-def _nearest(name: str, known: Iterable[str] | None = None) -> str:
-    """The known name most like `name`, and all there is to choose from."""
-    known = list(known or option_names())
-    nearest = difflib.get_close_matches(name, known, n=1, cutoff=0)[0]
-    return f"Did you mean {nearest}? Known: {', '.join(known)}."
+def _nearest(meant: str) -> str:
+    """The option that was meant, and all there is to choose from."""
+    return f"Did you mean {meant}? Known: {', '.join(option_names())}."
+
+
+def _variables_in(content: object) -> set[str]:
+    """The environment variables that the values of our keys refer to: `${oc.env:NAME,default}`."""
+    body = content.get("parallelism_config") if isinstance(content, Mapping) else None
+    values = [str(value) for key, value in body.items() if key in option_names()] if isinstance(body, Mapping) else []
+    return {name for value in values for name in re.findall(r"oc\.env:\s*([^,}\s]+)", value)}
 
 
 # ---- From text to typed values
@@ -249,6 +315,8 @@ def _typed(text: Mapping[str, tuple[Any, str]]) -> dict[str, Any]:
 
     merged: Any = OmegaConf.structured(MoEConfig)
     for name, (value, source) in text.items():
+        if isinstance(value, str) and value.strip() == MISSING:
+            raise _wrong(name, value, source)  # omegaconf would take the default
         if not isinstance(value, str):
             _check(name, value, source)  # stricter than omegaconf, which takes `moe_kernel: true` for "True"
         try:
@@ -339,6 +407,23 @@ def missing_launcher_warning(
         f"{world_size} ranks, but no `accelerate launch` process above them whose YAML could be read: expert "
         f"parallelism is off (moe_ep_degree=1). If you want it, set {variable}, or pass moe_ep_degree to "
         f"prepare(), or start with `accelerate launch --config_file …`. If not, {variable}=1 ends this."
+    )
+
+
+def _unread_variables_warning(
+    unread: Sequence[str], sources: Mapping[str, str], environ: Mapping[str, str]
+) -> str | None:
+    """What to warn of, or None: EP_SIZE or its like is set, nobody reads it, and moe_ep_degree is set nowhere.
+
+    A warning only, and not to every rank: such a name may be a script's own.
+    """
+    if not unread or sources["moe_ep_degree"] != DEFAULT or environ.get("LOCAL_RANK", "0") != "0":
+        return None
+    variable = environment_variable("moe_ep_degree")
+    found = ", ".join(f"{name}={environ[name]}" for name in unread)
+    return (
+        f"{found} in the environment is not read by accel_moe: expert parallelism is off "
+        f"(moe_ep_degree=1). If you want it, set {variable}. If not, {variable}=1 ends this."
     )
 
 

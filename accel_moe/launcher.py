@@ -23,7 +23,8 @@ import functools
 import io
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -37,11 +38,14 @@ class LauncherYaml:
     status: "found" (path and content hold the file), "no_file" (an accelerate launcher started us but read no
     config file; path is the default one it passed over), or "no_launcher".
     content: the parsed file, {} unless found. Interpolations such as ${oc.env:NAME} are still text.
+    repeated: the keys that the file gives twice in one place, as paths ("parallelism_config.moe_ep_degree"); the
+        content has the last of them, as accelerate's own reading does.
     """
 
     status: Literal["found", "no_file", "no_launcher"]
     path: str | None = None
     content: dict[str, Any] = field(default_factory=dict)
+    repeated: tuple[str, ...] = ()
 
 
 @functools.cache
@@ -105,8 +109,20 @@ def default_config_file(environ: Mapping[str, str]) -> str:
 
 def accelerate_parallelism_keys() -> frozenset[str]:
     """The keys of parallelism_config that accelerate itself reads, with their prefix; asked of its parser."""
-    names = (action.dest for action in _launch_parser()._actions)
-    return frozenset(name for name in names if name.startswith(PARALLELISM_PREFIX))
+    return frozenset(name for name in _launcher_arguments() if name.startswith(PARALLELISM_PREFIX))
+
+
+@functools.cache
+def accelerate_keys() -> frozenset[str]:
+    """Every key of its file that accelerate reads, at the top level or in a section."""
+    from accelerate.commands.config.config_args import ClusterConfig, SageMakerConfig
+
+    return _launcher_arguments().union(ClusterConfig.__dataclass_fields__, SageMakerConfig.__dataclass_fields__)
+
+
+@functools.cache
+def _launcher_arguments() -> frozenset[str]:
+    return frozenset(action.dest for action in _launch_parser()._actions)
 
 
 def _launch_parser() -> Any:
@@ -148,7 +164,8 @@ def _yaml_of(process: Any, arguments: list[str]) -> LauncherYaml:
     if given is None and (cpu or not os.path.isfile(path)):
         # under --cpu accelerate passes over its default file (commands/launch.py, _validate_launch_command)
         return LauncherYaml("no_file", path=path)
-    return LauncherYaml("found", path=path, content=_load(path))
+    content, repeated = _load(path)
+    return LauncherYaml("found", path=path, content=content, repeated=repeated)
 
 
 def _parse(arguments: list[str]) -> tuple[str | None, bool]:
@@ -166,13 +183,15 @@ def _parse(arguments: list[str]) -> tuple[str | None, bool]:
     return parsed.config_file, bool(parsed.cpu)
 
 
-def _load(path: str) -> dict[str, Any]:
-    """The file's content, read as accelerate reads it: JSON by its name, else YAML."""
+def _load(path: str) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """The file's content, read as accelerate reads it (JSON by its name, else YAML), and the keys given twice."""
     import yaml
 
     try:
         with open(path, encoding="utf-8") as file:
-            content = json.load(file) if path.endswith(".json") else yaml.safe_load(file)
+            text = file.read()
+        content = json.loads(text) if path.endswith(".json") else yaml.safe_load(text)
+        pairs = _json_pairs(text) if path.endswith(".json") else _yaml_pairs(text)
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise ValueError(
             f"{path}, which `accelerate launch` was started with, cannot be read by its worker: {error}. "
@@ -183,4 +202,37 @@ def _load(path: str) -> dict[str, Any]:
             f"{path}, which `accelerate launch` was started with, holds a {type(content).__name__}; "
             f"expected a mapping of accelerate's keys, such as `distributed_type: FSDP`."
         )
-    return content
+    return content, tuple(_repeated(pairs))
+
+
+class _Pairs(list[tuple[str, Any]]):
+    """A mapping as written: (key, value) pairs, of which several may have one key."""
+
+
+def _json_pairs(text: str) -> Any:
+    return json.loads(text, object_pairs_hook=_Pairs)
+
+
+def _yaml_pairs(text: str) -> Any:
+    """The file's keys and those of its sections; deeper ones are left out."""
+    import yaml
+
+    root = yaml.compose(text, Loader=yaml.SafeLoader)
+    return _pairs_of(root, lambda section: _pairs_of(section, lambda _: None))
+
+
+def _pairs_of(node: Any, inside: Callable[[Any], Any]) -> Any:
+    import yaml
+
+    if not isinstance(node, yaml.MappingNode):
+        return None
+    # not "<<", which merges another mapping in and may stand there several times
+    return _Pairs((str(key.value), inside(value)) for key, value in node.value if key.value != "<<")
+
+
+def _repeated(pairs: Any) -> Iterator[str]:
+    """The paths of keys that occur twice at the top level or inside a section."""
+    places = [("", pairs), *((f"{key}.", value) for key, value in pairs)]
+    for place, inside in places:
+        counted = Counter(key for key, _ in inside) if isinstance(inside, _Pairs) else {}
+        yield from (place + key for key, times in counted.items() if times > 1)

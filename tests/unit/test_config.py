@@ -170,6 +170,23 @@ def test_a_kernel_that_is_no_name_is_refused(value):
     assert "is not a name" in refusal({"moe_kernel": value})
 
 
+@pytest.mark.parametrize("name", option_names())
+@pytest.mark.parametrize("value", ["???", " ??? "])
+def test_omegaconfs_marker_of_a_missing_value_is_not_taken_for_the_default(name, value):
+    message = refusal(yaml=parallelism(**{name: value}))
+    assert f"{name}={value!r} (/x/ep2.yaml (parallelism_config.{name})) is not" in message
+    variable = config.environment_variable(name)
+    assert f"({variable} in the environment) is not" in refusal(environ={variable: value})
+
+
+@pytest.mark.parametrize("name", option_names())
+@pytest.mark.parametrize("value", [None, "", "  "])
+def test_an_empty_value_is_refused_for_every_option(name, value):
+    assert f"{name}={value!r}" in refusal(yaml=parallelism(**{name: value}))
+    if value is not None:
+        assert f"{name}={value!r}" in refusal(environ={config.environment_variable(name): value})
+
+
 def test_a_config_made_by_hand_is_checked_too():
     with pytest.raises(ValueError, match=r"moe_ep_degree=0 \(MoEConfig\)"):
         MoEConfig(moe_ep_degree=0)
@@ -241,6 +258,21 @@ def test_another_librarys_key_in_parallelism_config_passes():
 
 def test_a_parallelism_config_that_is_no_mapping_is_refused():
     assert "is a list; expected a mapping" in refusal(yaml=yaml_with(parallelism_config=["moe_ep_degree"]))
+
+
+@pytest.mark.parametrize(
+    "path", ["parallelism_config", "parallelism_config.moe_ep_degree", "parallelism_config.parallelism_config_tp_size",
+             "fsdp_config.moe_ep_degree", "fsdp_config.ep_degre"],
+)  # fmt: skip
+def test_a_key_given_twice_is_refused_where_the_one_that_is_dropped_may_be_ours(path):
+    yaml = dataclasses.replace(parallelism(moe_ep_degree=2), repeated=(path,))
+    assert f"{path} is given twice in /x/ep2.yaml" in refusal(yaml=yaml)
+
+
+@pytest.mark.parametrize("path", ["num_processes", "fsdp_config", "fsdp_config.fsdp_version"])
+def test_accelerates_own_key_given_twice_is_accelerates_matter(path):
+    yaml = dataclasses.replace(parallelism(moe_ep_degree=2), repeated=(path,))
+    assert resolve(environ={}, yaml=yaml).config.moe_ep_degree == 2
 
 
 # ---- The missing launcher

@@ -214,6 +214,38 @@ def test_a_json_file_is_read_as_accelerate_reads_it(tmp_path):
     assert find_in([launch("--config_file", path, "train.py")]).content["parallelism_config"] == {"moe_ep_degree": 2}
 
 
+TWICE = """
+fsdp_config: &fsdp {fsdp_version: 2}
+num_processes: 2
+parallelism_config:
+  moe_ep_degree: 2
+  "moe_ep_degree": 1
+num_processes: 4
+fsdp_config:
+  <<: *fsdp
+  <<: *fsdp
+  fsdp_version: 1
+"""
+
+
+def test_keys_that_the_file_gives_twice_are_named_and_the_last_of_them_counts_as_for_accelerate(tmp_path):
+    path = tmp_path / "twice.yaml"
+    path.write_text(TWICE)
+    found = find_in([launch("--config_file", path, "train.py")])
+    assert found.content["parallelism_config"] == {"moe_ep_degree": 1}
+    assert found.repeated == ("fsdp_config", "num_processes", "parallelism_config.moe_ep_degree")
+
+
+def test_keys_that_a_json_file_gives_twice_are_named(tmp_path):
+    path = tmp_path / "twice.json"
+    path.write_text('{"parallelism_config": {"moe_ep_degree": 2, "moe_ep_degree": 1}, "fsdp_config": {"a": [{}]}}')
+    assert find_in([launch("--config_file", path, "train.py")]).repeated == ("parallelism_config.moe_ep_degree",)
+
+
+def test_a_file_without_repetitions_has_none(ep2):
+    assert find_in([launch("--config_file", ep2, "train.py")]).repeated == ()
+
+
 # ---- What cannot be read is an error, never "off"
 
 

@@ -118,6 +118,8 @@ class ScatterMoE(nn.Module):
         passed = None
         if layer.shim is not None and layer.shim.identity_experts and layer.kernel != "eager":
             top_k_index, top_k_weights, passed = _split_identity(hidden_states, top_k_index, top_k_weights, layer)
+        elif layer.ep == 1 and layer.kernel != "scattermoe":
+            top_k_index, top_k_weights = _without_strays(top_k_index, top_k_weights, layer)
         if layer.ep == 1:
             _count_tokens(layer, routed)
             out = function(_whole_view(self, layer, compute_dtype), hidden_states, top_k_index, top_k_weights)
@@ -314,10 +316,25 @@ def _split_identity(
     hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor, layer: LayerState
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Slots of identity experts become sentinels of weight 0; the third value is what they add to the output."""
-    identity = top_k_index >= layer.num_experts
-    passed = (top_k_weights * identity).sum(-1, keepdim=True)
-    top_k_index = top_k_index.clamp(max=layer.num_experts)
-    return top_k_index, top_k_weights.masked_fill(identity, 0.0), (hidden_states * passed).to(hidden_states.dtype)
+    identity, nobody = top_k_index >= layer.num_experts, top_k_index < 0
+    passed = top_k_weights.masked_fill(~identity, 0.0).sum(-1, keepdim=True)
+    top_k_index = top_k_index.clamp(max=layer.num_experts).masked_fill(nobody, layer.num_experts)
+    top_k_weights = top_k_weights.masked_fill(identity | nobody, 0.0)
+    return top_k_index, top_k_weights, (hidden_states * passed).to(hidden_states.dtype)
+
+
+def _without_strays(
+    top_k_index: torch.Tensor, top_k_weights: torch.Tensor, layer: LayerState
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A slot whose number is no expert's becomes one of expert 0 with weight 0, which adds nothing and has no gradient.
+
+    Our kernels skip such a slot themselves. Of transformers' functions grouped_mm takes a number below zero for a row
+    of work, and shifts everybody's; the others stop at the first one, on a GPU with the whole device.
+    """
+    strays = top_k_index < 0
+    if layer.shim is None or not layer.shim.identity_experts:  # whose own loop knows larger numbers
+        strays = strays | (top_k_index >= layer.num_experts)
+    return top_k_index.masked_fill(strays, 0), top_k_weights.masked_fill(strays, 0.0)
 
 
 def _casts_of(
@@ -422,6 +439,7 @@ def _count_tokens(layer: LayerState, top_k_index: torch.Tensor) -> None:
         counts = torch.histc(top_k_index.long(), bins=size, min=0, max=layer.num_experts)
     else:
         index = top_k_index.reshape(-1).long().clamp(max=layer.num_experts)
+        index = index.masked_fill(index < 0, layer.num_experts)
         counts = torch.zeros(size, dtype=torch.long, device=index.device).scatter_add_(0, index, torch.ones_like(index))
     counts = counts[: layer.num_experts]
     if layer.tokens_per_expert is None:

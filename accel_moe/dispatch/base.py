@@ -77,7 +77,7 @@ class Dispatcher(Protocol):
 
         Args:
             hidden_states: [T, H] in the compute dtype. T may differ from rank to rank.
-            top_k_index: [T, K] integers in 0..E-1; E or more marks a slot without an expert.
+            top_k_index: [T, K] integers; any but 0..E-1 marks a slot without an expert.
             top_k_weights: [T, K] floating point.
             bytes_per_pair: what the experts function will take at least for one (row, expert) pair. Where that
                 cannot fit on some rank, every rank raises torch.OutOfMemoryError, before anything is allocated.

@@ -224,7 +224,8 @@ def sum_home(
 
 def _destination(index: Tensor, experts_per_rank: int, ranks: int) -> Tensor:
     """[T, K] int64: the rank of each slot; `ranks` for one without an expert."""
-    return (index.long() // experts_per_rank).clamp_(max=ranks)
+    rank = (index.long() // experts_per_rank).clamp_(max=ranks)
+    return rank.masked_fill_(rank < 0, ranks)
 
 
 def _aligned(nbytes: int, to: int) -> int:

@@ -28,7 +28,8 @@ def destinations(
     k = tl.arange(0, K_PAD)
     mask = (token < num_tokens)[:, None] & (k < TOP_K)[None, :]
     index = tl.load(index_ptr + token[:, None] * TOP_K + k[None, :], mask=mask, other=-1)
-    return tl.where(index < 0, -1, index // experts_per_rank).to(tl.int32)
+    # a number too large for int32 must not come out as a rank
+    return tl.where(index < 0, -1, tl.minimum(index // experts_per_rank, 2**31 - 1)).to(tl.int32)
 
 
 @entry

@@ -32,11 +32,16 @@ IDENTITY = Gate("identity", gated=False)
 
 
 def check_runnable(x: Tensor) -> None:
-    """Raises ValueError where Triton cannot run."""
+    """Raises ValueError where Triton cannot run, or not rightly."""
     if x.device.type != "cuda" and not _INTERPRETED:
         raise ValueError(
             f"scattermoe runs on a GPU; hidden_states are on {x.device}. Move the model to a GPU, choose "
             f"experts_implementation='grouped_mm', or set TRITON_INTERPRET=1 before Python starts (slow)."
+        )
+    if x.dtype == torch.bfloat16 and _INTERPRETED:
+        raise ValueError(
+            "scattermoe cannot compute in bfloat16 under TRITON_INTERPRET=1: the interpreter's products of bfloat16 are "
+            "wrong by orders of magnitude. Use float32 or float16 there, or another kernel (moe_kernel: grouped_mm)."
         )
 
 

@@ -53,7 +53,7 @@ class Tiles:
 
 
 def sort_slots(top_k_index: Tensor, num_experts: int, num_rows: int) -> Routing:
-    """Sorts the slots of top_k_index[T, K] by expert; an index >= num_experts is a sentinel and gets no row.
+    """Sorts the slots of top_k_index[T, K] by expert; an index outside 0..num_experts-1 is a sentinel, without a row.
 
     num_rows: how many rows buffers hold, at least the number of slots that are not sentinels.
     """

@@ -51,8 +51,8 @@ def scattermoe_experts_forward(self, hidden_states: Tensor, top_k_index: Tensor,
     the parameters, where they are not in hidden_states' dtype; their gradients come in their own); `known_gate`
     (gate_of it, where somebody asked that, and unsupported_reason, before); `rows_ready` (called in backward as
     soon as the gradients of hidden_states and top_k_weights are there); and `keep_h` (False: with a gate known to the
-    kernels, the up-projection is computed again in backward, instead of being kept). A slot with top_k_index >=
-    num_experts is a sentinel: no work, no contribution, gradient exactly 0. No host sync, no collective. Raises
+    kernels, the up-projection is computed again in backward, instead of being kept). A slot with top_k_index outside
+    0..num_experts-1 is a sentinel: no work, no contribution, gradient exactly 0. No host sync, no collective. Raises
     ValueError for a module that unsupported_reason refuses and for tensors that do not fit.
     """
     known = getattr(self, "known_gate", None)

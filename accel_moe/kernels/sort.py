@@ -11,18 +11,23 @@ from .entry import entry
 SORT_CHUNK = tl.constexpr(128)
 
 
+@triton.jit
+def bins_of(expert, num_experts):
+    """The bin of each slot: its expert, or E for any other number, however far out or below zero. What follows writes
+    at places that the bins give: a number that is none of them must not get there."""
+    return tl.where((expert >= 0) & (expert < num_experts), expert, num_experts).to(tl.int32)
+
+
 @entry
 @triton.jit(do_not_specialize=["num_slots", "slots_per_block"])
 def count_slots(index_ptr, count_ptr, num_slots, num_experts, slots_per_block, BINS: tl.constexpr):
-    """count[block, e] = slots of this block that chose expert e. Sentinels (index >= num_experts) count as
-    bin E.
-    """
+    """count[block, e] = slots of this block that chose expert e. Sentinels count as bin E."""
     block = tl.program_id(0)
     counts = tl.zeros((BINS,), tl.int32)
     for chunk in range(0, slots_per_block, SORT_CHUNK):
         slot = block * slots_per_block + chunk + tl.arange(0, SORT_CHUNK)
         expert = tl.load(index_ptr + slot, mask=slot < num_slots, other=num_experts)
-        counts += tl.histogram(tl.minimum(expert, num_experts).to(tl.int32), BINS)
+        counts += tl.histogram(bins_of(expert, num_experts), BINS)
     tl.store(count_ptr + block * BINS + tl.arange(0, BINS), counts)
 
 
@@ -61,7 +66,7 @@ def place_slots(
         lane = tl.arange(0, SORT_CHUNK)
         slot = block * slots_per_block + chunk + lane
         expert = tl.load(index_ptr + slot, mask=slot < num_slots, other=num_experts)
-        expert = tl.minimum(expert, num_experts).to(tl.int32)
+        expert = bins_of(expert, num_experts)
         # Stable: a slot comes after the earlier slots of the same expert.
         rank = tl.sum(((expert[:, None] == expert[None, :]) & (lane[None, :] < lane[:, None])).to(tl.int32), axis=1)
         row = tl.gather(place, expert, 0) + rank

@@ -29,10 +29,14 @@ def routing(kind: str, tokens: int) -> torch.Tensor:
     if kind == "no expert":
         index[:, 1] = E
         index[::2] = E + 5
+    if kind == "stray":
+        index[:, 1] = -1
+        index[::3] = 2**40  # to int32, a rank
+        index[1::3, 0] = -(2**40)
     return index.to(DEVICE).contiguous()
 
 
-@pytest.mark.parametrize("kind", ["even", "one rank", "no expert"])
+@pytest.mark.parametrize("kind", ["even", "one rank", "no expert", "stray"])
 @pytest.mark.parametrize("tokens", [0, 1, 90])
 @pytest.mark.parametrize("ranks, own", [(2, 0), (4, 2)])
 def test_the_kernels_do_what_plain_torch_does(kind, tokens, ranks, own):
@@ -100,7 +104,7 @@ def test_every_part_of_a_row_starts_at_a_multiple_of_16_bytes(dtype):
     assert RowLayout(7, dtype).width == 7  # rows alone are as wide as they are
 
 
-@pytest.mark.parametrize("kind", ["even", "one rank", "no expert"])
+@pytest.mark.parametrize("kind", ["even", "one rank", "no expert", "stray"])
 @pytest.mark.parametrize("tokens", [0, 1, 90])
 @pytest.mark.parametrize("rest", [0, 3])
 def test_the_kernels_of_an_all_gather_do_what_plain_torch_does(kind, tokens, rest):

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from accel_moe.kernels import launch, ops
-from accel_moe.kernels.autograd import experts
+from accel_moe.kernels.autograd import experts, experts_in_halves
 from accel_moe.kernels.casts import Casts
 from accel_moe.kernels.counts import LaterPairs
 from accel_moe.kernels.gate import Gate
@@ -438,3 +438,22 @@ def test_what_does_not_fit_is_refused_with_what_was_found(change, message):
     change(args)
     with pytest.raises(ValueError, match=message):
         experts(*args, "silu")
+
+
+@pytest.mark.parametrize("halves", [False, True])
+def test_bf16_is_refused_in_the_interpreter_whose_products_of_it_are_wrong(halves):
+    x, w1, w2 = (torch.ones(shape, dtype=torch.bfloat16) for shape in ((2, 16), (4, 32, 16), (4, 16, 16)))
+    index, weights = torch.tensor([[0], [1]]), torch.ones(2, 1)
+    with pytest.raises(ValueError, match=r"bfloat16 under TRITON_INTERPRET=1.*Use float32 or float16.*grouped_mm"):
+        if halves:
+            experts_in_halves(x, w1, w2, None, None, index, weights, lambda h: h.chunk(2, -1)[0])
+        else:
+            experts(x, w1, w2, index, weights, "silu")
+
+
+def test_fp16_is_right_in_the_interpreter():
+    index, weights = torch.tensor([[0, 1], [3, 2], [1, 3]]), torch.rand(3, 2)
+    x, w1, w2 = (0.3 * torch.randn(shape) for shape in ((3, 16), (4, 32, 16), (4, 16, 16)))
+    found = experts(x.half(), w1.half(), w2.half(), index, weights, "silu")
+    wanted = experts(x, w1, w2, index, weights, "silu")
+    torch.testing.assert_close(found.float(), wanted, rtol=0, atol=5e-3)

@@ -10,7 +10,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
-from accel_moe import config, dispatch, experts, hooks, load, recognise
+from accel_moe import config, dispatch, experts, hooks, load, probe, recognise
 
 logger = logging.getLogger("accel_moe")
 
@@ -123,3 +123,7 @@ def _refuse_unsupported(
         why = recognise.refusal(module, kernel=kernel, ep_degree=settings.moe_ep_degree)
         if why := why or (experts.recompute_refusal(module, kernel) if recompute else None):
             raise ValueError(f"{family}: cannot prepare {name} ({type(module).__name__}): {why}.")
+    trains = any(p.requires_grad for p in model.parameters())
+    if found := probe.refusal(layers, kernel, ep_degree=settings.moe_ep_degree, trains=trains):
+        name, why = found
+        raise ValueError(f"{family}: cannot prepare {name} ({type(layers[name]).__name__}): {why}.")

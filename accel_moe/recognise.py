@@ -318,6 +318,7 @@ def choose_kernel(requested: str, modules: dict[str, nn.Module]) -> str:
 
     if requested == "auto":
         able = triton_can_run() and all(not_scattermoe(m) is None for m in modules.values())
+        able = able and not _bf16_interpreted(modules)
         return "scattermoe" if able else "grouped_mm"
     known = sorted({"eager", *ALL_EXPERTS_FUNCTIONS.valid_keys()})
     if requested not in known:
@@ -330,7 +331,17 @@ def choose_kernel(requested: str, modules: dict[str, nn.Module]) -> str:
             "moe_kernel=scattermoe needs a CUDA GPU and Triton, and found neither. Use moe_kernel: auto (grouped_mm "
             "here), or set TRITON_INTERPRET=1 to run the kernels slowly on the CPU for a test."
         )
+    if requested == "scattermoe" and _bf16_interpreted(modules):
+        raise ValueError(
+            "moe_kernel=scattermoe cannot run experts in bfloat16 under TRITON_INTERPRET=1: the interpreter's products of "
+            "bfloat16 are garbage. Load the model in float32 there, or use moe_kernel: auto (grouped_mm here)."
+        )
     return requested
+
+
+def _bf16_interpreted(modules: dict[str, nn.Module]) -> bool:
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    return interpreted and any(p.dtype == torch.bfloat16 for m in modules.values() for p in m.parameters())
 
 
 def not_scattermoe(module: nn.Module) -> str | None:

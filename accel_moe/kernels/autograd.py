@@ -153,9 +153,9 @@ def experts(
 
     w1 is [E,2I,H] ([E,I,H] not gated) and w2 [E,H,I], the last two dimensions of both swapped if transposed; b1
     [E, 2I or I] and b2 [E, H] are biases or None. act is one of launch.ACTIVATIONS and `gate` a launch.Gate's numbers;
-    without them the first half of w1's rows is the gate, and nothing is clamped. Slots with index outside 0..E-1 are sentinels;
-    num_pairs is the number of the others where the host knows it, or will. weight_grad_scale multiplies the gradients
-    of w1, w2, b1 and b2, and nothing else. With `casts`, which makes the four (those that are there, in that order) in
+    without them the first half of w1's rows is the gate, and nothing is clamped. Slots with index outside 0..E-1 are
+    sentinels; num_pairs is the number of the others where the host knows it, or will. weight_grad_scale multiplies the
+    gradients of w1, w2, b1 and b2, and nothing else. With `casts`, which makes the four (those there, in that order) in
     x's dtype, they may be of another; their gradients come in their own. rows_ready is called in backward with the
     gradients of x and weights (without elements where not needed), before those of the parameters are computed. keep_h:
     whether the pre-activation is kept for backward, or computed again there, to the same bits. Raises ValueError on

@@ -40,8 +40,8 @@ def check_runnable(x: Tensor) -> None:
         )
     if x.dtype == torch.bfloat16 and _INTERPRETED:
         raise ValueError(
-            "scattermoe cannot compute in bfloat16 under TRITON_INTERPRET=1: the interpreter's products of bfloat16 are "
-            "wrong by orders of magnitude. Use float32 or float16 there, or another kernel (moe_kernel: grouped_mm)."
+            "scattermoe cannot compute in bfloat16 under TRITON_INTERPRET=1: the interpreter's products of bfloat16 "
+            "are wrong by orders of magnitude. Use float32 or float16 there, or moe_kernel: grouped_mm."
         )
 
 

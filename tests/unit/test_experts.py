@@ -115,6 +115,15 @@ def test_auto_takes_scattermoe_where_triton_can_run_and_grouped_mm_elsewhere(mon
         recognise.choose_kernel("scattermoe", layers)
 
 
+def test_bf16_experts_do_not_run_in_the_interpreter_whose_products_of_them_are_garbage(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    layers = recognise.find_experts(tiny_model().bfloat16())
+    assert recognise.choose_kernel("auto", layers) == "grouped_mm"
+    with pytest.raises(ValueError, match=r"bfloat16 under TRITON_INTERPRET=1.*Load the model in float32"):
+        recognise.choose_kernel("scattermoe", layers)
+    assert recognise.choose_kernel("auto", recognise.find_experts(tiny_model())) == "scattermoe"
+
+
 def test_an_unregistered_kernel_is_refused_with_the_registered_ones():
     with pytest.raises(ValueError, match=r"moe_kernel='nope' is not registered.*grouped_mm"):
         accel_moe.prepare(tiny_model(), moe_kernel="nope")
@@ -123,14 +132,19 @@ def test_an_unregistered_kernel_is_refused_with_the_registered_ones():
 def test_another_registered_kernel_can_be_named():
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-    def twice(self, hidden_states, top_k_index, top_k_weights):
-        return 2 * ALL_EXPERTS_FUNCTIONS["grouped_mm"](self, hidden_states, top_k_index, top_k_weights)
+    calls = []
 
-    ALL_EXPERTS_FUNCTIONS.register("twice", twice)
-    layer = recognise.find_experts(accel_moe.prepare(tiny_model(), moe_kernel="twice"))["model.layers.0.mlp.experts"]
+    def mine(self, hidden_states, top_k_index, top_k_weights):
+        calls.append(len(hidden_states))
+        return ALL_EXPERTS_FUNCTIONS["grouped_mm"](self, hidden_states, top_k_index, top_k_weights)
+
+    ALL_EXPERTS_FUNCTIONS.register("mine", mine)
+    layer = recognise.find_experts(accel_moe.prepare(tiny_model(), moe_kernel="mine"))["model.layers.0.mlp.experts"]
+    calls.clear()
     plain = recognise.find_experts(accel_moe.prepare(tiny_model()))["model.layers.0.mlp.experts"]
     inputs = torch.randn(3, 32), torch.tensor([[0, 1], [2, 3], [4, 5]]), torch.rand(3, 2)
-    torch.testing.assert_close(layer(*inputs), 2 * plain(*inputs))
+    torch.testing.assert_close(layer(*inputs), plain(*inputs))
+    assert calls == [3]
 
 
 def test_a_model_without_experts_is_refused():

@@ -333,8 +333,8 @@ def choose_kernel(requested: str, modules: dict[str, nn.Module]) -> str:
         )
     if requested == "scattermoe" and _bf16_interpreted(modules):
         raise ValueError(
-            "moe_kernel=scattermoe cannot run experts in bfloat16 under TRITON_INTERPRET=1: the interpreter's products of "
-            "bfloat16 are garbage. Load the model in float32 there, or use moe_kernel: auto (grouped_mm here)."
+            "moe_kernel=scattermoe cannot run experts in bfloat16 under TRITON_INTERPRET=1: the interpreter's products "
+            "of it are garbage. Load the model in float32 there, or use moe_kernel: auto (grouped_mm here)."
         )
     return requested
 

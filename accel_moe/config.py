@@ -442,7 +442,7 @@ def config_mismatch(per_rank: Sequence[Mapping[str, tuple[Any, str]]]) -> str | 
         found = []
         for value, ranks in ranks_with.items():
             sources = dict.fromkeys(per_rank[rank][name][1] for rank in ranks if name in per_rank[rank])
-            found.append(f"{value} on {_spell(ranks)} ({' and '.join(sources) or 'an older accel_moe?'})")
+            found.append(f"{value} on {spell_ranks(ranks)} ({' and '.join(sources) or 'an older accel_moe?'})")
         differences.append(f"{name} differs between ranks: {', '.join(found)}.")
     if not differences:
         return None
@@ -452,7 +452,7 @@ def config_mismatch(per_rank: Sequence[Mapping[str, tuple[Any, str]]]) -> str | 
     )
 
 
-def _spell(ranks: Sequence[int]) -> str:
+def spell_ranks(ranks: Sequence[int]) -> str:
     """[0, 1, 2, 5] -> "ranks 0-2, 5"."""
     runs: list[list[int]] = []
     for rank in ranks:

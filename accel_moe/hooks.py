@@ -24,8 +24,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from accel_moe import config, load, mesh, positions, recompute, shard, supported
+from accel_moe import load, mesh, positions, recompute, shard, supported
 from accel_moe.adapters import adopt_adapters, adopting
+from accel_moe.agreement import compare_ranks
 from accel_moe.checkpoint.hooked import HOOKED as CHECKPOINT_ROWS
 from accel_moe.experts import PreparedState, plain_name, prepared_state, swapped_layers
 from accel_moe.recognise import find_experts
@@ -84,7 +85,7 @@ def check_then_prepare(original):
         install()  # PEFT may have been imported since accel_moe.prepare()
         for model in args:
             if isinstance(model, nn.Module) and (state := prepared_state(model)) is not None:
-                _compare_ranks(state)
+                compare_ranks(model, state)
                 if state.config.moe_ep_degree > 1:
                     _check_accelerator(self, model, state)
                     adopt_adapters(find_experts(model))  # PEFT may have wrapped the experts since prepare()
@@ -138,7 +139,7 @@ TABLE = (
         ("self", "args", "device_placement"),
         check_then_prepare,
         "A model marked for ep > 1 that does not take the FSDP2 road (DDP, FSDP1, DeepSpeed) would train whole "
-        "experts on every rank without a word; and the ranks' settings are compared before any collective.",
+        "experts on every rank without a word; and the ranks' settings and models are compared before any collective.",
     ),
     Patch(
         "accelerate.accelerator.fsdp2_prepare_model",
@@ -314,17 +315,6 @@ def _locate(target: str) -> tuple[Any, str]:
             return owner, name
         break
     raise LookupError(target)
-
-
-def _compare_ranks(state: PreparedState) -> None:
-    """The first collective of all: one rank with another degree would hang every later one."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return
-    ours = state.resolved.for_comparison()
-    everyone: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(everyone, ours)
-    if (message := config.config_mismatch(everyone)) is not None:
-        raise ValueError(message)
 
 
 @contextmanager

@@ -4,7 +4,7 @@ With K experts a token and few ranks nearly every token is needed on every rank 
 4), so that sending all of them costs no more than sending those that are needed. Then nothing has to be counted,
 placed or packed, and every size is known before the router has run:
 
-    1. agree      each rank's number of tokens and free memory          between hosts, in microseconds (board.py)
+    1. agree      each rank's tokens, free memory and kind of rows      between hosts, in microseconds (board.py)
     2. out        all-gather of rows with their indices and weights     collective; the caller's other work meanwhile
        ... each rank keeps the slots of its own experts; experts ...
     3. home       reduce-scatter of the weighted sums                   collective
@@ -32,7 +32,7 @@ from dataclasses import dataclass, replace
 import torch
 import torch.distributed as dist
 
-from accel_moe.dispatch import memory, rows
+from accel_moe.dispatch import kinds, memory, rows
 from accel_moe.dispatch.base import Dispatched
 from accel_moe.dispatch.board import LARGEST, Board, board_of
 from accel_moe.dispatch.collectives import gather_rows, sum_rows
@@ -100,7 +100,7 @@ class AllGatherDispatcher:
     @staticmethod
     def board(group: dist.ProcessGroup) -> Board | None:
         """Of the group; None where its ranks share no memory. A collective over the group."""
-        return board_of(group, 3, default_timeout() or _HALF_AN_HOUR)
+        return board_of(group, 4, default_timeout() or _HALF_AN_HOUR)
 
     def dispatch(
         self,
@@ -114,17 +114,19 @@ class AllGatherDispatcher:
         counted: bool = False,
     ) -> Dispatched:
         top_k = top_k_index.shape[1]
-        route = remember(lambda: self.agree(hidden_states, bytes_meanwhile))
+        kind = kinds.kind_of(hidden_states, top_k_index, top_k_weights)
+        route = remember(lambda: self.agree(hidden_states, kind, bytes_meanwhile))
         self.check_fits(route, hidden_states, top_k, bytes_per_pair)
         sent = self.send(route, hidden_states, top_k_index, top_k_weights, meanwhile)
         assert not isinstance(sent.num_pairs, int)
         return replace(sent, num_pairs=sent.num_pairs()) if counted else sent
 
-    def agree(self, hidden_states: torch.Tensor, bytes_meanwhile: int) -> GatherRoute:
+    def agree(self, hidden_states: torch.Tensor, kind: kinds.Kind, bytes_meanwhile: int) -> GatherRoute:
         device = hidden_states.device
         free = max(0, memory.free_bytes(device) - bytes_meanwhile)
-        mine = hidden_states.shape[0], free // _MIB, memory.capacity_bytes(device) // _MIB
-        tokens, free, capacity = zip(*self._board.exchange(mine))
+        mine = hidden_states.shape[0], free // _MIB, memory.capacity_bytes(device) // _MIB, kinds.number_of(kind)
+        tokens, free, capacity, kind_on = zip(*self._board.exchange(mine))
+        kinds.check(kind_on, kind, self.group)
         return GatherRoute(tokens, self._rank, _least(free), _least(capacity), self.group)
 
     def most_bytes(self, route: GatherRoute, hidden_states: torch.Tensor, top_k: int, bytes_per_pair: int) -> int:

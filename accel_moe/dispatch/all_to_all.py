@@ -8,7 +8,7 @@ own experts do not travel at all: they are packed straight into their place amon
 One layer's forward, in numbered phases; local ones are functions of rows.py:
 
     1. count      rows and pairs for each rank                                     local, no sync
-    2. counts     all-gather of them, and of free memory                           collective, THE host sync
+    2. counts     all-gather of them, of free memory and the rows' kind            collective, THE host sync
        ... what the caller has to do meanwhile, and where each copy goes ...
     3. out        pack, then all-to-all of rows with their indices and weights     collective
        ... experts ...
@@ -33,7 +33,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from accel_moe.dispatch import memory, rows
+from accel_moe.dispatch import kinds, memory, rows
 from accel_moe.dispatch.base import Dispatched
 from accel_moe.dispatch.collectives import exchange_counts, exchange_rows
 from accel_moe.dispatch.keep import remember
@@ -95,7 +95,8 @@ class AllToAllDispatcher:
         bytes_per_row = hidden_states.shape[1] * hidden_states.element_size()
         pending = [] if meanwhile is None else [meanwhile]
         sizes = bytes_per_row, bytes_per_pair, bytes_meanwhile
-        route, num_pairs = remember(lambda: self._route(top_k_index, sizes, pending))
+        kind = kinds.kind_of(hidden_states, top_k_index, top_k_weights)
+        route, num_pairs = remember(lambda: self._route(top_k_index, kind, sizes, pending))
         _run(pending)  # where the route was remembered
         values, local_index, local_weights = _SendOut.apply(hidden_states, top_k_weights, route)
         return Dispatched(values, local_index, local_weights, num_pairs, handle=route)
@@ -106,21 +107,31 @@ class AllToAllDispatcher:
         return _SendBack.apply(rows, dispatched.handle)
 
     def _route(
-        self, top_k_index: torch.Tensor, sizes: tuple[int, int, int], pending: list[Callable[[], None]]
+        self,
+        top_k_index: torch.Tensor,
+        kind: kinds.Kind,
+        sizes: tuple[int, int, int],
+        pending: list[Callable[[], None]],
     ) -> tuple[Route, int]:
         index = top_k_index.contiguous()
         bytes_per_row, bytes_per_pair, bytes_meanwhile = sizes
         free = memory.free_bytes(index.device) - bytes_meanwhile
-        ours, counted = rows.count(index, self.num_local_experts, self.ep, free)
+        ours, counted = rows.count(index, self.num_local_experts, self.ep, kinds.with_free_bytes(kind, free))
         gathered = copied_to_host(exchange_counts(ours, self.group))
         _run(pending)  # the GPU has work while the host waits for the counts, and while it launches what they decide
         slot, copy = rows.place(index, counted, self.num_local_experts, self.ep, self.ep_rank)
         counts = gathered()  # [from][to][3]; host sync: sizes are Python integers
         rows_to = [sum(of[to][0] for of in counts) for to in range(self.ep)]
         pairs_to = [sum(of[to][1] for of in counts) for to in range(self.ep)]
-        free_on = [of[0][2] for of in counts]
+        kind_on, free_on = zip(*(kinds.apart(of[0][2]) for of in counts))
+        kinds.check(kind_on, kind, self.group)
         memory.check_fits(
-            rows_to, pairs_to, free_on, bytes_per_row=bytes_per_row, bytes_per_pair=bytes_per_pair, tokens=len(index)
+            rows_to,
+            pairs_to,
+            list(free_on),
+            bytes_per_row=bytes_per_row,
+            bytes_per_pair=bytes_per_pair,
+            tokens=len(index),
         )
         send_counts = [to[0] for to in counts[self.ep_rank]]
         receive_counts = [of[self.ep_rank][0] for of in counts]

@@ -15,6 +15,7 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 
+from accel_moe.dispatch import kinds
 from accel_moe.dispatch.all_gather import AllGatherDispatcher, GatherRoute
 from accel_moe.dispatch.all_to_all import AllToAllDispatcher
 from accel_moe.dispatch.base import Dispatched
@@ -49,10 +50,13 @@ class AutomaticDispatcher:
         counted: bool = False,
     ) -> Dispatched:
         top_k, gather = top_k_index.shape[1], self._all_gather
-        if gather is not None and not counted and 1 - (1 - 1 / self._ranks) ** top_k >= _NEEDED:
-            route = remember(lambda: gather.agree(hidden_states, bytes_meanwhile))
+        if gather is not None and not counted:
+            kind = kinds.kind_of(hidden_states, top_k_index, top_k_weights)
+            # before K decides: ranks with different ones would take different roads, and wait there
+            route = remember(lambda: gather.agree(hidden_states, kind, bytes_meanwhile))
+            needed = 1 - (1 - 1 / self._ranks) ** top_k
             most = gather.most_bytes(route, hidden_states, top_k, bytes_per_pair)
-            if most <= _OF_MEMORY * route.capacity_bytes:
+            if needed >= _NEEDED and most <= _OF_MEMORY * route.capacity_bytes:
                 gather.check_fits(route, hidden_states, top_k, bytes_per_pair)
                 return gather.send(route, hidden_states, top_k_index, top_k_weights, meanwhile)
         return self._all_to_all.dispatch(

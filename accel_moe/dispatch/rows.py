@@ -82,8 +82,8 @@ class RowLayout:
 
 
 def count(index: Tensor, experts_per_rank: int, ranks: int, free_bytes: int) -> tuple[Tensor, Tensor]:
-    """Of index[T, K], contiguous: [ranks, 3] int64, the rows and the (row, expert) pairs for each rank, and free_bytes;
-    and what `place` needs besides. No host sync."""
+    """Of index[T, K], contiguous: [ranks, 3] int64, the rows and the (row, expert) pairs for each rank, and free_bytes,
+    whatever that says; and what `place` needs besides. No host sync."""
     if index.is_cuda:
         from accel_moe.kernels import exchange
 

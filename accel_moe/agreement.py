@@ -1,0 +1,168 @@
+"""Whether all ranks bring the same model with the same settings, asked at `accelerator.prepare` before anything else.
+
+A rank with another degree, another number of layers or experts, another width would hang the others, end them by
+SIGABRT in a collective whose sizes differ, or train on without a word. So the first thing that ranks exchange is what
+they are about to prepare:
+
+    1. arrive     each rank says so in the job's key-value store, and waits until all have. A rank that never called
+                  accel_moe.prepare() has no patches and does not come: it is named, first in a warning, and at the
+                  process group's timeout in an error, instead of one collective pairing with another
+    2. compare    the options, and a digest of the model; only where digests differ, the models in words   collective
+
+The decisions are pure functions of what was gathered, so that every rank comes to the same.
+"""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import logging
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch.distributed as dist
+from torch import nn
+
+from accel_moe import config
+from accel_moe.experts import PreparedState, plain_name, swapped_layers
+from accel_moe.mesh import default_timeout
+
+logger = logging.getLogger("accel_moe")
+
+_WARN_S = 20.0
+"""After so long the ranks that are missing are named, and then each time that it has doubled."""
+_NAP_S = (0.005, 0.25)
+_NUMBERS = re.compile(r"top_?k|per_tok|expert|group|scal|norm|limit|alpha|hidden|intermediate|ffn")
+"""Attributes of routers and experts that no weight shows."""
+_SHOWN = 4
+
+_comparisons = 0
+
+
+def compare_ranks(model: nn.Module, state: PreparedState) -> None:
+    """The first collective of all, of every rank; nothing in one process.
+
+    Raises:
+        ValueError: options or models differ; the same words on every rank.
+        RuntimeError: ranks did not come before the process group's timeout; on those that did.
+    """
+    global _comparisons
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return
+    _comparisons += 1
+    _arrive(f"accel_moe/prepare/{_comparisons}")
+    ours = describe(model, state)
+    digest = hashlib.sha256(repr(ours).encode()).hexdigest()
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, (state.resolved.for_comparison(), digest))
+    if (message := config.config_mismatch([options for options, _ in everyone])) is not None:
+        raise ValueError(message)
+    if len({digest for _, digest in everyone}) == 1:
+        return
+    dist.all_gather_object(everyone, ours)
+    raise ValueError(model_mismatch(everyone))
+
+
+def describe(model: nn.Module, state: PreparedState) -> dict[str, str]:
+    """What must be the same on every rank, in words, by name: every parameter, and each experts layer's numbers."""
+    found = {"the kernel of the experts": state.kernel}
+    for name, parameter in model.named_parameters():
+        words = "trained" if parameter.requires_grad else "frozen"
+        # packed weights may be packed on the rank alone that loads them
+        if type(parameter) is nn.Parameter and parameter.is_floating_point():
+            words = f"{list(parameter.shape)} {parameter.dtype}, {words}"
+        found[plain_name(name)] = words
+    modules = {plain_name(name): module for name, module in model.named_modules()}
+    for name, layer in swapped_layers(model):
+        experts = layer._accel_moe_layer
+        gate = experts.gate.describe() if experts.gate is not None else "its own gate"
+        found[name] = f"{experts.num_experts} experts, {gate}"
+        block = name.rpartition(".")[0]
+        for near in [block, name, *(f"{block}.{child}" for child, _ in modules[block].named_children())]:
+            found.update((f"{near}.{key}", str(value)) for key, value in _numbers_of(modules[near]))
+    return found
+
+
+def _numbers_of(module: nn.Module) -> Iterator[tuple[str, int | float | bool]]:
+    for key, value in vars(module).items():
+        if isinstance(value, bool | int | float) and not key.startswith("_") and _NUMBERS.search(key):
+            yield key, value
+
+
+def model_mismatch(per_rank: Sequence[Mapping[str, str]]) -> str:
+    """What differs between the ranks' models, of which some do, and on which ranks."""
+    names = dict.fromkeys(name for found in per_rank for name in found)
+    differences = []
+    for name in names:
+        ranks_with: dict[str, list[int]] = {}
+        for rank, found in enumerate(per_rank):
+            ranks_with.setdefault(found.get(name, "absent"), []).append(rank)
+        if len(ranks_with) > 1:
+            values = ", ".join(f"{value} on {config.spell_ranks(ranks)}" for value, ranks in ranks_with.items())
+            differences.append(f"{name} is {values}")
+    more = f"; and {len(differences) - _SHOWN} more" if len(differences) > _SHOWN else ""
+    return (
+        f"The model differs between ranks: {'; '.join(differences[:_SHOWN])}{more}. Expected the same tensors and "
+        "numbers everywhere: give every rank the same model config, checkpoint, dtype and adapters."
+    )
+
+
+def _arrive(place: str) -> None:
+    """Say in the job's store that this rank is there, and wait for the others."""
+    store = dist.distributed_c10d._get_default_store()
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    timeout = default_timeout() or datetime.timedelta(minutes=30)
+
+    def all_there() -> bool:
+        return store.add(place, 0) >= ranks
+
+    def missing() -> list[int]:
+        return [other for other in range(ranks) if not store.check([f"{place}/{other}"])]
+
+    try:
+        store.set(f"{place}/{rank}", "there")
+        store.add(place, 1)
+        wait_for_all(all_there, missing, rank, ranks, timeout.total_seconds())
+    except dist.DistError as error:
+        raise RuntimeError(
+            "The job's key-value store is gone, which rank 0 or the launcher holds: it has died. See its log."
+        ) from error
+
+
+def wait_for_all(
+    all_there: Callable[[], bool], missing: Callable[[], list[int]], rank: int, ranks: int, timeout_s: float
+) -> None:
+    """Until all_there(). The first rank that is there warns of those that are `missing`.
+
+    Raises:
+        RuntimeError: they did not come within timeout_s.
+    """
+    since, nap, warn_after = time.monotonic(), _NAP_S[0], min(_WARN_S, timeout_s / 2)
+    while not all_there():
+        time.sleep(nap)
+        nap = min(2 * nap, _NAP_S[1])
+        waited = time.monotonic() - since
+        if waited < min(warn_after, timeout_s):
+            continue
+        late = missing()
+        if not late:
+            continue
+        words = f"{config.spell_ranks(late)} of {ranks} did not come to accelerator.prepare() with a prepared model"
+        if waited >= timeout_s:
+            raise RuntimeError(
+                f"{words} within {timeout_s:.0f} s (the process group's timeout). Either a rank does not call "
+                "accel_moe.prepare(model), or not for as many models; or it has died, see its log; or it still loads. "
+                "Expected the same calls on every rank. For slow loading, give Accelerator an "
+                "InitProcessGroupKwargs(timeout=...) that is longer."
+            )
+        if rank == min(set(range(ranks)) - set(late)):
+            logger.warning(
+                "%s after %.0f s. They may still load their model; or they do not call accel_moe.prepare(model), which "
+                "every rank must. This ends in an error after %.0f s.",
+                words,
+                waited,
+                timeout_s,
+            )
+        warn_after *= 2

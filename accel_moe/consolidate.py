@@ -101,6 +101,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def consolidate(args: argparse.Namespace) -> int:
     from accel_moe.checkpoint import export
     from accel_moe.checkpoint.base_model import open_base
+    from accel_moe.checkpoint.export_plan import plan_export
+    from accel_moe.checkpoint.export_verify import verify_export
+    from accel_moe.checkpoint.export_write import write_export
     from accel_moe.checkpoint.manifest import CheckpointError
     from accel_moe.hub_format import parse_size
 
@@ -109,7 +112,7 @@ def consolidate(args: argparse.Namespace) -> int:
 
     checkpoint = export.open_checkpoint(folders)
     with _checking(checkpoint, checksums=not args.sizes_only) as check:  # while the base's classes are imported
-        plan = export.plan_export(
+        plan = plan_export(
             checkpoint,
             open_base(base_name),
             dtype=getattr(torch, args.dtype) if args.dtype else None,
@@ -120,7 +123,7 @@ def consolidate(args: argparse.Namespace) -> int:
 
         def verify(folder: Path) -> None:
             with _progress("verifying", plan.size_bytes) as bar:
-                problems = export.verify_export(plan, folder, on_bytes=bar.update)
+                problems = verify_export(plan, folder, on_bytes=bar.update)
             if problems:
                 raise CheckpointError(
                     f"the result in {folder} is not the checkpoint: {_list(problems)}. Please report this."
@@ -130,7 +133,7 @@ def consolidate(args: argparse.Namespace) -> int:
             check.result()  # they are forked, and a check that goes on meanwhile has threads
         with _progress("consolidating", plan.size_bytes) as bar:
             try:
-                export.write_export(
+                write_export(
                     plan,
                     Path(out),
                     workers=args.workers,

@@ -26,7 +26,7 @@ MEASURED = """
 import os, sys, threading, time
 import torch, transformers
 from transformers import AutoConfig, Qwen3MoeForCausalLM
-import accel_moe.checkpoint.export
+import accel_moe.checkpoint.export_verify, accel_moe.checkpoint.export_write
 from accel_moe import consolidate
 def anonymous_kib():
     with open("/proc/self/smaps_rollup") as lines:

@@ -16,8 +16,10 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from accel_moe import consolidate
-from accel_moe.checkpoint import export
+from accel_moe.checkpoint import export, export_write
 from accel_moe.checkpoint.base_model import open_base
+from accel_moe.checkpoint.export_plan import plan_export
+from accel_moe.checkpoint.export_write import write_export
 from accel_moe.checkpoint.manifest import CheckpointError
 from accel_moe.hub_format import HubFormatError, safetensors_files
 from tests.tiny import tiny_model
@@ -147,7 +149,7 @@ def test_two_workers_write_the_same_result(tmp_path, trained):
 
 def test_a_killed_worker_is_told_and_the_next_run_goes_on(tmp_path, trained, monkeypatch, capsys):
     checkpoint, base, expected = trained
-    real = export._GroupWriter.write
+    real = export_write._GroupWriter.write
     parent = os.getpid()
 
     def dies(self, index):
@@ -155,10 +157,10 @@ def test_a_killed_worker_is_told_and_the_next_run_goes_on(tmp_path, trained, mon
             os.kill(os.getpid(), signal.SIGKILL)
         return real(self, index)
 
-    monkeypatch.setattr(export._GroupWriter, "write", dies)
+    monkeypatch.setattr(export_write._GroupWriter, "write", dies)
     assert "fewer --workers" in one_line_error(capsys, "--workers", "2", checkpoint, tmp_path / "out", base)
     assert not (tmp_path / "out").exists()
-    monkeypatch.setattr(export._GroupWriter, "write", real)
+    monkeypatch.setattr(export_write._GroupWriter, "write", real)
     assert run("--verify", "--workers", "2", checkpoint, tmp_path / "out", base) == 0
     assert_same_tensors(read_weights(tmp_path / "out"), expected)
 
@@ -209,10 +211,10 @@ def test_a_base_saved_from_the_bare_model_keeps_its_keys_without_prefix(tmp_path
 
 def test_an_interrupted_export_goes_on_where_it_stopped(tmp_path, trained, monkeypatch):
     checkpoint, base, expected = trained
-    plan = export.plan_export(export.open_checkpoint([checkpoint]), open_base(str(base)))
-    monkeypatch.setattr(export, "_SYNC_BYTES", 1)
+    plan = plan_export(export.open_checkpoint([checkpoint]), open_base(str(base)))
+    monkeypatch.setattr(export_write, "_SYNC_BYTES", 1)
     calls = []
-    real = export._GroupWriter.write
+    real = export_write._GroupWriter.write
 
     def write(self, index):
         if len(calls) == 7:
@@ -220,13 +222,13 @@ def test_an_interrupted_export_goes_on_where_it_stopped(tmp_path, trained, monke
         calls.append(index)
         return real(self, index)
 
-    monkeypatch.setattr(export._GroupWriter, "write", write)
+    monkeypatch.setattr(export_write._GroupWriter, "write", write)
     with pytest.raises(KeyboardInterrupt):
-        export.write_export(plan, tmp_path / "out")
+        write_export(plan, tmp_path / "out")
     assert not (tmp_path / "out").exists() and calls == list(range(7))
     first, resumed = list(calls), []
-    monkeypatch.setattr(export._GroupWriter, "write", lambda self, i: calls.append(i) or real(self, i))
-    export.write_export(plan, tmp_path / "out", on_resume=resumed.append)
+    monkeypatch.setattr(export_write._GroupWriter, "write", lambda self, i: calls.append(i) or real(self, i))
+    write_export(plan, tmp_path / "out", on_resume=resumed.append)
     assert calls[7:] == list(range(7, len(plan.groups)))
     assert resumed == [sum(plan.group_bytes(plan.groups[i]) for i in first)]
     assert_same_tensors(read_weights(tmp_path / "out"), expected)
@@ -234,32 +236,32 @@ def test_an_interrupted_export_goes_on_where_it_stopped(tmp_path, trained, monke
 
 def test_what_is_written_before_the_check_has_passed_does_not_count(tmp_path, trained, monkeypatch):
     checkpoint, base, _ = trained
-    plan = export.plan_export(export.open_checkpoint([checkpoint]), open_base(str(base)))
-    monkeypatch.setattr(export, "_SYNC_BYTES", 1)  # note every group
+    plan = plan_export(export.open_checkpoint([checkpoint]), open_base(str(base)))
+    monkeypatch.setattr(export_write, "_SYNC_BYTES", 1)  # note every group
     check = Future()
-    write = export._GroupWriter.write
+    write = export_write._GroupWriter.write
 
     def interrupted(self, index):
         if index == 2:
             raise KeyboardInterrupt
         return write(self, index)
 
-    monkeypatch.setattr(export._GroupWriter, "write", interrupted)
+    monkeypatch.setattr(export_write._GroupWriter, "write", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        export.write_export(plan, tmp_path / "out", vouched=check)
-    assert (tmp_path / "out.tmp" / export._JOURNAL).read_text().count(".") == 0
-    monkeypatch.setattr(export._GroupWriter, "write", write)
+        write_export(plan, tmp_path / "out", vouched=check)
+    assert (tmp_path / "out.tmp" / export_write._JOURNAL).read_text().count(".") == 0
+    monkeypatch.setattr(export_write._GroupWriter, "write", write)
     resumed = []
     threading.Timer(0.2, check.set_exception, [CheckpointError("damaged")]).start()
     with pytest.raises(CheckpointError, match="damaged"):
-        export.write_export(plan, tmp_path / "out", on_resume=resumed.append, vouched=check)
+        write_export(plan, tmp_path / "out", on_resume=resumed.append, vouched=check)
     assert not resumed and not list(tmp_path.glob("out*"))
 
 
 def test_an_interrupted_export_of_another_checkpoint_is_not_resumed(tmp_path, trained, monkeypatch):
     checkpoint, base, _ = trained
     (tmp_path / "out.tmp").mkdir()
-    (tmp_path / "out.tmp" / export._JOURNAL).write_text("another plan\n0 1 2 3.\n")
+    (tmp_path / "out.tmp" / export_write._JOURNAL).write_text("another plan\n0 1 2 3.\n")
     (tmp_path / "out.tmp" / "stray.safetensors").write_text("x")
     assert run("--verify", checkpoint, tmp_path / "out", base) == 0
     assert not (tmp_path / "out" / "stray.safetensors").exists()
@@ -267,25 +269,25 @@ def test_an_interrupted_export_of_another_checkpoint_is_not_resumed(tmp_path, tr
 
 def test_two_exports_into_one_folder_do_not_mix(tmp_path, trained, capsys):
     checkpoint, base, _ = trained
-    plan = export.plan_export(export.open_checkpoint([checkpoint]), open_base(str(base)))
+    plan = plan_export(export.open_checkpoint([checkpoint]), open_base(str(base)))
 
     def second(_):
         with pytest.raises(CheckpointError, match="another process"):
-            export.write_export(plan, tmp_path / "out")
+            write_export(plan, tmp_path / "out")
 
-    export.write_export(plan, tmp_path / "out", before_commit=second)
+    write_export(plan, tmp_path / "out", before_commit=second)
 
 
 def test_verify_notices_a_result_that_differs_from_the_checkpoint(tmp_path, trained, monkeypatch, capsys):
     checkpoint, base, _ = trained
-    real = export._GroupWriter._write_at
+    real = export_write._GroupWriter._write_at
 
     def flip(self, output, data):
         if output.key == "model.layers.1.mlp.experts.3.up_proj.weight":
             data = memoryview(bytes([data[0] ^ 1]) + bytes(data[1:]))
         real(self, output, data)
 
-    monkeypatch.setattr(export._GroupWriter, "_write_at", flip)
+    monkeypatch.setattr(export_write._GroupWriter, "_write_at", flip)
     assert run("--verify", checkpoint, tmp_path / "out", base) == 1
     assert "model.layers.1.mlp.experts.gate_up_proj" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
@@ -409,7 +411,7 @@ def test_a_quantised_base_is_refused(tmp_path, trained):
     config["quantization_config"] = {"quant_method": "fp8"}
     (base / "config.json").write_text(json.dumps(config))
     with pytest.raises(HubFormatError, match="quantised \\(fp8\\)"):
-        export.plan_export(export.open_checkpoint([checkpoint]), open_base(str(base)))
+        plan_export(export.open_checkpoint([checkpoint]), open_base(str(base)))
 
 
 def test_inspect_tells_what_a_checkpoint_holds_without_reading_tensors(tmp_path, trained, capsys, monkeypatch):

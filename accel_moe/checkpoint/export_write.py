@@ -1,0 +1,317 @@
+"""The writing of an export: a stream of groups, each read, converted, and written where its file has it.
+
+Output files are created at their final size with their header, and every tensor is written at its offset, so
+groups may come in any order and from several processes. What is done is noted in a journal in OUT.tmp, so an
+interrupted export goes on where it stopped. OUT appears by a rename at the end.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from accel_moe.checkpoint.export_plan import ExportPlan, main_dtype, stored_name
+from accel_moe.checkpoint.manifest import CheckpointError, fsync_folder
+from accel_moe.hub_format import DTYPES, INDEX_NAME, SINGLE_NAME, HubTensor, header_bytes
+
+_JOURNAL = ".accel_moe_journal"
+_SYNC_BYTES = 1 << 30  # what an interrupted export may have to write again
+
+
+class _GroupWriter:
+    """Converts groups and writes their tensors at their offsets. One per process; files are opened when
+    first used."""
+
+    def __init__(self, plan: ExportPlan, folder: Path) -> None:
+        self.plan, self.folder = plan, folder
+        self._offsets: dict[str, int] = {}
+        for tensors in plan.files().values():
+            self._offsets |= header_bytes(tensors)[1]
+        self._descriptors: dict[str, int] = {}
+        self._aliases = plan.converter.tied_aliases()
+        self._memory: dict[int, torch.Tensor] = {}
+
+    def write(self, index: int) -> int:
+        """Reads, converts and writes group `index`; returns the bytes written. Raises CheckpointError,
+        OSError."""
+        group = self.plan.groups[index]
+        tensors = {name: self._read(slot, name) for slot, name in enumerate(group.sources)}
+        converted = self.plan.converter.convert(group, tensors)
+        del tensors
+        written = 0
+        for key in list(converted):
+            output = self.plan.outputs[key]
+            tensor = converted.pop(key).to(DTYPES[output.dtype]).contiguous()
+            assert tuple(tensor.shape) == output.shape, (key, tensor.shape, output.shape)
+            self._write_at(output, memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+            written += output.size_bytes
+        return written
+
+    def _read(self, slot: int, name: str) -> torch.Tensor:
+        """A parameter in this slot's memory, which the next group's parameter in the slot will overwrite."""
+        reader = self.plan.checkpoint.reader
+        stored = stored_name(reader, name, self._aliases)
+        size_bytes = reader.size_bytes(stored)
+        if slot not in self._memory or len(self._memory[slot]) < size_bytes:
+            self._memory[slot] = torch.empty(size_bytes, dtype=torch.uint8)
+        return reader.read(stored, self._memory[slot])
+
+    def write_raw(self, key: str, data: bytes) -> int:
+        self._write_at(self.plan.outputs[key], memoryview(data))
+        return len(data)
+
+    def _write_at(self, output: HubTensor, data: memoryview) -> None:
+        if output.file not in self._descriptors:
+            self._descriptors[output.file] = os.open(self.folder / output.file, os.O_RDWR)
+        position = self._offsets[output.key]
+        while len(data):
+            count = os.pwrite(self._descriptors[output.file], data[: 1 << 30], position)
+            data, position = data[count:], position + count
+
+    def sync(self) -> None:
+        for descriptor in self._descriptors.values():
+            os.fsync(descriptor)
+
+    def close(self) -> None:
+        for descriptor in self._descriptors.values():
+            os.close(descriptor)
+        self._descriptors.clear()
+
+
+_WORKER: _GroupWriter | None = None  # one per worker process, inherited through fork
+
+
+def _work(index: int) -> tuple[int, int]:
+    assert _WORKER is not None
+    written = _WORKER.write(index)
+    return index, written
+
+
+def _start_worker() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    torch.set_num_threads(1)  # the processes are the parallelism; torch's own threads do not survive a fork
+
+
+def write_export(
+    plan: ExportPlan,
+    out: Path,
+    *,
+    workers: int = 1,
+    on_bytes: Callable[[int], None] | None = None,
+    on_resume: Callable[[int], None] | None = None,
+    before_commit: Callable[[Path], None] | None = None,
+    vouched: Future[None] | None = None,
+    vouched_by: str = "",
+) -> None:
+    """Writes the whole result to OUT.tmp and renames it to OUT.
+
+    Args:
+        workers: processes that read, convert and write; each needs the memory of one group.
+        on_bytes: hears how many bytes were written, group by group.
+        on_resume: hears, once, how many bytes an interrupted export of the same plan had left.
+        before_commit: called with OUT.tmp when it is complete; what it raises keeps OUT from appearing.
+        vouched: a check of the checkpoint that may still be going on. Until it has passed, nothing that is written
+            counts as done for a later run, and OUT does not appear. What it raises is raised at the end; if that is a
+            CheckpointError, OUT.tmp goes.
+        vouched_by: what that check looked at; a later run that looks at something else starts over.
+
+    Raises CheckpointError when OUT exists, or another process writes OUT.tmp; OSError when the disk is full.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise CheckpointError(f"{out} exists and is not empty. Remove it, or give another OUT.")
+    staging = out.with_name(out.name + ".tmp")
+    staging.mkdir(parents=True, exist_ok=True)
+    with _journal(staging, f"{plan.fingerprint()} {vouched_by}") as (done, note):
+        _create_files(plan, staging, keep=bool(done))
+        if done and on_resume is not None:
+            on_resume(sum(plan.group_bytes(plan.groups[i]) for i in done))
+        writer = _GroupWriter(plan, staging)
+        try:
+            todo = [i for i in range(len(plan.groups)) if i not in done]
+            _write_groups(plan, writer, todo, workers, note, on_bytes, vouched)
+            if plan.keep_extra:
+                for key, data in plan.base.read_raw(plan.extras):
+                    count = writer.write_raw(key, data)
+                    if on_bytes is not None:
+                        on_bytes(count)
+            for file in plan.files():
+                with open(staging / file, "rb") as stream:
+                    os.fsync(stream.fileno())
+        finally:
+            writer.close()
+            if vouched is not None and vouched.done() and isinstance(vouched.exception(), CheckpointError):
+                shutil.rmtree(staging, ignore_errors=True)
+        _write_small_files(plan, staging)
+        if before_commit is not None:
+            before_commit(staging)
+        (staging / _JOURNAL).unlink()
+        fsync_folder(staging)
+        if out.exists():
+            out.rmdir()
+        staging.rename(out)
+        fsync_folder(out.parent)
+
+
+def _write_groups(
+    plan: ExportPlan,
+    writer: _GroupWriter,
+    todo: Sequence[int],
+    workers: int,
+    note: Callable[[Sequence[int]], None],
+    on_bytes: Callable[[int], None] | None,
+    vouched: Future[None] | None,
+) -> None:
+    unsynced: list[int] = []
+    unsynced_bytes = 0
+
+    def finished(index: int, written: int) -> None:
+        nonlocal unsynced_bytes
+        unsynced.append(index)
+        unsynced_bytes += written
+        if on_bytes is not None:
+            on_bytes(written)
+        if unsynced_bytes >= _SYNC_BYTES:
+            flush()
+
+    def flush() -> None:
+        nonlocal unsynced_bytes
+        if vouched is not None and (not vouched.done() or vouched.exception() is not None):
+            return  # what it raises comes at the end
+        if unsynced:
+            _sync_files(plan, writer.folder)
+            note(unsynced)
+            unsynced.clear()
+            unsynced_bytes = 0
+
+    try:
+        if workers <= 1:
+            for index in todo:
+                finished(index, writer.write(index))
+        else:
+            # largest first: the last groups to finish are then small, and no worker is left alone with a big one
+            order = sorted(todo, key=lambda i: -plan.group_bytes(plan.groups[i]))
+            with _worker_pool(writer, workers) as pool:
+                for done in as_completed([pool.submit(_work, index) for index in order]):
+                    finished(*done.result())
+        if vouched is not None:
+            vouched.result()
+    finally:
+        flush()
+
+
+@contextmanager
+def _worker_pool(writer: _GroupWriter, workers: int) -> Iterator[ProcessPoolExecutor]:
+    """Processes that inherit the plan by fork: nothing is imported or planned twice. Raises CheckpointError."""
+    global _WORKER
+    if "fork" not in multiprocessing.get_all_start_methods():
+        raise CheckpointError(
+            f"--workers {workers} needs a system that can fork, and this one cannot. Use --workers 1."
+        )
+    _WORKER = writer
+    context = multiprocessing.get_context("fork")
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker)
+    try:
+        yield pool
+    except BrokenProcessPool:
+        raise CheckpointError(
+            "a worker process was killed, most likely for memory: each needs that of the largest group of tensors. Run "
+            "the same command with fewer --workers; it goes on where it stopped."
+        ) from None
+    finally:
+        pool.shutdown(cancel_futures=True)
+        _WORKER = None
+
+
+def _sync_files(plan: ExportPlan, folder: Path) -> None:
+    for file in plan.files():
+        descriptor = os.open(folder / file, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+@contextmanager
+def _journal(staging: Path, fingerprint: str) -> Iterator[tuple[set[int], Callable[[Sequence[int]], None]]]:
+    """The groups that an earlier export of the same plan finished, and a function that notes more of them.
+
+    The journal is locked, so that two exports into one OUT do not mix. One of another plan is thrown away,
+    with all that was written.
+    """
+    path = staging / _JOURNAL
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    with os.fdopen(descriptor, "r+", encoding="utf-8") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise CheckpointError(
+                f"{staging} is being written by another process. Wait for it, or give another OUT."
+            ) from None
+        lines = stream.read().splitlines()
+        if not lines or lines[0] != fingerprint:
+            for stale in staging.iterdir():
+                if stale.name != _JOURNAL:
+                    shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
+            stream.seek(0)
+            stream.truncate()
+            stream.write(fingerprint + "\n")
+            stream.flush()
+            lines = [fingerprint]
+        done = {int(word) for line in lines[1:] if line.endswith(".") for word in line[:-1].split()}
+
+        def note(groups: Sequence[int]) -> None:
+            stream.seek(0, os.SEEK_END)
+            stream.write(" ".join(map(str, groups)) + ".\n")  # the dot says that the line is whole
+            stream.flush()
+            os.fsync(stream.fileno())
+
+        yield done, note
+
+
+def _create_files(plan: ExportPlan, folder: Path, keep: bool) -> None:
+    """Every safetensors file at its final size, with its header; the data is still a hole."""
+    for file, tensors in plan.files().items():
+        path = folder / file
+        header, _ = header_bytes(tensors)
+        size_bytes = len(header) + sum(tensor.size_bytes for tensor in tensors)
+        if keep and path.is_file() and path.stat().st_size == size_bytes:
+            continue
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "wb") as stream:
+            stream.write(header)
+            stream.truncate(size_bytes)
+
+
+def _write_small_files(plan: ExportPlan, folder: Path) -> None:
+    """Config, tokenizer and the like from the base, and an index unless there is just model.safetensors."""
+    plan.base.copy_small_files(folder)
+    main = main_dtype(plan.outputs.values())
+    if main != main_dtype(plan.base.tensors.values()):
+        _set_config_dtype(folder / "config.json", str(DTYPES[main]).removeprefix("torch."))
+    files = plan.files()
+    if set(files) != {SINGLE_NAME}:
+        index = {
+            "metadata": {"total_parameters": plan.total_parameters, "total_size": plan.size_bytes},
+            "weight_map": {key: tensor.file for key, tensor in sorted(plan.outputs.items())},
+        }
+        (folder / INDEX_NAME).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _set_config_dtype(path: Path, dtype: str) -> None:
+    config = json.loads(path.read_text(encoding="utf-8"))
+    for part in [config, *(value for value in config.values() if isinstance(value, dict))]:
+        for key in ("dtype", "torch_dtype"):
+            if key in part:
+                part[key] = dtype
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")

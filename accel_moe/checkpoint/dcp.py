@@ -8,8 +8,8 @@ Three things live here:
     TensorReader       reads whole tensors one at a time, in one process, without a process group
 
 The layout is DCP's own (`.metadata` and `__<rank>_<n>.distcp`), so stock accelerate and torch read what is
-written here. `.metadata` and the byte entries of an optimizer are pickles: read checkpoints only from where
-you would run code.
+written here. `.metadata` is a pickle of which only descriptions of tensors are read (dcp_metadata.py). The byte entries
+of an optimizer are pickles that DCP reads whole: resume only from where you would run code.
 
 A checkpoint keeps the model under "model.<parameter>" in `pytorch_model_fsdp_<i>`, the optimizer under
 "optimizer.*" in `optimizer_<i>`: accelerate's names.
@@ -40,6 +40,7 @@ from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorS
 from torch.distributed.checkpoint.planner import LoadPlan, SavePlan
 from torch.distributed.checkpoint.storage import WriteResult
 
+from accel_moe.checkpoint.dcp_metadata import read_metadata
 from accel_moe.checkpoint.manifest import (
     CheckpointError,
     Chunk,
@@ -222,20 +223,31 @@ class FolderReader(FileSystemReader):
         self._manifest = manifest
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """Raises CheckpointError when `.metadata` is missing or unreadable, on whichever rank sees it."""
-        path = self.fs.concat_path(self.path, METADATA_NAME)
+        """`.metadata`, compared with the manifest before it is unpickled (dcp_metadata.py).
+
+        Raises CheckpointError when it is missing, unreadable or not the one that was saved, on whichever rank sees it.
+        """
+        path = Path(self.fs.concat_path(self.path, METADATA_NAME))
         try:
-            return super().read_metadata(*args, **kwargs)
+            metadata = read_metadata(path, self._manifest)
         except FileNotFoundError:
             raise CheckpointError(
                 f"{path} is missing: the save that wrote this folder never finished, or the copy is "
                 f"incomplete. Use "
                 "another checkpoint."
             ) from None
+        except CheckpointError as error:
+            raise CheckpointError(
+                f"{path} is not used: {error}. Use another checkpoint, or restore the file."
+            ) from None
         except Exception as error:  # a pickle can fail in any way
             raise CheckpointError(
                 f"{path} cannot be read ({type(error).__name__}: {error}). Use another checkpoint, or restore the file."
             ) from None
+        if getattr(metadata, "storage_meta", None) is None:
+            metadata.storage_meta = StorageMeta()
+        metadata.storage_meta.load_id = self.load_id  # as FileSystemReader does
+        return metadata
 
     def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
         plan = super().prepare_local_plan(plan)

@@ -11,7 +11,6 @@ from concurrent.futures import Future
 
 import pytest
 import torch
-import torch.distributed.checkpoint as dist_cp
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
@@ -22,28 +21,11 @@ from accel_moe.checkpoint.export_plan import plan_export
 from accel_moe.checkpoint.export_write import write_export
 from accel_moe.checkpoint.manifest import CheckpointError
 from accel_moe.hub_format import HubFormatError, safetensors_files
+from tests.exports import assert_same_tensors, make_trained, one_line_error, read_weights, run, write_checkpoint
 from tests.tiny import tiny_model
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 FAMILIES = ["qwen3_moe", "mixtral", "granitemoe", "olmoe", "deepseek_v3", "glm4_moe"]
-
-
-def write_checkpoint(model, folder):
-    """A stock DCP checkpoint of a model, in accelerate's folders; returns the folder."""
-    writer = dist_cp.FileSystemWriter(folder / "pytorch_model_fsdp_0")
-    dist_cp.save({"model": model.state_dict()}, storage_writer=writer, no_dist=True)
-    return folder
-
-
-def read_weights(folder) -> dict[str, torch.Tensor]:
-    weights = {}
-    for file in safetensors_files(folder):
-        weights |= load_file(folder / file)
-    return weights
-
-
-def run(*args) -> int:
-    return consolidate.main([str(arg) for arg in args])
 
 
 @pytest.fixture
@@ -51,24 +33,6 @@ def trained(tmp_path):
     """(checkpoint, base, weights) of a tiny Qwen3-MoE: the base differs from the trained model in every
     value."""
     return make_trained(tmp_path, "qwen3_moe")
-
-
-def make_trained(tmp_path, family, **options):
-    tiny_model(family, seed=0, **options).save_pretrained(tmp_path / "base", max_shard_size="40KB")
-    (tmp_path / "base" / "tokenizer.json").write_text("{}")
-    model = tiny_model(family, seed=5, **options)
-    model.save_pretrained(tmp_path / "expected")
-    return (
-        write_checkpoint(model, tmp_path / "checkpoint"),
-        tmp_path / "base",
-        read_weights(tmp_path / "expected"),
-    )
-
-
-def assert_same_tensors(got: dict[str, torch.Tensor], want: dict[str, torch.Tensor]) -> None:
-    assert set(got) == set(want)
-    for key, tensor in want.items():
-        assert got[key].dtype == tensor.dtype and torch.equal(got[key], tensor), key
 
 
 @pytest.mark.core
@@ -297,13 +261,6 @@ def test_a_stock_checkpoint_is_consolidated_with_a_warning_that_nothing_vouches_
     checkpoint, base, _ = trained
     assert run(checkpoint / "pytorch_model_fsdp_0", tmp_path / "out", base) == 0
     assert "no manifest" in capsys.readouterr().err
-
-
-def one_line_error(capsys, *args) -> str:
-    assert run(*args) == 1
-    lines = capsys.readouterr().err.strip().splitlines()
-    assert lines[-1].startswith("error: ")
-    return lines[-1]
 
 
 def test_a_checkpoint_of_another_model_is_refused_by_name(tmp_path, trained, capsys):

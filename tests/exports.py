@@ -1,0 +1,85 @@
+"""Checkpoints and bases for the tests of consolidate, made in one process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import torch.distributed.checkpoint as dist_cp
+from safetensors.torch import load_file
+
+from accel_moe import consolidate
+from accel_moe.checkpoint.dcp import TensorReader
+from accel_moe.checkpoint.manifest import FileEntry, Manifest, default_algorithm, file_digest, write_manifest
+from accel_moe.hub_format import safetensors_files
+from tests.tiny import tiny_model
+
+
+def write_checkpoint(model, folder):
+    """A stock DCP checkpoint of a model, in accelerate's folders; returns the folder."""
+    writer = dist_cp.FileSystemWriter(folder / "pytorch_model_fsdp_0")
+    dist_cp.save({"model": model.state_dict()}, storage_writer=writer, no_dist=True)
+    return folder
+
+
+def write_manifest_of(folder: Path) -> None:
+    """The manifest that accel_moe would have written beside a checkpoint's model."""
+    dcp_folder = folder / "pytorch_model_fsdp_0"
+    tensors = {f"model.{name}": entry for name, entry in TensorReader([dcp_folder]).tensors.items()}
+    algorithm = default_algorithm()
+    files = {
+        f"{dcp_folder.name}/{path.name}": FileEntry(path.stat().st_size, file_digest(path, algorithm))
+        for path in dcp_folder.iterdir()
+    }
+    manifest = Manifest(
+        step=3,
+        base_model=None,
+        model_type=None,
+        ep=1,
+        efsdp=1,
+        dp_replicate=1,
+        world_size=1,
+        versions={},
+        digest_algorithm=algorithm,
+        nodes=("here",),
+        files=(files,),
+        tensors={dcp_folder.name: tensors},
+    )
+    write_manifest(folder, manifest)
+
+
+def read_weights(folder) -> dict[str, torch.Tensor]:
+    weights = {}
+    for file in safetensors_files(folder):
+        weights |= load_file(folder / file)
+    return weights
+
+
+def run(*args) -> int:
+    return consolidate.main([str(arg) for arg in args])
+
+
+def one_line_error(capsys, *args) -> str:
+    assert run(*args) == 1
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert lines[-1].startswith("error: ")
+    return lines[-1]
+
+
+def make_trained(tmp_path, family, **options):
+    """(checkpoint, base, weights): the base differs from the trained model in every value."""
+    tiny_model(family, seed=0, **options).save_pretrained(tmp_path / "base", max_shard_size="40KB")
+    (tmp_path / "base" / "tokenizer.json").write_text("{}")
+    model = tiny_model(family, seed=5, **options)
+    model.save_pretrained(tmp_path / "expected")
+    return (
+        write_checkpoint(model, tmp_path / "checkpoint"),
+        tmp_path / "base",
+        read_weights(tmp_path / "expected"),
+    )
+
+
+def assert_same_tensors(got: dict[str, torch.Tensor], want: dict[str, torch.Tensor]) -> None:
+    assert set(got) == set(want)
+    for key, tensor in want.items():
+        assert got[key].dtype == tensor.dtype and torch.equal(got[key], tensor), key

@@ -199,6 +199,13 @@ def _check(checkpoint: Any, checksums: bool, stopped: threading.Event) -> None:
 
 
 def _say_what_is_special(plan: Any) -> None:
+    if plan.untied:
+        added = [key for key in plan.outputs if key not in plan.base.tensors]
+        print(
+            f"note: {_list(added, ', ')} was trained apart from the tensor that the base ties it to: it is written, "
+            "and config.json says tie_word_embeddings: false.",
+            file=sys.stderr,
+        )
     if plan.extras and not plan.keep_extra:
         print(
             f"note: {len(plan.extras)} base tensors have no counterpart in training and are left out: "

@@ -148,44 +148,108 @@ def read_hub_tensors(folder: Path) -> dict[str, HubTensor]:
             tensors[tensor.key] = tensor
     unknown = sorted({t.dtype for t in tensors.values()} - set(DTYPES))
     if unknown:
-        raise HubFormatError(f"{folder} has tensors of dtype {', '.join(unknown)}, which torch cannot hold.")
+        raise HubFormatError(unknown_dtypes(str(folder), unknown))
     return tensors
+
+
+def unknown_dtypes(name: str, dtypes: Sequence[str]) -> str:
+    """The message for a base with tensors of dtypes that only quantised formats use (F8_E8M0, F4, …)."""
+    return (
+        f"{name} has tensors of dtype {', '.join(dtypes)}, expected one of {', '.join(DTYPES)}: it is quantised, and "
+        "trained weights cannot be written so. Give a dequantised copy of the base."
+    )
 
 
 # --- transformers
 # ------------------------------------------------------------------------------------------------
 
 
-def meta_model(folder: Path) -> Any:
+def meta_model(folder: Path, *, tied: bool = True, trust_remote_code: bool = False) -> Any:
     """The model that `folder`'s config describes, on meta: parameters have shapes and no memory.
 
-    Raises HubFormatError when there is no config, or its architecture is not in this transformers.
+    With `tied` false its word embeddings are not tied, whatever the config says (`untied_config`).
+
+    Raises HubFormatError when there is no config, its architecture is not in this transformers, or it needs code of
+    the folder's own that may not be run.
     """
+    import transformers
+
+    config = _read_config(folder, trust_remote_code)
+    if not tied:
+        config = type(config).from_dict(untied_config(folder, trust_remote_code))
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        # fp32, whatever the config says: a tensor loaded into it keeps its bf16 or fp32 values
+        if model_class := _model_class(folder, config, trust_remote_code):
+            return model_class._from_config(config, dtype=torch.float32)
+        return transformers.AutoModelForCausalLM.from_config(
+            config, dtype=torch.float32, trust_remote_code=trust_remote_code
+        )
+
+
+def _read_config(folder: Path, trust_remote_code: bool) -> Any:
     import transformers
 
     if not (folder / "config.json").is_file():
         raise HubFormatError(f"{folder} has no config.json. Give the folder of the model that training started from.")
     try:
-        config = transformers.AutoConfig.from_pretrained(folder)
-    except (ValueError, OSError, KeyError) as error:
+        # never None: transformers would then ask on the terminal
+        return transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (ValueError, OSError, KeyError, ImportError) as error:
+        if not trust_remote_code and _own_code(folder):
+            raise HubFormatError(
+                f"{folder} is of an architecture that transformers {transformers.__version__} lacks, and has code of "
+                f"its own, {', '.join(_own_code(folder))}, which was not run. Read it, then add --trust-remote-code."
+            ) from None
         raise HubFormatError(
-            f"transformers {transformers.__version__} cannot read {folder / 'config.json'}: {error}"
+            f"transformers {transformers.__version__} cannot read {folder / 'config.json'}: {_first_line(error)}"
         ) from None
-    if getattr(config, "quantization_config", None) is not None:
-        method = dict(config.quantization_config).get("quant_method", "?")
-        raise HubFormatError(
-            f"{folder} is quantised ({method}): its keys and dtypes are those of the quantised format, "
-            f"which trained "
-            "weights cannot be written in. Give a dequantised copy of the base."
-        )
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _auto_map(folder: Path) -> dict[str, str]:
+    """The classes that a folder's own code defines: {"AutoModelForCausalLM": "modeling_x.XForCausalLM"}."""
+    found = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("auto_map") or {}
+    return {auto: name for auto, name in found.items() if isinstance(name, str)}
+
+
+def _own_code(folder: Path) -> list[str]:
+    return sorted({f"{name.rpartition('.')[0]}.py" for name in _auto_map(folder).values()})
+
+
+def _model_class(folder: Path, config: Any, trust_remote_code: bool) -> Any | None:
+    """The class that the config names, the folder's own if that may run; None leaves the choice to transformers."""
+    import transformers
+
     names = list(getattr(config, "architectures", None) or [])
-    classes = [getattr(transformers, name) for name in names if hasattr(transformers, name)]
-    with torch.device("meta"), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        # fp32, whatever the config says: a tensor loaded into it keeps its bf16 or fp32 values
-        if classes:
-            return classes[0]._from_config(config, dtype=torch.float32)
-        return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    if trust_remote_code:
+        from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+        for auto, reference in _auto_map(folder).items():
+            if auto.startswith("AutoModel") and reference.rpartition(".")[2] in names:
+                return get_class_from_dynamic_module(reference, str(folder))
+    return next((getattr(transformers, name) for name in names if hasattr(transformers, name)), None)
+
+
+def untied_config(folder: Path, trust_remote_code: bool = False) -> dict[str, Any]:
+    """The folder's config.json with `tie_word_embeddings` false wherever the model would read that it is true."""
+    document = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+
+    def untie(config: Any, part: dict[str, Any]) -> None:
+        if getattr(config, "tie_word_embeddings", None):
+            part["tie_word_embeddings"] = False
+        for name in getattr(config, "sub_configs", None) or {}:
+            inner = getattr(config, name, None)
+            if inner is not None and getattr(inner, "tie_word_embeddings", None):
+                if not isinstance(part.get(name), dict):
+                    part[name] = {}
+                untie(inner, part[name])
+
+    untie(_read_config(folder, trust_remote_code), document)
+    return document
 
 
 class HubConverter:
@@ -194,6 +258,7 @@ class HubConverter:
     Args:
         model: the model on meta (`meta_model`).
         base: the base's tensors (`read_hub_tensors`).
+        additions: parameters whose tensors the base may lack, and that get one all the same.
 
     After construction `groups` covers every parameter and persistent buffer of the model, `base_only` are
     the base keys that no parameter becomes (MTP layers), and `tied` are the keys that only repeat another
@@ -202,8 +267,9 @@ class HubConverter:
     Raises HubFormatError when a parameter becomes a key that the base does not have, or another shape.
     """
 
-    def __init__(self, model: Any, base: Mapping[str, HubTensor]) -> None:
+    def __init__(self, model: Any, base: Mapping[str, HubTensor], additions: Iterable[str] = ()) -> None:
         self.model = model
+        self._additions = set(additions)
         self.base = dict(base)
         self.dry_load = load_headers(model, base.values())
         self._state = dict(model.state_dict())
@@ -219,7 +285,7 @@ class HubConverter:
             converted = self._revert({name: self._state[name] for name in sources})
             targets = {key: tuple(tensor.shape) for key, tensor in converted.items()}
             absent = [key for key in targets if key not in self.base]
-            if absent:
+            if absent and not self._additions.issuperset(sources):
                 alias = self._aliases.get(sources[0])
                 if alias is not None and len(sources) == 1:
                     self.tied[sources[0]] = alias  # the base leaves the copy out, as save_pretrained does
@@ -267,9 +333,12 @@ class HubConverter:
         assert {k: tuple(t.shape) for k, t in converted.items()} == group.targets, group
         return converted
 
-    def tied_aliases(self) -> dict[str, str]:
-        """Parameter → another name of the same tensor, both ways: either may be the one that was stored."""
-        return self._aliases | {other: name for name, other in self._aliases.items()}
+    def tied_aliases(self) -> dict[str, tuple[str, ...]]:
+        """Parameter → the other names of the same tensor: any of them may be the one that was stored."""
+        sets: dict[str, list[str]] = {}
+        for name, other in self._aliases.items():
+            sets.setdefault(other, [other]).append(name)
+        return {name: tuple(n for n in names if n != name) for names in sets.values() for name in names}
 
     def load(self, group: ConversionGroup, hub: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """The way back, through transformers' loading code: the group's parameters as from_pretrained would

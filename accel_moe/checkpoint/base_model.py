@@ -13,7 +13,9 @@ import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from accel_moe.checkpoint.quantised import refuse_quantised_config
 from accel_moe.hub_format import (
     DTYPES,
     INDEX_NAME,
@@ -23,6 +25,8 @@ from accel_moe.hub_format import (
     meta_model,
     read_header,
     read_hub_tensors,
+    unknown_dtypes,
+    untied_config,
 )
 
 # What a model folder has beside its weights. Named by suffix, so that a new tokenizer file is not forgotten.
@@ -40,10 +44,16 @@ class BaseModel:
     folder: Path
     tensors: dict[str, HubTensor]
     is_local: bool
+    trust_remote_code: bool = False
 
-    def meta_model(self):
-        """The architecture on meta. Raises HubFormatError."""
-        return meta_model(self.folder)
+    def meta_model(self, *, tied: bool = True) -> Any:
+        """The architecture on meta, with word embeddings as its config has them or untied. Raises HubFormatError."""
+        refuse_quantised_config(self.folder, self.name)
+        return meta_model(self.folder, tied=tied, trust_remote_code=self.trust_remote_code)
+
+    def untied_config(self) -> dict[str, Any]:
+        """Its config.json, changed so that no word embeddings are tied."""
+        return untied_config(self.folder, self.trust_remote_code)
 
     def copied_files(self) -> list[str]:
         """Names of the files that go into the result as they are."""
@@ -108,13 +118,10 @@ def _open_hub(repo: str) -> BaseModel:
         for file, header in metadata.files_metadata.items()
         for key, info in header.tensors.items()
     }
-    unknown = sorted({t.dtype for t in tensors.values()} - set(DTYPES))
-    if unknown or not tensors:
-        raise HubFormatError(
-            f"{repo} has "
-            f"{'tensors of dtype ' + ', '.join(unknown) if unknown else 'no safetensors weights'}: expected "
-            f"{SINGLE_NAME} or {INDEX_NAME} in a dtype that torch holds."
-        )
+    if unknown := sorted({t.dtype for t in tensors.values()} - set(DTYPES)):
+        raise HubFormatError(unknown_dtypes(repo, unknown))
+    if not tensors:
+        raise HubFormatError(f"{repo} has no safetensors weights: expected {SINGLE_NAME} or {INDEX_NAME}.")
     return BaseModel(repo, Path(folder), tensors, is_local=False)
 
 

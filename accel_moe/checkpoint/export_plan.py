@@ -14,7 +14,17 @@ from accel_moe.checkpoint.base_model import BaseModel
 from accel_moe.checkpoint.dcp import TensorReader
 from accel_moe.checkpoint.export import Checkpoint
 from accel_moe.checkpoint.manifest import CheckpointError
-from accel_moe.hub_format import DTYPE_NAMES, DTYPES, ConversionGroup, HubConverter, HubTensor, shard_names
+from accel_moe.checkpoint.quantised import refuse_quantised_tensors, refuse_scaled_tensors
+from accel_moe.hub_format import (
+    DTYPE_NAMES,
+    DTYPES,
+    ConversionGroup,
+    HubConverter,
+    HubFormatError,
+    HubTensor,
+    shard_names,
+    tied_names,
+)
 
 
 @dataclass(frozen=True)
@@ -22,7 +32,8 @@ class ExportPlan:
     """What goes where. `outputs` are the result's tensors by key, `extras` the base keys that no parameter
     becomes.
 
-    `tied` maps a parameter that is left out to the one that it repeats.
+    `aliases` has, for a tied parameter, the other names that it may be stored under. `untied` are the parameters that
+    the base ties and training did not: they get tensors of their own, and `config` is then the result's config.json.
     """
 
     checkpoint: Checkpoint
@@ -32,7 +43,9 @@ class ExportPlan:
     outputs: dict[str, HubTensor]
     extras: tuple[str, ...]
     keep_extra: bool
-    tied: dict[str, str]
+    aliases: dict[str, tuple[str, ...]]
+    untied: tuple[str, ...]
+    config: dict[str, Any] | None
     total_parameters: int
 
     @property
@@ -74,18 +87,25 @@ def plan_export(
     max_shard_bytes: int | None = None,
     keep_extra: bool = False,
 ) -> ExportPlan:
-    """Plans the whole export from shapes alone. Raises CheckpointError when the checkpoint is of another
-    model.
+    """Plans the whole export, from shapes alone but for tied tensors that the checkpoint has twice: those are read.
 
     `dtype` replaces the base's main floating dtype (the one of most of its bytes); tensors that the base
     keeps in another one, such as fp32 router biases in a bf16 model, stay as they are. `max_shard_bytes`
     replaces the base's file layout.
+
+    Raises CheckpointError when the checkpoint is of another model, HubFormatError when the base is quantised.
     """
     model = base.meta_model()
-    converter = HubConverter(model, base.tensors)
-    total_parameters = model.num_parameters()
-    groups = _match_checkpoint(checkpoint, converter, base)
-    outputs = {key: base.tensors[key] for group in groups for key in group.targets}
+    converter = _converter_of(base, model)
+    _match_checkpoint(checkpoint, converter, base)
+    aliases = converter.tied_aliases()
+    untied = _trained_apart(checkpoint.reader, aliases)
+    if untied:
+        model = base.meta_model(tied=False)
+        converter = _untied_converter(checkpoint, base, model, aliases, untied)
+    groups = converter.groups
+    outputs = {key: base.tensors[key] for group in groups for key in group.targets if key in base.tensors}
+    outputs |= _additions(converter, base, aliases)
     if keep_extra:
         outputs |= {key: base.tensors[key] for key in converter.base_only}
     if dtype is not None:
@@ -93,21 +113,91 @@ def plan_export(
         name = DTYPE_NAMES[dtype]
         extras = set(converter.base_only)
         outputs = {k: replace(t, dtype=name) if t.dtype == main and k not in extras else t for k, t in outputs.items()}
-    in_base_order = [key for key in base.tensors if key in outputs]
+    in_order = [key for key in base.tensors if key in outputs] + [key for key in outputs if key not in base.tensors]
     if max_shard_bytes is not None:
-        files = shard_names([(key, outputs[key].size_bytes) for key in in_base_order], max_shard_bytes)
-        outputs = {key: replace(outputs[key], file=files[key]) for key in in_base_order}
+        files = shard_names([(key, outputs[key].size_bytes) for key in in_order], max_shard_bytes)
+        outputs = {key: replace(outputs[key], file=files[key]) for key in in_order}
     return ExportPlan(
         checkpoint=checkpoint,
         base=base,
         converter=converter,
         groups=tuple(groups),
-        outputs={key: outputs[key] for key in in_base_order},
+        outputs={key: outputs[key] for key in in_order},
         extras=tuple(converter.base_only),
         keep_extra=keep_extra,
-        tied=converter.tied,
-        total_parameters=total_parameters,
+        aliases=aliases,
+        untied=tuple(untied),
+        config=base.untied_config() if untied else None,
+        total_parameters=model.num_parameters(),
     )
+
+
+def _converter_of(base: BaseModel, model: Any, additions: Iterable[str] = ()) -> HubConverter:
+    """The base's converter. Raises HubFormatError when a trained tensor would be written in a quantised dtype."""
+    try:
+        converter = HubConverter(model, base.tensors, additions)
+    except HubFormatError:
+        refuse_scaled_tensors(base.tensors, base.name)  # if it has some, then that is why it does not fit
+        raise
+    state = model.state_dict()
+    trained = {
+        key: any(state[name].is_floating_point() for name in group.sources)
+        for group in converter.groups
+        for key in group.targets
+    }
+    refuse_quantised_tensors(base.tensors, trained, base.name)
+    return converter
+
+
+def _trained_apart(reader: TensorReader, aliases: Mapping[str, tuple[str, ...]]) -> list[str]:
+    """Parameters that the base ties to another one, and that the checkpoint has with values of their own.
+
+    A checkpoint of a tied model may have one tensor under both names: only its bytes tell.
+    """
+    apart = []
+    for name, others in aliases.items():
+        stored = [other for other in others if other in reader.tensors and name in reader.tensors]
+        if any(not _same_values(reader, name, other) for other in stored):
+            apart.append(name)
+    return apart
+
+
+def _same_values(reader: TensorReader, name: str, other: str) -> bool:
+    one, two = reader.tensors[name], reader.tensors[other]
+    if (one.shape, one.dtype) != (two.shape, two.dtype):
+        return False
+    bytes_of = [reader.read(n).reshape(-1).view(torch.uint8) for n in (name, other)]
+    return torch.equal(*bytes_of)  # of bytes: a NaN equals itself
+
+
+def _untied_converter(
+    checkpoint: Checkpoint, base: BaseModel, model: Any, aliases: Mapping[str, tuple[str, ...]], untied: Iterable[str]
+) -> HubConverter:
+    """The converter to a result that has tensors of its own for what training untied.
+
+    Raises CheckpointError when the architecture ties them whatever its config says.
+    """
+    if still := sorted(set(untied) & set(tied_names(model))):
+        raise CheckpointError(
+            f"{checkpoint.name} has {still[0]} with other values than {aliases[still[0]][0]}, and {base.name} ties the "
+            "two even with tie_word_embeddings=False: no config loads what was trained. Tie them in training, too, or "
+            "give a base whose code keeps them apart."
+        )
+    return _converter_of(base, model, additions=aliases)
+
+
+def _additions(
+    converter: HubConverter, base: BaseModel, aliases: Mapping[str, tuple[str, ...]]
+) -> dict[str, HubTensor]:
+    """The tensors that the base has not: each in the dtype and the file of the one that it was tied to."""
+    key_of = {name: key for group in converter.groups for name in group.sources for key in group.targets}
+    added = {}
+    for group in converter.groups:
+        for key, shape in group.targets.items():
+            if key not in base.tensors:
+                twin = next(base.tensors[key_of[n]] for n in aliases[group.sources[0]] if key_of[n] in base.tensors)
+                added[key] = HubTensor(key, twin.dtype, shape, twin.file)
+    return added
 
 
 def main_dtype(tensors: Iterable[HubTensor]) -> str:
@@ -132,30 +222,49 @@ def _refuse_adapters(checkpoint: Checkpoint, base: BaseModel) -> None:
         )
 
 
-def _match_checkpoint(checkpoint: Checkpoint, converter: HubConverter, base: BaseModel) -> list[ConversionGroup]:
-    """The converter's groups with sources that the checkpoint has, tied weights resolved. Raises
-    CheckpointError."""
+def _match_checkpoint(checkpoint: Checkpoint, converter: HubConverter, base: BaseModel) -> None:
+    """Raises CheckpointError, with the way out, when the checkpoint's tensors are not those of the base's model."""
     stored = checkpoint.reader.tensors
     _refuse_adapters(checkpoint, base)
     shapes = {name: tuple(tensor.shape) for name, tensor in converter.model.state_dict().items()}
     aliases = converter.tied_aliases()
     problems = []
+    resized = []
     for name in shapes:
-        entry = stored.get(name) or stored.get(aliases.get(name, ""))
+        entry = next((stored[n] for n in (name, *aliases.get(name, ())) if n in stored), None)
         if entry is None:
             problems.append(f"{name} is in the base and not in the checkpoint")
         elif entry.shape != shapes[name]:
             problems.append(f"{name} has shape {entry.shape} in the checkpoint, {shapes[name]} in the base")
+            resized.append((name, entry.shape, shapes[name]))
     problems += [f"{name} is in the checkpoint and not in the base" for name in stored if name not in shapes]
-    if problems:
-        raise CheckpointError(
-            f"{checkpoint.name} is not a checkpoint of {base.name}: {'; '.join(problems[:3])}"
-            f"{f' (and {len(problems) - 3} more)' if len(problems) > 3 else ''}. Give the base that "
-            f"training started from."
-        )
-    return converter.groups
+    if not problems:
+        return
+    more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
+    rows = _rows_of_resized(converter.model, resized) if len(resized) == len(problems) else None
+    fix = (
+        f"The embeddings were resized to {rows} rows in training, and the result is written after the base: resize the "
+        f"base, too, by model = AutoModelForCausalLM.from_pretrained({base.name!r}), "
+        f"model.resize_token_embeddings({rows}), model.save_pretrained(RESIZED), save the tokenizer of the training "
+        "script into the same folder, and give RESIZED as the base."
+        if rows is not None
+        else "Give the base that training started from. If this is it, the training script changed the model (another "
+        "head, layers, biases): build the model as the script does, model.save_pretrained(CHANGED), the tokenizer too, "
+        "and give CHANGED as the base; its values do not matter."
+    )
+    found = f"{'; '.join(problems[:3])}{more}"
+    raise CheckpointError(f"{checkpoint.name} is not a checkpoint of {base.name}: {found}. {fix}")
 
 
-def stored_name(reader: TensorReader, name: str, aliases: Mapping[str, str]) -> str:
-    """The name that a parameter is stored under; a tied one may have been stored once, under its other name."""
-    return name if name in reader.tensors else aliases[name]
+def _rows_of_resized(model: Any, differing: Iterable[tuple[str, tuple[int, ...], tuple[int, ...]]]) -> int | None:
+    """The rows of the checkpoint's embeddings, when they and what is tied to their size are all that differs."""
+    embeddings = {"", *(n for n, module in model.named_modules() if module is model.get_input_embeddings())}
+    rows = {(name.rpartition(".")[0], ours[0]) for name, ours, theirs in differing if ours[1:] == theirs[1:]}
+    if not any(owner in embeddings for owner, _ in rows) or len({count for _, count in rows}) != 1:
+        return None
+    return next(iter(rows))[1]
+
+
+def stored_name(plan: ExportPlan, name: str) -> str:
+    """The name that a parameter is stored under; a tied one may have been stored once, under another of its names."""
+    return next(n for n in (name, *plan.aliases.get(name, ())) if n in plan.checkpoint.reader.tensors)

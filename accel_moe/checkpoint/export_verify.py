@@ -9,38 +9,45 @@ from pathlib import Path
 import torch
 
 from accel_moe.checkpoint.export_plan import ExportPlan, stored_name
-from accel_moe.hub_format import DTYPES, HubConverter, HubTensor, read_header, read_hub_tensors
+from accel_moe.hub_format import DTYPES, HubConverter, HubTensor, meta_model, read_header, read_hub_tensors
 
 
 def verify_export(plan: ExportPlan, folder: Path, *, on_bytes: Callable[[int], None] | None = None) -> list[str]:
-    """Loads the result with transformers' own loading code and compares every parameter with the checkpoint.
+    """Loads the result with transformers' own loading code and compares every tensor of the checkpoint with it.
 
-    The road is not the one that wrote: headers are loaded into a fresh meta model (no key may be missing,
-    unexpected or of another shape), then group by group the tensors are read from the files, converted
-    forward as from_pretrained does, and hashed against the checkpoint's tensor in the result's dtype.
+    The road is not the one that wrote: the result's own config makes a fresh meta model, headers are loaded into it
+    (no key may be missing, unexpected or of another shape), then group by group the tensors are read from the files,
+    converted forward as from_pretrained does, and hashed against the checkpoint's tensor in the result's dtype. A
+    tensor of the checkpoint that nothing in the result was compared with is a difference, too.
     Returns one line for each difference.
     """
     written = read_hub_tensors(folder)
-    converter = HubConverter(plan.base.meta_model(), {k: t for k, t in written.items()})
+    model = meta_model(folder, trust_remote_code=plan.base.trust_remote_code)
+    converter = HubConverter(model, written)
     extras = set(plan.extras) if plan.keep_extra else set()
     problems = [f"{key} is in the plan and not in the result" for key in plan.outputs if key not in written]
     problems += [f"{name} would not be loaded" for name in converter.dry_load.missing]
     problems += list(converter.dry_load.mismatched)
     problems += [f"{key} would be an unexpected key" for key in converter.base_only if key not in extras]
     headers = {file: read_header(folder / file) for file in {tensor.file for tensor in written.values()}}
-    aliases = plan.converter.tied_aliases()
+    reader = plan.checkpoint.reader
+    tied_in_result = converter.tied_aliases()
+    compared: set[str] = set()
     for group in converter.groups:
         hub = {key: _read_tensor(folder, written[key], headers) for key in group.targets}
         loaded = converter.load(group, hub)
         stored_as = next(iter(hub.values())).dtype
         for name, tensor in loaded.items():
-            source = plan.checkpoint.reader.read(stored_name(plan.checkpoint.reader, name, aliases))
-            expected = source.to(stored_as).to(tensor.dtype)
-            if _hash(tensor) != _hash(expected):
-                problems.append(f"{name} loads with other values than the checkpoint has ({', '.join(group.targets)})")
+            names = [n for n in (name, *tied_in_result.get(name, ())) if n in reader.tensors]
+            for stored in names or [stored_name(plan, name)]:
+                compared.add(stored)
+                if _hash(tensor) != _hash(reader.read(stored).to(stored_as).to(tensor.dtype)):
+                    keys = ", ".join(group.targets)
+                    problems.append(f"{name} loads with other values than the checkpoint has of {stored} ({keys})")
         if on_bytes is not None:
             on_bytes(sum(written[key].size_bytes for key in group.targets))
-    return problems
+    left_out = [name for name in reader.tensors if name not in compared]
+    return problems + [f"{name} is in the checkpoint and not in the result" for name in left_out]
 
 
 def _read_tensor(folder: Path, tensor: HubTensor, headers: Mapping[str, dict]) -> torch.Tensor:

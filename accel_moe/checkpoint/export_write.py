@@ -39,7 +39,6 @@ class _GroupWriter:
         for tensors in plan.files().values():
             self._offsets |= header_bytes(tensors)[1]
         self._descriptors: dict[str, int] = {}
-        self._aliases = plan.converter.tied_aliases()
         self._memory: dict[int, torch.Tensor] = {}
 
     def write(self, index: int) -> int:
@@ -61,7 +60,7 @@ class _GroupWriter:
     def _read(self, slot: int, name: str) -> torch.Tensor:
         """A parameter in this slot's memory, which the next group's parameter in the slot will overwrite."""
         reader = self.plan.checkpoint.reader
-        stored = stored_name(reader, name, self._aliases)
+        stored = stored_name(self.plan, name)
         size_bytes = reader.size_bytes(stored)
         if slot not in self._memory or len(self._memory[slot]) < size_bytes:
             self._memory[slot] = torch.empty(size_bytes, dtype=torch.uint8)
@@ -296,9 +295,7 @@ def _create_files(plan: ExportPlan, folder: Path, keep: bool) -> None:
 def _write_small_files(plan: ExportPlan, folder: Path) -> None:
     """Config, tokenizer and the like from the base, and an index unless there is just model.safetensors."""
     plan.base.copy_small_files(folder)
-    main = main_dtype(plan.outputs.values())
-    if main != main_dtype(plan.base.tensors.values()):
-        _set_config_dtype(folder / "config.json", str(DTYPES[main]).removeprefix("torch."))
+    _write_config(plan, folder / "config.json")
     files = plan.files()
     if set(files) != {SINGLE_NAME}:
         index = {
@@ -308,10 +305,15 @@ def _write_small_files(plan: ExportPlan, folder: Path) -> None:
         (folder / INDEX_NAME).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _set_config_dtype(path: Path, dtype: str) -> None:
-    config = json.loads(path.read_text(encoding="utf-8"))
-    for part in [config, *(value for value in config.values() if isinstance(value, dict))]:
-        for key in ("dtype", "torch_dtype"):
-            if key in part:
-                part[key] = dtype
+def _write_config(plan: ExportPlan, path: Path) -> None:
+    """The base's config, byte by byte unless the result's dtype or what it ties is another."""
+    main = main_dtype(plan.outputs.values())
+    if plan.config is None and main == main_dtype(plan.base.tensors.values()):
+        return
+    config = plan.config if plan.config is not None else json.loads(path.read_text(encoding="utf-8"))
+    if main != main_dtype(plan.base.tensors.values()):
+        for part in [config, *(value for value in config.values() if isinstance(value, dict))]:
+            for key in ("dtype", "torch_dtype"):
+                if key in part:
+                    part[key] = str(DTYPES[main]).removeprefix("torch.")
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -67,6 +67,12 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--sizes-only", action="store_true", help="check the checkpoint's files by size, not by checksum"
     )
+    parser.add_argument(
+        "--trust-remote-code",
+        action="store_true",
+        help="run the base's own code, for an architecture that transformers lacks (without it, nobody is asked and "
+        "nothing of it is run)",
+    )
     parser.add_argument("--inspect", action="store_true", help="print what a checkpoint holds, and read no tensor")
     return parser
 
@@ -114,7 +120,7 @@ def consolidate(args: argparse.Namespace) -> int:
     with _checking(checkpoint, checksums=not args.sizes_only) as check:  # while the base's classes are imported
         plan = plan_export(
             checkpoint,
-            open_base(base_name),
+            open_base(base_name, trust_remote_code=args.trust_remote_code),
             dtype=getattr(torch, args.dtype) if args.dtype else None,
             max_shard_bytes=parse_size(args.max_shard_size) if args.max_shard_size else None,
             keep_extra=args.keep_extra,
@@ -147,6 +153,8 @@ def consolidate(args: argparse.Namespace) -> int:
                 check.result()  # damage explains what came of it
                 raise
     print(f"{out}: {len(plan.outputs)} tensors, {plan.size_bytes / 1e9:.2f} GB in {len(plan.files())} file(s)")
+    if left := plan.base.left_behind():
+        print(f"not copied from {base_name}: {_list(left, ', ', shown=20)}")
     return 0
 
 

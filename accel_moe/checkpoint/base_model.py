@@ -2,8 +2,9 @@
 are fetched.
 
 The base says how the result looks (keys, shapes, dtypes, files: hub_format.py), and gives the files that are
-not weights: config, generation config, tokenizer, chat template, remote code, licence. From a Hub id those
-files and the safetensors headers are fetched, never the weights, unless extra keys are to be kept.
+not weights: config, generation config, tokenizers, processors, chat templates, the model's own code, licence. From a
+Hub id those files and the safetensors headers are fetched, never the weights, unless extra keys are to be kept. Without
+a network a whole copy in the Hub's cache will do.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from accel_moe.checkpoint.manifest import MANIFEST_NAME
 from accel_moe.checkpoint.quantised import refuse_quantised_config
 from accel_moe.hub_format import (
     DTYPES,
@@ -31,7 +33,12 @@ from accel_moe.hub_format import (
 
 # What a model folder has beside its weights. Named by suffix, so that a new tokenizer file is not forgotten.
 COPIED_SUFFIXES = (".json", ".jinja", ".txt", ".model", ".tiktoken", ".py", ".jsonl")
+COPIED_SUFFIXES += (".spm", ".codes", ".tokenizer", ".bpe", ".vocab")
 COPIED_NAMES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "NOTICE.txt")
+# What transformers reads from a model's sub-folders; others with a tokenizer of their own come to it (is_tokenizer).
+COPIED_FOLDERS = ("additional_chat_templates", "custom_generate")
+# These would tell whoever loads the result that it is an adapter, or a checkpoint.
+NOT_COPIED = ("adapter_config.json", "trainer_state.json", MANIFEST_NAME)
 _WEIGHT_INDEX_SUFFIX = ".index.json"
 
 
@@ -56,17 +63,33 @@ class BaseModel:
         return untied_config(self.folder, self.trust_remote_code)
 
     def copied_files(self) -> list[str]:
-        """Names of the files that go into the result as they are."""
-        return sorted(
-            path.name
-            for path in self.folder.iterdir()
-            if path.is_file()
-            and (path.name in COPIED_NAMES or path.name.endswith(COPIED_SUFFIXES))
-            and not path.name.endswith(_WEIGHT_INDEX_SUFFIX)
-        )
+        """The files, within the base's folder, that go into the result as they are."""
+        found = [path.name for path in self.folder.iterdir() if _is_copied(path)]
+        for folder in filter(_is_copied_folder, self.folder.iterdir()):
+            found += [str(path.relative_to(self.folder)) for path in folder.rglob("*") if _is_copied(path)]
+        return sorted(found)
+
+    def left_behind(self) -> list[str]:
+        """What else the base's folder has, but for weights that the result has, too, and hidden files."""
+        weights = {tensor.file for tensor in self.tensors.values()}
+        taken = set(self.copied_files())
+        left = []
+        for path in self.folder.iterdir():
+            if path.name.startswith(".") or path.name in weights or path.name == INDEX_NAME or path.name in taken:
+                continue
+            if path.is_dir():
+                inside = {str(p.relative_to(self.folder)) for p in path.rglob("*") if p.is_file()}
+                if _is_copied_folder(path):
+                    left += inside - taken
+                elif not inside <= weights:
+                    left.append(f"{path.name}/")
+            else:
+                left.append(path.name)
+        return sorted(left)
 
     def copy_small_files(self, out: Path) -> None:
         for name in self.copied_files():
+            (out / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(self.folder / name, out / name)
 
     def read_raw(self, keys: Iterable[str]) -> Iterable[tuple[str, bytes]]:
@@ -85,21 +108,48 @@ class BaseModel:
                 yield key, stream.read(end - begin)
 
 
-def open_base(name: str) -> BaseModel:
-    """A base by folder or Hub id. Raises HubFormatError: not a folder and not on the Hub, no weights, no
-    network."""
+def _is_copied(path: Path) -> bool:
+    named = path.name in COPIED_NAMES or path.name.endswith(COPIED_SUFFIXES)
+    excluded = path.name in NOT_COPIED or path.name.endswith(_WEIGHT_INDEX_SUFFIX)
+    return named and not excluded and path.is_file()
+
+
+def _is_copied_folder(path: Path) -> bool:
+    """Whether it is part of the model: templates, or a further tokenizer as a processor saves it; no other model."""
+    if not path.is_dir():
+        return False
+    names = {entry.name for entry in path.iterdir()}
+    return path.name in COPIED_FOLDERS or ("tokenizer_config.json" in names and "config.json" not in names)
+
+
+def open_base(name: str, trust_remote_code: bool = False) -> BaseModel:
+    """A base by folder or Hub id. Raises HubFormatError: not a folder and not on the Hub, no weights, neither network
+    nor a copy in the cache.
+
+    `trust_remote_code` lets code of the base's own be run, where its architecture is not in transformers.
+    """
     folder = Path(os.path.expanduser(name))
     if folder.is_dir():
-        return BaseModel(name, folder, read_hub_tensors(folder), is_local=True)
+        folder = _snapshot_in(folder)
+        return BaseModel(name, folder, read_hub_tensors(folder), True, trust_remote_code)
     looks_like_a_path = folder.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1
     if looks_like_a_path:
         raise HubFormatError(
             f"{name} is not a folder. Give the folder of the model that training started from, or its Hub id."
         )
-    return _open_hub(name)
+    return _open_hub(name, trust_remote_code)
 
 
-def _open_hub(repo: str) -> BaseModel:
+def _snapshot_in(folder: Path) -> Path:
+    """The current snapshot, when the folder is a model's in the Hub's cache (models--org--name)."""
+    revision = folder / "refs" / "main"
+    if not revision.is_file():
+        return folder
+    snapshot = folder / "snapshots" / revision.read_text().strip()
+    return snapshot if snapshot.is_dir() else folder
+
+
+def _open_hub(repo: str, trust_remote_code: bool) -> BaseModel:
     import huggingface_hub
 
     try:
@@ -107,12 +157,7 @@ def _open_hub(repo: str) -> BaseModel:
         folder = huggingface_hub.snapshot_download(repo, allow_patterns=patterns)
         metadata = huggingface_hub.get_safetensors_metadata(repo)
     except Exception as error:  # the client raises its own, requests' and httpx' errors
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise HubFormatError(
-            f"{repo} is not a local folder, and the Hub could not be asked ({type(error).__name__}: "
-            f"{reason}). Without "
-            "a network, give the path of a local copy of the base model."
-        ) from None
+        return _open_cached(repo, error, trust_remote_code)
     tensors = {
         key: HubTensor(key, info.dtype if isinstance(info.dtype, str) else str(info.dtype), tuple(info.shape), file)
         for file, header in metadata.files_metadata.items()
@@ -122,7 +167,28 @@ def _open_hub(repo: str) -> BaseModel:
         raise HubFormatError(unknown_dtypes(repo, unknown))
     if not tensors:
         raise HubFormatError(f"{repo} has no safetensors weights: expected {SINGLE_NAME} or {INDEX_NAME}.")
-    return BaseModel(repo, Path(folder), tensors, is_local=False)
+    return BaseModel(repo, Path(folder), tensors, False, trust_remote_code)
+
+
+def _open_cached(repo: str, why: Exception, trust_remote_code: bool) -> BaseModel:
+    """The copy in the Hub's cache, with its weights, for when the Hub could not be asked. Raises HubFormatError."""
+    import huggingface_hub
+
+    reason = str(why).strip().splitlines()[0] if str(why).strip() else type(why).__name__
+    not_asked = f"{repo} is not a local folder, and the Hub could not be asked ({type(why).__name__}: {reason})"
+    try:
+        folder = Path(huggingface_hub.snapshot_download(repo, local_files_only=True))
+    except Exception:
+        raise HubFormatError(
+            f"{not_asked}. Without a network, give the path of a local copy of the base model."
+        ) from None
+    try:
+        return BaseModel(repo, folder, read_hub_tensors(folder), True, trust_remote_code)
+    except HubFormatError as error:
+        raise HubFormatError(
+            f"{not_asked}; its copy in the cache is not whole ({error}). Download it where there is a network, by "
+            f"hf download {repo}, or give the path of a local copy of the base model."
+        ) from None
 
 
 def _download(repo: str, file: str) -> Path:

@@ -27,7 +27,7 @@ from accel_moe.checkpoint.dcp import (
     tensors_of,
     was_written_with_manifest,
 )
-from accel_moe.checkpoint.folders import refuse_unfinished
+from accel_moe.checkpoint.folders import is_committed, numbered, refuse_unfinished
 from accel_moe.checkpoint.manifest import CheckpointError, Manifest, check_files, known_paths, read_manifest
 
 
@@ -65,12 +65,7 @@ def open_checkpoint(folders: Sequence[str | os.PathLike]) -> Checkpoint:
         roots.append(folder)
     holders = [root for root in roots if (root / dcp_folder).is_dir()]
     if not holders:
-        found = ", ".join(sorted(p.name for p in roots[0].iterdir())[:6]) or "nothing"
-        full = "pytorch_model_fsdp.bin" in found or "model.safetensors" in found
-        hint = " It was saved with FULL_STATE_DICT: those weights need no consolidating." if full else ""
-        raise CheckpointError(
-            f"{roots[0]} is not a sharded checkpoint: expected {dcp_folder}/ in it, found {found}.{hint}"
-        )
+        raise CheckpointError(_no_checkpoint(roots[0], dcp_folder))
     manifests = [manifest for root in roots if (manifest := read_manifest(root)) is not None]
     if any(manifest != manifests[0] for manifest in manifests[1:]):
         raise CheckpointError(
@@ -87,6 +82,32 @@ def open_checkpoint(folders: Sequence[str | os.PathLike]) -> Checkpoint:
             "of its files."
         )
     return Checkpoint(tuple(roots), dcp_folder, manifest, reader)
+
+
+def _no_checkpoint(folder: Path, dcp_folder: str) -> str:
+    """What to say of a folder without a DCP model: what it is instead, and which folder to give."""
+    names = sorted(path.name for path in folder.iterdir())
+    found = ", ".join(names[:6]) or "nothing"
+    text = f"{folder} is not a sharded checkpoint: expected {dcp_folder}/ in it, found {found}."
+    run = [
+        path
+        for parent in (folder, folder / "checkpoints")
+        for prefix in ("checkpoint-", "checkpoint_")
+        for path in numbered(parent, prefix)
+        if (path / dcp_folder).is_dir()
+    ]
+    if run:
+        newest = max(run, key=lambda path: (is_committed(path), path.stat().st_mtime))
+        return f"{text} It is the folder of a run with {len(run)} checkpoint(s): give one of them, such as {newest}."
+    if "adapter_config.json" in names:
+        return (
+            f"{text} It holds an adapter, which consolidate does not merge: "
+            f"PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(BASE), {str(folder)!r})"
+            ".merge_and_unload().save_pretrained(OUT)."
+        )
+    if any(name.startswith(("pytorch_model", "model")) and name.endswith((".bin", ".safetensors")) for name in names):
+        return f"{text} It holds whole weights, as FULL_STATE_DICT saves them: those need no consolidating."
+    return text
 
 
 def check_checkpoint(

@@ -107,6 +107,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def consolidate(args: argparse.Namespace) -> int:
     from accel_moe.checkpoint import export
     from accel_moe.checkpoint.base_model import open_base
+    from accel_moe.checkpoint.export_out import check_room, check_writable, place_of
     from accel_moe.checkpoint.export_plan import plan_export
     from accel_moe.checkpoint.export_verify import verify_export
     from accel_moe.checkpoint.export_write import write_export
@@ -116,6 +117,8 @@ def consolidate(args: argparse.Namespace) -> int:
     *folders, out, base_name = args.paths
     import torch
 
+    place = place_of(Path(out))
+    check_writable(place)
     checkpoint = export.open_checkpoint(folders)
     with _checking(checkpoint, checksums=not args.sizes_only) as check:  # while the base's classes are imported
         plan = plan_export(
@@ -125,6 +128,7 @@ def consolidate(args: argparse.Namespace) -> int:
             max_shard_bytes=parse_size(args.max_shard_size) if args.max_shard_size else None,
             keep_extra=args.keep_extra,
         )
+        check_room(place, plan.size_bytes)
         _say_what_is_special(plan)
 
         def verify(folder: Path) -> None:

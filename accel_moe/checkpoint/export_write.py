@@ -2,7 +2,7 @@
 
 Output files are created at their final size with their header, and every tensor is written at its offset, so
 groups may come in any order and from several processes. What is done is noted in a journal in OUT.tmp, so an
-interrupted export goes on where it stopped. OUT appears by a rename at the end.
+interrupted export goes on where it stopped. How OUT appears at the end: export_out.py.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from pathlib import Path
 
 import torch
 
+from accel_moe.checkpoint.export_out import JOURNAL, Output, appear, place_of, put_back, sync_file, tolerate
 from accel_moe.checkpoint.export_plan import ExportPlan, main_dtype, stored_name
-from accel_moe.checkpoint.manifest import CheckpointError, fsync_folder
+from accel_moe.checkpoint.manifest import CheckpointError
 from accel_moe.hub_format import DTYPES, INDEX_NAME, SINGLE_NAME, HubTensor, header_bytes
 
-_JOURNAL = ".accel_moe_journal"
 _SYNC_BYTES = 1 << 30  # what an interrupted export may have to write again
 
 
@@ -78,10 +78,6 @@ class _GroupWriter:
             count = os.pwrite(self._descriptors[output.file], data[: 1 << 30], position)
             data, position = data[count:], position + count
 
-    def sync(self) -> None:
-        for descriptor in self._descriptors.values():
-            os.fsync(descriptor)
-
     def close(self) -> None:
         for descriptor in self._descriptors.values():
             os.close(descriptor)
@@ -113,7 +109,7 @@ def write_export(
     vouched: Future[None] | None = None,
     vouched_by: str = "",
 ) -> None:
-    """Writes the whole result to OUT.tmp and renames it to OUT.
+    """Writes the whole result to OUT.tmp, or a folder in an OUT that exists, and makes it OUT.
 
     Args:
         workers: processes that read, convert and write; each needs the memory of one group.
@@ -127,11 +123,10 @@ def write_export(
 
     Raises CheckpointError when OUT exists, or another process writes OUT.tmp; OSError when the disk is full.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise CheckpointError(f"{out} exists and is not empty. Remove it, or give another OUT.")
-    staging = out.with_name(out.name + ".tmp")
+    place = place_of(out)
+    staging = place.staging
     staging.mkdir(parents=True, exist_ok=True)
-    with _journal(staging, f"{plan.fingerprint()} {vouched_by}") as (done, note):
+    with _journal(place, f"{plan.fingerprint()} {vouched_by}") as (done, note):
         _create_files(plan, staging, keep=bool(done))
         if done and on_resume is not None:
             on_resume(sum(plan.group_bytes(plan.groups[i]) for i in done))
@@ -146,7 +141,7 @@ def write_export(
                         on_bytes(count)
             for file in plan.files():
                 with open(staging / file, "rb") as stream:
-                    os.fsync(stream.fileno())
+                    sync_file(stream.fileno())
         finally:
             writer.close()
             if vouched is not None and vouched.done() and isinstance(vouched.exception(), CheckpointError):
@@ -154,12 +149,7 @@ def write_export(
         _write_small_files(plan, staging)
         if before_commit is not None:
             before_commit(staging)
-        (staging / _JOURNAL).unlink()
-        fsync_folder(staging)
-        if out.exists():
-            out.rmdir()
-        staging.rename(out)
-        fsync_folder(out.parent)
+        appear(place)
 
 
 def _write_groups(
@@ -236,20 +226,20 @@ def _sync_files(plan: ExportPlan, folder: Path) -> None:
     for file in plan.files():
         descriptor = os.open(folder / file, os.O_RDONLY)
         try:
-            os.fsync(descriptor)
+            sync_file(descriptor)
         finally:
             os.close(descriptor)
 
 
 @contextmanager
-def _journal(staging: Path, fingerprint: str) -> Iterator[tuple[set[int], Callable[[Sequence[int]], None]]]:
+def _journal(place: Output, fingerprint: str) -> Iterator[tuple[set[int], Callable[[Sequence[int]], None]]]:
     """The groups that an earlier export of the same plan finished, and a function that notes more of them.
 
     The journal is locked, so that two exports into one OUT do not mix. One of another plan is thrown away,
     with all that was written.
     """
-    path = staging / _JOURNAL
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    staging = place.staging
+    descriptor = os.open(staging / JOURNAL, os.O_RDWR | os.O_CREAT, 0o644)
     with os.fdopen(descriptor, "r+", encoding="utf-8") as stream:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -257,10 +247,13 @@ def _journal(staging: Path, fingerprint: str) -> Iterator[tuple[set[int], Callab
             raise CheckpointError(
                 f"{staging} is being written by another process. Wait for it, or give another OUT."
             ) from None
+        except OSError as error:
+            tolerate(error, "flock", "see to it yourself that no other process writes the same OUT")
+        put_back(place)
         lines = stream.read().splitlines()
         if not lines or lines[0] != fingerprint:
             for stale in staging.iterdir():
-                if stale.name != _JOURNAL:
+                if stale.name != JOURNAL:
                     shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
             stream.seek(0)
             stream.truncate()
@@ -273,7 +266,7 @@ def _journal(staging: Path, fingerprint: str) -> Iterator[tuple[set[int], Callab
             stream.seek(0, os.SEEK_END)
             stream.write(" ".join(map(str, groups)) + ".\n")  # the dot says that the line is whole
             stream.flush()
-            os.fsync(stream.fileno())
+            sync_file(stream.fileno())
 
         yield done, note
 

@@ -15,7 +15,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from accel_moe import consolidate
-from accel_moe.checkpoint import export, export_write
+from accel_moe.checkpoint import export, export_out, export_write
 from accel_moe.checkpoint.base_model import open_base
 from accel_moe.checkpoint.export_plan import plan_export
 from accel_moe.checkpoint.export_write import write_export
@@ -213,7 +213,7 @@ def test_what_is_written_before_the_check_has_passed_does_not_count(tmp_path, tr
     monkeypatch.setattr(export_write._GroupWriter, "write", interrupted)
     with pytest.raises(KeyboardInterrupt):
         write_export(plan, tmp_path / "out", vouched=check)
-    assert (tmp_path / "out.tmp" / export_write._JOURNAL).read_text().count(".") == 0
+    assert (tmp_path / "out.tmp" / export_out.JOURNAL).read_text().count(".") == 0
     monkeypatch.setattr(export_write._GroupWriter, "write", write)
     resumed = []
     threading.Timer(0.2, check.set_exception, [CheckpointError("damaged")]).start()
@@ -225,7 +225,7 @@ def test_what_is_written_before_the_check_has_passed_does_not_count(tmp_path, tr
 def test_an_interrupted_export_of_another_checkpoint_is_not_resumed(tmp_path, trained, monkeypatch):
     checkpoint, base, _ = trained
     (tmp_path / "out.tmp").mkdir()
-    (tmp_path / "out.tmp" / export_write._JOURNAL).write_text("another plan\n0 1 2 3.\n")
+    (tmp_path / "out.tmp" / export_out.JOURNAL).write_text("another plan\n0 1 2 3.\n")
     (tmp_path / "out.tmp" / "stray.safetensors").write_text("x")
     assert run("--verify", checkpoint, tmp_path / "out", base) == 0
     assert not (tmp_path / "out" / "stray.safetensors").exists()

@@ -2,8 +2,10 @@
 the Hub.
 
 The result has the base model's keys, shapes, dtypes and file layout, its config and tokenizer, and the
-checkpoint's weights. One process, no GPU, no process group; memory is bounded by the largest group of
-tensors, not by the model.
+checkpoint's weights; what training untied in the model is in it, too, and any other change is refused by name.
+Nothing that a checkpoint says is run, and code of the base's own only with --trust-remote-code.
+
+One process, no GPU, no process group; memory is bounded by the largest group of tensors, not by the model.
 
     python -m accel_moe.consolidate out/checkpoint-500 out/hub Qwen/Qwen3-30B-A3B
     python -m accel_moe.consolidate node0/checkpoint-500 node1/checkpoint-500 out/hub base/     (node-local disks)

@@ -31,6 +31,8 @@ from typing import Any
 
 import torch
 
+from accel_moe.hub_config import HubFormatError, model_class, read_config, untied_config
+
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 
@@ -54,10 +56,6 @@ DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool,
 }
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-
-
-class HubFormatError(ValueError):
-    """A base model that cannot serve as the authority, or a model that does not fit it."""
 
 
 @dataclass(frozen=True)
@@ -174,82 +172,17 @@ def meta_model(folder: Path, *, tied: bool = True, trust_remote_code: bool = Fal
     """
     import transformers
 
-    config = _read_config(folder, trust_remote_code)
+    config = read_config(folder, trust_remote_code)
     if not tied:
         config = type(config).from_dict(untied_config(folder, trust_remote_code))
     with torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         # fp32, whatever the config says: a tensor loaded into it keeps its bf16 or fp32 values
-        if model_class := _model_class(folder, config, trust_remote_code):
-            return model_class._from_config(config, dtype=torch.float32)
+        if found := model_class(folder, config, trust_remote_code):
+            return found._from_config(config, dtype=torch.float32)
         return transformers.AutoModelForCausalLM.from_config(
             config, dtype=torch.float32, trust_remote_code=trust_remote_code
         )
-
-
-def _read_config(folder: Path, trust_remote_code: bool) -> Any:
-    import transformers
-
-    if not (folder / "config.json").is_file():
-        raise HubFormatError(f"{folder} has no config.json. Give the folder of the model that training started from.")
-    try:
-        # never None: transformers would then ask on the terminal
-        return transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (ValueError, OSError, KeyError, ImportError) as error:
-        if not trust_remote_code and _own_code(folder):
-            raise HubFormatError(
-                f"{folder} is of an architecture that transformers {transformers.__version__} lacks, and has code of "
-                f"its own, {', '.join(_own_code(folder))}, which was not run. Read it, then add --trust-remote-code."
-            ) from None
-        raise HubFormatError(
-            f"transformers {transformers.__version__} cannot read {folder / 'config.json'}: {_first_line(error)}"
-        ) from None
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
-def _auto_map(folder: Path) -> dict[str, str]:
-    """The classes that a folder's own code defines: {"AutoModelForCausalLM": "modeling_x.XForCausalLM"}."""
-    found = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("auto_map") or {}
-    return {auto: name for auto, name in found.items() if isinstance(name, str)}
-
-
-def _own_code(folder: Path) -> list[str]:
-    return sorted({f"{name.rpartition('.')[0]}.py" for name in _auto_map(folder).values()})
-
-
-def _model_class(folder: Path, config: Any, trust_remote_code: bool) -> Any | None:
-    """The class that the config names, the folder's own if that may run; None leaves the choice to transformers."""
-    import transformers
-
-    names = list(getattr(config, "architectures", None) or [])
-    if trust_remote_code:
-        from transformers.dynamic_module_utils import get_class_from_dynamic_module
-
-        for auto, reference in _auto_map(folder).items():
-            if auto.startswith("AutoModel") and reference.rpartition(".")[2] in names:
-                return get_class_from_dynamic_module(reference, str(folder))
-    return next((getattr(transformers, name) for name in names if hasattr(transformers, name)), None)
-
-
-def untied_config(folder: Path, trust_remote_code: bool = False) -> dict[str, Any]:
-    """The folder's config.json with `tie_word_embeddings` false wherever the model would read that it is true."""
-    document = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-
-    def untie(config: Any, part: dict[str, Any]) -> None:
-        if getattr(config, "tie_word_embeddings", None):
-            part["tie_word_embeddings"] = False
-        for name in getattr(config, "sub_configs", None) or {}:
-            inner = getattr(config, name, None)
-            if inner is not None and getattr(inner, "tie_word_embeddings", None):
-                if not isinstance(part.get(name), dict):
-                    part[name] = {}
-                untie(inner, part[name])
-
-    untie(_read_config(folder, trust_remote_code), document)
-    return document
 
 
 class HubConverter:
@@ -261,8 +194,8 @@ class HubConverter:
         additions: parameters whose tensors the base may lack, and that get one all the same.
 
     After construction `groups` covers every parameter and persistent buffer of the model, `base_only` are
-    the base keys that no parameter becomes (MTP layers), and `tied` are the keys that only repeat another
-    one (the base leaves them out, as save_pretrained does).
+    the base keys that no parameter becomes (MTP layers). What only repeats another parameter is in no
+    group where the base leaves it out, as save_pretrained does.
 
     Raises HubFormatError when a parameter becomes a key that the base does not have, or another shape.
     """
@@ -275,7 +208,6 @@ class HubConverter:
         self._state = dict(model.state_dict())
         self._aliases = tied_names(model)
         self.groups: list[ConversionGroup] = []
-        self.tied: dict[str, str] = {}
         self._plan()
 
     def _plan(self) -> None:
@@ -286,10 +218,8 @@ class HubConverter:
             targets = {key: tuple(tensor.shape) for key, tensor in converted.items()}
             absent = [key for key in targets if key not in self.base]
             if absent and not self._additions.issuperset(sources):
-                alias = self._aliases.get(sources[0])
-                if alias is not None and len(sources) == 1:
-                    self.tied[sources[0]] = alias  # the base leaves the copy out, as save_pretrained does
-                    continue
+                if sources[0] in self._aliases and len(sources) == 1:
+                    continue  # the base leaves the copy out, as save_pretrained does
                 problems.append(f"{', '.join(sources)} becomes {absent[0]}, which the base does not have")
             for key, shape in targets.items():
                 if key in self.base and shape != self.base[key].shape:

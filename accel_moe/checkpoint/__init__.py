@@ -4,11 +4,13 @@
     folders.py    temporary names, the rename that commits, which folders are committed, rotation
     dcp.py        torch.distributed.checkpoint with checksums: the writer, the reader, the bounded one-
                   process reader
+    dcp_metadata.py   DCP's description of a folder, read without running what it says
     ranks.py      agreement between ranks: an error that one rank can see is raised on all of them
     saving.py     one save of model, optimizer and everything else as one commit, at once or in the background
     loading.py    verify, then load; which checkpoint to resume from
     export.py     DCP → Hub format, group by group, in bounded memory: opens and checks the checkpoint;
-                  export_plan.py, export_write.py and export_verify.py do the rest, base_model.py has the base
+                  export_plan.py, export_write.py, export_out.py and export_verify.py do the rest; base_model.py
+                  has the base, quantised.py refuses some
 
 Nothing is imported here: consolidate runs on a login node and must not pay for what only training needs.
 """

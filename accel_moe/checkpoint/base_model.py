@@ -18,6 +18,7 @@ from typing import Any
 
 from accel_moe.checkpoint.manifest import MANIFEST_NAME
 from accel_moe.checkpoint.quantised import refuse_quantised_config
+from accel_moe.hub_config import untied_config
 from accel_moe.hub_format import (
     DTYPES,
     INDEX_NAME,
@@ -28,7 +29,6 @@ from accel_moe.hub_format import (
     read_header,
     read_hub_tensors,
     unknown_dtypes,
-    untied_config,
 )
 
 # What a model folder has beside its weights. Named by suffix, so that a new tokenizer file is not forgotten.

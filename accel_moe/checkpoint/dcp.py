@@ -353,9 +353,6 @@ class TensorReader:
                 "the checkpoint folder that save_state or Trainer wrote."
             )
 
-    def files_of(self, name: str) -> tuple[str, ...]:
-        return tuple(sorted({chunk.file for chunk in self.tensors[name].chunks}))
-
     def missing_files(self) -> list[str]:
         """One line for each data file of the model that is in none of the folders."""
         names = sorted({chunk.file for entry in self.tensors.values() for chunk in entry.chunks})

@@ -1,0 +1,76 @@
+"""The config of a model folder: read without asking anybody, its own code run only when that was allowed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+
+class HubFormatError(ValueError):
+    """A base model that cannot serve as the authority, or a model that does not fit it."""
+
+
+def read_config(folder: Path, trust_remote_code: bool) -> Any:
+    import transformers
+
+    if not (folder / "config.json").is_file():
+        raise HubFormatError(f"{folder} has no config.json. Give the folder of the model that training started from.")
+    try:
+        # never None: transformers would then ask on the terminal
+        return transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (ValueError, OSError, KeyError, ImportError) as error:
+        if not trust_remote_code and _own_code(folder):
+            raise HubFormatError(
+                f"{folder} is of an architecture that transformers {transformers.__version__} lacks, and has code of "
+                f"its own, {', '.join(_own_code(folder))}, which was not run. Read it, then add --trust-remote-code."
+            ) from None
+        raise HubFormatError(
+            f"transformers {transformers.__version__} cannot read {folder / 'config.json'}: {_first_line(error)}"
+        ) from None
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _auto_map(folder: Path) -> dict[str, str]:
+    """The classes that a folder's own code defines: {"AutoModelForCausalLM": "modeling_x.XForCausalLM"}."""
+    found = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("auto_map") or {}
+    return {auto: name for auto, name in found.items() if isinstance(name, str)}
+
+
+def _own_code(folder: Path) -> list[str]:
+    return sorted({f"{name.rpartition('.')[0]}.py" for name in _auto_map(folder).values()})
+
+
+def model_class(folder: Path, config: Any, trust_remote_code: bool) -> Any | None:
+    """The class that the config names, the folder's own if that may run; None leaves the choice to transformers."""
+    import transformers
+
+    names = list(getattr(config, "architectures", None) or [])
+    if trust_remote_code:
+        from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+        for auto, reference in _auto_map(folder).items():
+            if auto.startswith("AutoModel") and reference.rpartition(".")[2] in names:
+                return get_class_from_dynamic_module(reference, str(folder))
+    return next((getattr(transformers, name) for name in names if hasattr(transformers, name)), None)
+
+
+def untied_config(folder: Path, trust_remote_code: bool = False) -> dict[str, Any]:
+    """The folder's config.json with `tie_word_embeddings` false wherever the model would read that it is true."""
+    document = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+
+    def untie(config: Any, part: dict[str, Any]) -> None:
+        if getattr(config, "tie_word_embeddings", None):
+            part["tie_word_embeddings"] = False
+        for name in getattr(config, "sub_configs", None) or {}:
+            inner = getattr(config, name, None)
+            if inner is not None and getattr(inner, "tie_word_embeddings", None):
+                if not isinstance(part.get(name), dict):
+                    part[name] = {}
+                untie(inner, part[name])
+
+    untie(read_config(folder, trust_remote_code), document)
+    return document

@@ -154,12 +154,10 @@ def _trained_apart(reader: TensorReader, aliases: Mapping[str, tuple[str, ...]])
 
     A checkpoint of a tied model may have one tensor under both names: only its bytes tell.
     """
-    apart = []
-    for name, others in aliases.items():
-        stored = [other for other in others if other in reader.tensors and name in reader.tensors]
-        if any(not _same_values(reader, name, other) for other in stored):
-            apart.append(name)
-    return apart
+    pairs = {frozenset((name, other)) for name, others in aliases.items() for other in others}
+    stored = [sorted(pair) for pair in pairs if all(name in reader.tensors for name in pair)]
+    apart = {name for one, two in stored if not _same_values(reader, one, two) for name in (one, two)}
+    return sorted(apart)
 
 
 def _same_values(reader: TensorReader, name: str, other: str) -> bool:

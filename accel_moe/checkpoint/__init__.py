@@ -1,7 +1,10 @@
 """Checkpoints: DCP folders with a manifest beside them, and the road from there to Hub-format safetensors.
 
     manifest.py   what a checkpoint holds, written last; checksums; the checks that need no process group
-    folders.py    temporary names, the rename that commits, which folders are committed, rotation
+    durable.py    fsync and flock, where a file system may refuse them
+    folders.py    temporary names, who fills them, which folders are committed, cleaning, rotation
+    transaction.py    the commit, and what finishes it after a kill
+    advice.py     what to do about an error of the operating system
     dcp.py        torch.distributed.checkpoint with checksums: the writer, the reader, the bounded one-
                   process reader
     dcp_metadata.py   DCP's description of a folder, read without running what it says

@@ -41,6 +41,7 @@ from torch.distributed.checkpoint.planner import LoadPlan, SavePlan
 from torch.distributed.checkpoint.storage import WriteResult
 
 from accel_moe.checkpoint.dcp_metadata import read_metadata
+from accel_moe.checkpoint.durable import fsync
 from accel_moe.checkpoint.manifest import (
     CheckpointError,
     Chunk,
@@ -103,6 +104,8 @@ class _ChecksumFileSystem(FileSystem):
                 return
             digest = StreamDigest(self._algorithm, self._pool)
             yield _ChecksumStream(raw, digest)
+            raw.flush()
+            fsync(raw.fileno())
             self.written[str(path)] = FileEntry(digest.size_bytes, digest.hexdigest())
 
     def rename(self, path: str | os.PathLike, new_path: str | os.PathLike) -> None:
@@ -160,7 +163,8 @@ class ChecksumWriter(FileSystemWriter):
         leaders: Sequence[int] = (0,),
         copy_ahead_bytes: int = COPY_AHEAD_BYTES,
     ) -> None:
-        super().__init__(path, sync_files=True, overwrite=False, per_thread_copy_ahead=copy_ahead_bytes)
+        # DCP's own fsync fails the save where the file system has none: the file system above does it
+        super().__init__(path, sync_files=False, overwrite=False, per_thread_copy_ahead=copy_ahead_bytes)
         self.fs = _ChecksumFileSystem(algorithm, pool)
         self._leaders = leaders
         self.node_metadata: dict[int, bytes] = {}

@@ -29,6 +29,7 @@ from accel_moe.checkpoint.dcp import (
 )
 from accel_moe.checkpoint.folders import is_committed, numbered, refuse_unfinished
 from accel_moe.checkpoint.manifest import CheckpointError, Manifest, check_files, known_paths, read_manifest
+from accel_moe.checkpoint.transaction import recover
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,7 @@ def open_checkpoint(folders: Sequence[str | os.PathLike]) -> Checkpoint:
     roots = []
     dcp_folder = f"{MODEL_FOLDER}_0"
     for folder in map(Path, folders):
+        recover(folder)
         if not folder.is_dir():
             raise CheckpointError(f"{folder} is not a folder. Give the folder that save_state or Trainer wrote.")
         folder = folder.resolve()
@@ -61,6 +63,7 @@ def open_checkpoint(folders: Sequence[str | os.PathLike]) -> Checkpoint:
             dcp_folder, folder = folder.name, folder.parent
         elif not (folder / dcp_folder).is_dir() and (folder / METADATA_NAME).is_file():
             dcp_folder, folder = folder.name, folder.parent  # a DCP folder under another name
+        recover(folder)
         refuse_unfinished(folder)
         roots.append(folder)
     holders = [root for root in roots if (root / dcp_folder).is_dir()]

@@ -7,22 +7,19 @@ are then moved up one by one, the config last: without it nobody takes the folde
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import shutil
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
-from accel_moe.checkpoint.manifest import CheckpointError, fsync_folder
+from accel_moe.checkpoint.durable import fsync_folder
+from accel_moe.checkpoint.manifest import CheckpointError
 
 JOURNAL = ".accel_moe_journal"
 _MOVED = ".accel_moe_moved"  # the names that are moved up, written before the first is
 _INSIDE = ".accel_moe_consolidate.tmp"
 _OF_THE_SYSTEM = {"lost+found"}  # in the root of a fresh volume
-_NOT_SUPPORTED = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK}
-_warned: set[str] = set()
 
 
 @dataclass(frozen=True)
@@ -119,20 +116,3 @@ def appear(place: Output) -> None:
     fsync_folder(place.final)
     shutil.rmtree(place.staging)
     fsync_folder(place.final)
-
-
-def sync_file(descriptor: int) -> None:
-    """fsync, and one warning where the file system has none."""
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        tolerate(error, "fsync", "what is written may be lost if the machine stops")
-
-
-def tolerate(error: OSError, call: str, price: str) -> None:
-    """Says once what a file system without `call` costs; raises what is another error."""
-    if error.errno not in _NOT_SUPPORTED:
-        raise error
-    if call not in _warned:
-        _warned.add(call)
-        warnings.warn(f"the file system of OUT has no {call} ({error.strerror}): {price}.", stacklevel=3)

@@ -7,7 +7,6 @@ interrupted export goes on where it stopped. How OUT appears at the end: export_
 
 from __future__ import annotations
 
-import fcntl
 import json
 import multiprocessing
 import os
@@ -21,7 +20,8 @@ from pathlib import Path
 
 import torch
 
-from accel_moe.checkpoint.export_out import JOURNAL, Output, appear, place_of, put_back, sync_file, tolerate
+from accel_moe.checkpoint.durable import fsync, fsync_path, lock
+from accel_moe.checkpoint.export_out import JOURNAL, Output, appear, place_of, put_back
 from accel_moe.checkpoint.export_plan import ExportPlan, main_dtype, stored_name
 from accel_moe.checkpoint.manifest import CheckpointError
 from accel_moe.hub_format import DTYPES, INDEX_NAME, SINGLE_NAME, HubTensor, header_bytes
@@ -141,7 +141,7 @@ def write_export(
                         on_bytes(count)
             for file in plan.files():
                 with open(staging / file, "rb") as stream:
-                    sync_file(stream.fileno())
+                    fsync(stream.fileno())
         finally:
             writer.close()
             if vouched is not None and vouched.done() and isinstance(vouched.exception(), CheckpointError):
@@ -224,11 +224,7 @@ def _worker_pool(writer: _GroupWriter, workers: int) -> Iterator[ProcessPoolExec
 
 def _sync_files(plan: ExportPlan, folder: Path) -> None:
     for file in plan.files():
-        descriptor = os.open(folder / file, os.O_RDONLY)
-        try:
-            sync_file(descriptor)
-        finally:
-            os.close(descriptor)
+        fsync_path(folder / file)
 
 
 @contextmanager
@@ -241,14 +237,8 @@ def _journal(place: Output, fingerprint: str) -> Iterator[tuple[set[int], Callab
     staging = place.staging
     descriptor = os.open(staging / JOURNAL, os.O_RDWR | os.O_CREAT, 0o644)
     with os.fdopen(descriptor, "r+", encoding="utf-8") as stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise CheckpointError(
-                f"{staging} is being written by another process. Wait for it, or give another OUT."
-            ) from None
-        except OSError as error:
-            tolerate(error, "flock", "see to it yourself that no other process writes the same OUT")
+        if lock(stream.fileno()) is False:
+            raise CheckpointError(f"{staging} is being written by another process. Wait for it, or give another OUT.")
         put_back(place)
         lines = stream.read().splitlines()
         if not lines or lines[0] != fingerprint:
@@ -266,7 +256,7 @@ def _journal(place: Output, fingerprint: str) -> Iterator[tuple[set[int], Callab
             stream.seek(0, os.SEEK_END)
             stream.write(" ".join(map(str, groups)) + ".\n")  # the dot says that the line is whole
             stream.flush()
-            sync_file(stream.fileno())
+            fsync(stream.fileno())
 
         yield done, note
 

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dist_cp
 
-from accel_moe.checkpoint import folders, ranks
+from accel_moe.checkpoint import folders, ranks, transaction
 from accel_moe.checkpoint.dcp import (
     MODEL_FOLDER,
     MODEL_PREFIX,
@@ -195,7 +195,7 @@ def _check_model(folder: Path, stored: dict[str, Any], model: Any, manifest: Man
 
 def newest_on_all_ranks(parent: Path, prefix: str) -> Path:
     """The newest checkpoint that is committed on every rank's disk. A collective. Raises CheckpointError."""
-    ranks.together(f"looking into {parent}", lambda: folders.recover(parent) if ranks.local_rank() == 0 else [])
+    transaction.recover_everywhere(None, transaction.resolved(parent))
     here = {path.name: folders.is_committed(path) for path in folders.numbered(parent, prefix)}
     everyone = ranks.gather(here)
     passed_over = [path.name for path in folders.unfinished(parent)]
@@ -225,7 +225,7 @@ def wrap_get_last_checkpoint(original: Callable[..., Any]) -> Callable[..., Any]
     @functools.wraps(original)
     def get_last_checkpoint(folder):
         parent = Path(folder)
-        folders.recover(parent)
+        transaction.recover_beside(parent)
         newest, passed_over = folders.newest_committed(parent, "checkpoint-")
         if newest is None:
             return original(folder)
@@ -252,7 +252,7 @@ def wrap_load_state(original: Callable[..., Any]) -> Callable[..., Any]:
         wait_for_background()
         if input_dir is not None:
             folder = Path(os.path.abspath(os.path.expanduser(input_dir)))
-            ranks.together(f"looking for {folder}", lambda: _recover_one(folder))
+            transaction.recover_everywhere(transaction.resolved(folder))
         elif self.project_configuration.automatic_checkpoint_naming:
             folder = newest_on_all_ranks(Path(self.project_dir) / "checkpoints", "checkpoint_")
         else:
@@ -272,11 +272,6 @@ def wrap_load_state(original: Callable[..., Any]) -> Callable[..., Any]:
         return result
 
     return load_state
-
-
-def _recover_one(folder: Path) -> None:
-    if not folder.exists() and ranks.local_rank() == 0:
-        folders.recover(folder.parent)
 
 
 def _tell_what_is_lost(folder: Path, manifest: Manifest | None) -> None:

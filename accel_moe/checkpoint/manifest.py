@@ -34,6 +34,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from accel_moe.checkpoint.durable import fsync, fsync_folder
+
 MANIFEST_NAME = "accel_moe_manifest.json"
 FORMAT_VERSION = 1
 BLOCK_BYTES = 4 * 1024 * 1024
@@ -201,17 +203,8 @@ def write_manifest(folder: str | os.PathLike, manifest: Manifest) -> None:
     with open(path, "w", encoding="utf-8") as stream:
         stream.write(manifest.to_json())
         stream.flush()
-        os.fsync(stream.fileno())
+        fsync(stream.fileno())
     fsync_folder(path.parent)
-
-
-def fsync_folder(folder: str | os.PathLike) -> None:
-    """Makes the names in a folder durable: a rename or a new file is only safe after this."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 # --- checksums

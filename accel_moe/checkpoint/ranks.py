@@ -124,16 +124,20 @@ def _origins(error: BaseException) -> list[int]:
 
 
 def describe(error: BaseException) -> str:
-    """One line for a message: DCP's wrapper is opened, a traceback is not quoted."""
+    """One line for a message: DCP's wrapper is opened, a traceback is not quoted, a mend (advice.py) is added."""
     if isinstance(error, CheckpointException) and error.failures:
         first: Any = error.failures[min(error.failures)]
         error = first[0] if isinstance(first, tuple) else first
     if isinstance(error, CheckpointError):
         return str(error)
+    mend = getattr(error, "mend", "")
     if isinstance(error, OSError) and error.strerror:
-        return f"{error.strerror}{f': {error.filename}' if error.filename else ''} ({type(error).__name__})"
-    text = str(error).strip()
-    return f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__
+        where = f": {error.filename}" if error.filename else ""
+        text = f"{error.strerror}{where} ({type(error).__name__})"
+    else:
+        said = str(error).strip()
+        text = f"{type(error).__name__}: {said.splitlines()[0]}" if said else type(error).__name__
+    return f"{text}. {mend}" if mend else text
 
 
 def host() -> str:

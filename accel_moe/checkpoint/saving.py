@@ -3,10 +3,10 @@ not at all.
 
 accelerate and Trainer decide what belongs to a checkpoint; they keep doing so. Around them:
 
-    1. begin     a fresh folder `tmp-0-<id>.<name>`, on each disk that the ranks write to
-    2. fill      the original save runs, into that folder. Its FSDP model and optimizer go through DCP with
-    checksums 3. seal      every other file is hashed and made durable; the manifest is written last 4.
-    commit    the folder is renamed to its name; only now is the oldest checkpoint deleted
+    1. begin     what others left is finished or removed; a fresh folder, on each disk that the ranks write to
+    2. fill      the original save runs, into that folder. Its FSDP model and optimizer go through DCP with checksums
+    3. seal      every other file is hashed and made durable; the manifest is written last
+    4. commit    when all disks have sealed, the folder gets its name (transaction.py); then the oldest one is deleted
 
 With `moe_async_save` step 2 only copies the tensors to (pinned) host memory, and the DCP writing and steps 3
 and 4 run in a thread, over a gloo group of their own. A second save, a load, and the end of training wait
@@ -27,7 +27,6 @@ import atexit
 import copy
 import functools
 import os
-import shutil
 import sys
 import threading
 import warnings
@@ -36,13 +35,14 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from importlib import metadata as installed
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed.checkpoint as dist_cp
 from torch.distributed.tensor import DTensor
 
-from accel_moe.checkpoint import folders, ranks
+from accel_moe.checkpoint import folders, ranks, transaction
+from accel_moe.checkpoint.advice import told_with_a_mend
 from accel_moe.checkpoint.dcp import (
     COPY_AHEAD_BYTES,
     METADATA_NAME,
@@ -54,6 +54,7 @@ from accel_moe.checkpoint.dcp import (
     check_metadata,
     tensors_of,
 )
+from accel_moe.checkpoint.durable import fsync_folder, fsync_path
 from accel_moe.checkpoint.manifest import (
     CheckpointError,
     FileEntry,
@@ -65,6 +66,7 @@ from accel_moe.checkpoint.manifest import (
 )
 from accel_moe.experts import prepared_state
 
+T = TypeVar("T")
 _VERSIONED = ("accel_moe", "torch", "accelerate", "transformers")
 
 
@@ -74,16 +76,18 @@ _VERSIONED = ("accel_moe", "torch", "accelerate", "transformers")
 
 @dataclass
 class Save:
-    """A save under way. `work` is what the original save is told to fill; it becomes `final`.
+    """A save under way. `work`, a folder inside `staging`, is what the original save is told to fill.
 
-    Paths are this rank's own: with node-local disks they may differ between ranks. `leaders[r]` is the rank
-    that made the folder which rank r writes to; a leader seals and renames its folder.
+    It becomes `final`, which is `named` with symlinks followed. Paths are this rank's own: with node-local disks they
+    may differ between ranks. `leaders[r]` is the rank that made the folder which rank r writes to; a leader holds its
+    lock (`held`), seals it and commits it.
     """
 
+    named: Path
     final: Path
     staging: Path
     work: Path
-    save_id: str
+    held: int | None
     models: list[Any]
     background: bool
     leaders: list[int]
@@ -96,6 +100,7 @@ class Save:
     metadata: dict[str, Any] = field(default_factory=dict)
     node_metadata: dict[str, dict[int, bytes]] = field(default_factory=dict)
     after_commit: list[Callable[[], None]] = field(default_factory=list)
+    must_stay: bool = False  # what was written counts, or may come to count
     algorithm: str = field(default_factory=default_algorithm)
 
     @property
@@ -126,29 +131,40 @@ def option(models: Sequence[Any], name: str) -> Any:
 # ----------------------------------------------------------------------------------------------------
 
 
-def begin(final: Path, models: list[Any], *, nested: bool = False) -> Save:
+def begin(named: str | os.PathLike, models: list[Any]) -> Save:
     """Makes the folder to fill. A collective of all ranks. Raises CheckpointError on every rank.
 
-    With `nested` the work folder has its final name inside the temporary one: Trainer insists on naming it.
+    First it finishes the commits that were cut short, and removes what is left of dead saves, so that a job that
+    crashes again and again does not fill the disk.
     """
-    final = Path(os.path.abspath(os.path.expanduser(final)))
-    save_id = ranks.from_rank0(folders.new_save_id())
-    staging = folders.staging_name(final, save_id)
-    ranks.together(f"saving {final}", lambda: _refuse_a_file(final))
-    leaders = ranks.from_rank0(_create_on_every_disk(staging))
-    work = staging / final.name if nested else staging
-    save = Save(
+    named = Path(os.path.abspath(os.path.expanduser(named)))
+    final = transaction.resolved(named)
+    folders.release_all()  # the caller waited for the last save; an interrupt may have left one behind
+    _step(named, f"saving {named}", lambda: _refuse_a_file(final))
+    transaction.recover_everywhere(final, final.parent)
+    acts = transaction.acts_for(final)
+    _step(named, f"cleaning {final.parent}", lambda: acts and folders.clean_abandoned(final.parent, final))
+    leaders, work, held = _create_on_every_disk(named, final)
+    return Save(
+        named=named,
         final=final,
-        staging=staging,
+        staging=work.parent,
         work=work,
-        save_id=save_id,
+        held=held,
         models=models,
         background=bool(option(models, "moe_async_save")),
         leaders=leaders,
     )
-    if nested:
-        ranks.together(f"saving {final}", lambda: work.mkdir(exist_ok=True))
-    return save
+
+
+def _step(named: Path, what: str, step: Callable[[], T]) -> T:
+    """ranks.together, with a word of advice when the operating system refuses. A collective."""
+
+    def advised() -> T:
+        with told_with_a_mend(transaction.resolved(named)):
+            return step()
+
+    return ranks.together(what, advised)
 
 
 def _refuse_a_file(final: Path) -> None:
@@ -156,26 +172,36 @@ def _refuse_a_file(final: Path) -> None:
         raise CheckpointError(f"{final} is a file, expected a folder or nothing. Save under another name.")
 
 
-def _create_on_every_disk(staging: Path) -> list[int]:
-    """Creates the folder once on each disk that some rank writes to; returns each rank's leader. A
-    collective.
+def _create_on_every_disk(named: Path, final: Path) -> tuple[list[int], Path, int | None]:
+    """Creates the folder once on each disk that some rank writes to. A collective.
 
-    Rank 0 creates it; ranks that do not see it write elsewhere, and the lowest of them creates it there; and
-    so on. With a shared disk that is one round.
+    Returns each rank's leader, the folder to fill, and the lock, which only leaders have. Rank 0 creates it; ranks
+    that do not see it write elsewhere, and the lowest of them creates it there; and so on. With a shared disk that is
+    one round. A folder that exists is not left: the new files are prepared inside it.
     """
+    save_id = ranks.from_rank0(folders.new_save_id())
     leaders: list[int | None] = [None] * ranks.world_size()
+    mine, held = final, None
     while None in leaders:
         leader = leaders.index(None)
 
-        def create(leader: int = leader) -> None:
-            if ranks.rank() == leader:
-                folders.create_staging(staging)
+        def create(leader: int = leader) -> tuple[bool, int | None]:
+            if ranks.rank() != leader:
+                return False, None
+            inside = final.is_dir()
+            staging = folders.staging_name(final, save_id, inside=inside)
+            lock = folders.create_staging(staging)
+            (staging / (named.name or "root")).mkdir()
+            return inside, lock
 
-        ranks.together(f"creating {staging}", create)
-        for r, sees in enumerate(ranks.gather(staging.is_dir())):
-            if sees and leaders[r] is None:
-                leaders[r] = leader
-    return [leader for leader in leaders if leader is not None]
+        made = _step(named, f"saving {named}", create)
+        held = made[1] if made[1] is not None else held
+        staging = folders.staging_name(final, save_id, inside=ranks.gather(made[0])[leader])
+        sees = ranks.gather(staging.is_dir())
+        if sees[ranks.rank()] and leaders[ranks.rank()] is None:
+            mine = staging / (named.name or "root")
+        leaders = [leader if there and known is None else known for there, known in zip(sees, leaders, strict=True)]
+    return [leader for leader in ranks.from_rank0(leaders) if leader is not None], mine, held
 
 
 # --- 2. fill
@@ -212,7 +238,7 @@ def _write_dcp(save: Save, folder: str, state_dict: dict[str, Any]) -> None:
                     no_dist=not ranks.distributed(),
                 )
 
-        ranks.together(f"saving {save.final}", write)
+        _step(save.named, f"saving {save.named}", write)
     save.node_metadata[folder] = writer.node_metadata
     save.entries |= {f"{folder}/{name}": entry for name, entry in writer.file_entries().items()}
 
@@ -267,31 +293,47 @@ def _seal_and_commit(save: Save) -> None:
     save.writes.clear()
     _share_metadata(save)
     manifest = _seal(save)
+    what = f"saving {save.named}"
 
     def write_it() -> None:
         if save.is_leader:
             node = sorted(set(save.leaders)).index(ranks.rank())
             write_manifest(save.work, Manifest(**{**vars(manifest), "node": node}))
 
-    ranks.together(f"saving {save.final}", write_it)
+    def prepare() -> None:
+        if save.is_leader:
+            save.work = transaction.prepare(save.work, save.final)
 
     def commit() -> None:
         if save.is_leader:
-            folders.commit(save.work, save.final, save.save_id)
-            if save.work != save.staging:
-                shutil.rmtree(save.staging, ignore_errors=True)
+            save.must_stay = len(set(save.leaders)) > 1  # another node may have committed, and recovers with this one
+            save.work = transaction.commit(save.work, save.final)
+            save.must_stay = True
+            _let_go(save)
 
-    ranks.together(f"committing {save.final}", commit)
+    def move() -> None:
+        if save.is_leader:
+            transaction.move_into_place(save.work, save.final, save.staging)
 
     def tidy() -> None:
         if save.is_leader:
             if save.prefix is not None:
-                folders.rotate(save.final.parent, save.prefix, save.keep, save.protected)
-            folders.clean_abandoned(save.final.parent)
+                folders.rotate(save.final.parent, save.prefix, save.keep, save.final, save.protected)
+            folders.clean_abandoned(save.final.parent, save.final)
         for act in save.after_commit:
             act()
 
-    ranks.together(f"tidying up after {save.final} (which is committed)", tidy)
+    _step(save.named, what, write_it)
+    _step(save.named, what, prepare)  # from here on every disk has a sealed folder
+    _step(save.named, f"committing {save.named}", commit)
+    _step(save.named, f"moving the files of {save.named} (which is committed) into place", move)
+    _step(save.named, f"tidying up after {save.named} (which is committed)", tidy)
+
+
+def _let_go(save: Save) -> None:
+    if save.held is not None:
+        folders.release(save.held)
+        save.held = None
 
 
 def _share_metadata(save: Save) -> None:
@@ -306,7 +348,7 @@ def _share_metadata(save: Save) -> None:
                 (save.work / folder).mkdir(exist_ok=True)
                 (save.work / folder / METADATA_NAME).write_bytes(by_leader[ranks.rank()])
 
-    ranks.together(f"saving {save.final}", write)
+    _step(save.named, f"saving {save.named}", write)
 
 
 def _seal(save: Save) -> Manifest:
@@ -323,7 +365,7 @@ def _seal(save: Save) -> Manifest:
         mine = known[ranks.rank()]
         return mine | _hash_rest(save.work, set(mine), save.algorithm)
 
-    sealed = ranks.gather(ranks.together(f"saving {save.final}", seal_rest))
+    sealed = ranks.gather(_step(save.named, f"saving {save.named}", seal_rest))
     leaders = sorted(set(save.leaders))
 
     def describe() -> Manifest | None:
@@ -354,7 +396,7 @@ def _seal(save: Save) -> Manifest:
         )
 
     hosts = ranks.gather(ranks.host())
-    return ranks.from_rank0(ranks.together(f"saving {save.final}", describe))  # type: ignore[return-value]
+    return ranks.from_rank0(_step(save.named, f"saving {save.named}", describe))  # type: ignore[return-value]
 
 
 def _hash_rest(root: Path, known: set[str], algorithm: str) -> dict[str, FileEntry]:
@@ -365,14 +407,10 @@ def _hash_rest(root: Path, known: set[str], algorithm: str) -> dict[str, FileEnt
             name = path.relative_to(root).as_posix()
             if name in known or folders.is_internal(path):
                 continue
-            descriptor = os.open(path, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
+            fsync_path(path)
             rest[name] = FileEntry(path.stat().st_size, file_digest(path, algorithm, pool))
     for folder in [root, *(p for p in root.rglob("*") if p.is_dir())]:
-        folders.fsync_folder(folder)
+        fsync_folder(folder)
     return rest
 
 
@@ -478,14 +516,11 @@ def wrap_save_state(original: Callable[..., Any]) -> Callable[..., Any]:
         naming = project.automatic_checkpoint_naming
         if naming:
             final = Path(self.project_dir) / "checkpoints" / f"checkpoint_{self.save_iteration}"
-            if any(ranks.gather(final.exists())):
-                raise ValueError(
-                    f"Checkpoint directory {final} ({self.save_iteration}) already exists. Please manually "
-                    f"override "
-                    "`self.save_iteration` with what iteration to start with."
-                )
+            transaction.recover_everywhere(None, transaction.resolved(final.parent))
+            _refuse_a_number_in_use(final, self.save_iteration)
         else:
             final = Path(output_dir)
+        iteration = project.iteration
         save = begin(final, models)
         save.step = _optimizer_step(self._optimizers)
         if naming:
@@ -493,6 +528,9 @@ def wrap_save_state(original: Callable[..., Any]) -> Callable[..., Any]:
         project.automatic_checkpoint_naming = False  # the original must write where it is told
         try:
             fill(save, lambda: original(self, str(save.work), safe_serialization, **save_model_func_kwargs))
+        except Exception:
+            project.iteration = iteration  # the original counts on the ranks where it did not fail
+            raise
         finally:
             project.automatic_checkpoint_naming = naming
         complete(save)
@@ -501,13 +539,27 @@ def wrap_save_state(original: Callable[..., Any]) -> Callable[..., Any]:
     return save_state
 
 
+def _refuse_a_number_in_use(final: Path, number: int) -> None:
+    """Raises ValueError, as accelerate does, on every rank. A collective."""
+    if not any(ranks.gather(final.exists())):
+        return
+    there = [int(path.name.rpartition("_")[2]) for path in folders.numbered(final.parent, "checkpoint_")]
+    highest = max(there, default=number)
+    free = max(ranks.gather(highest)) + 1
+    raise ValueError(
+        f"{final} exists, expected a checkpoint that is not there yet: accelerate counts from {number} in this "
+        f"process, and an earlier run wrote that number. Set accelerator.project_configuration.iteration = {free} "
+        f"(after load_state, or before the first save_state), or use another project_dir."
+    )
+
+
 def fill(save: Save, original: Callable[[], Any]) -> None:
     """Runs the original save with `save` in force. What a rank raises there is raised on all."""
     global _active
     assert _active is None, "a save inside a save"
     _active = save
     try:
-        ranks.together(f"saving {save.final}", original)
+        _step(save.named, f"saving {save.named}", original)
     except Exception:
         _discard(save)
         raise
@@ -516,10 +568,13 @@ def fill(save: Save, original: Callable[[], Any]) -> None:
 
 
 def _discard(save: Save) -> None:
-    """Removes what a failed save wrote, so that it does not fill the disk. Best effort; never hides the
-    failure."""
-    if save.is_leader:
-        shutil.rmtree(save.staging, ignore_errors=True)
+    """Removes what a failed save wrote, so that it does not fill the disk. Best effort; never hides the failure.
+
+    What was sealed stays when another node may have committed its part.
+    """
+    if save.is_leader and not save.must_stay:
+        transaction.discard(save.work, save.staging)
+    _let_go(save)
 
 
 def _optimizer_step(optimizers: Iterable[Any]) -> int | None:
@@ -544,7 +599,7 @@ def wrap_save_fsdp_model(original: Callable[..., Any]) -> Callable[..., Any]:
             def plain() -> Any:
                 return original(fsdp_plugin, accelerator, model, output_dir, model_index, adapter_only, use_dcp)
 
-            return ranks.together(f"saving {save.final}", plain)
+            return _step(save.named, f"saving {save.named}", plain)
         from torch.distributed.checkpoint.state_dict import get_model_state_dict
 
         state_dict = get_model_state_dict(model, options=sharded_options())
@@ -566,7 +621,7 @@ def wrap_save_fsdp_optimizer(original: Callable[..., Any]) -> Callable[..., Any]
             def plain() -> Any:
                 return original(fsdp_plugin, accelerator, optimizer, model, output_dir, optimizer_index, use_dcp)
 
-            return ranks.together(f"saving {save.final}", plain)
+            return _step(save.named, f"saving {save.named}", plain)
         from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
         state_dict = get_optimizer_state_dict(model, optimizer, options=sharded_options())
@@ -608,7 +663,7 @@ def wrap_save_checkpoint(original: Callable[..., Any]) -> Callable[..., Any]:
             return original(self, model, trial)
         wait_for_background()
         run_dir = Path(self._get_output_dir(trial=trial))
-        save = begin(run_dir / f"checkpoint-{self.state.global_step}", models, nested=True)
+        save = begin(run_dir / f"checkpoint-{self.state.global_step}", models)
         save.step, save.prefix, save.keep = self.state.global_step, "checkpoint-", self.args.save_total_limit
 
         def write() -> None:
@@ -626,7 +681,7 @@ def wrap_save_checkpoint(original: Callable[..., Any]) -> Callable[..., Any]:
 def _rename_best(trainer: Any, save: Save) -> None:
     """The best checkpoint is known by its final name, in memory and in trainer_state.json."""
     if trainer.state.best_model_checkpoint == str(save.work):
-        trainer.state.best_model_checkpoint = str(save.final)
+        trainer.state.best_model_checkpoint = str(save.named)
         if trainer.args.should_save:
             trainer.state.save_to_json(str(save.work / "trainer_state.json"))
 
@@ -649,7 +704,7 @@ def wrap_push_from_checkpoint(original: Callable[..., Any]) -> Callable[..., Any
         save = _active
         if save is None:
             return original(self, checkpoint_folder)
-        save.after_commit.append(lambda: original(self, str(save.final)))
+        save.after_commit.append(lambda: original(self, str(save.named)))
 
     return _push_from_checkpoint
 
@@ -666,7 +721,7 @@ def wrap_save_model(original: Callable[..., Any]) -> Callable[..., Any]:
     def save_model(self, output_dir=None, _internal_call=False):
         save = _active
         if save is not None:
-            return ranks.together(f"saving {save.final}", lambda: original(self, output_dir, _internal_call))
+            return _step(save.named, f"saving {save.named}", lambda: original(self, output_dir, _internal_call))
         plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
         silent = (
             not _internal_call
@@ -689,11 +744,22 @@ def wrap_train(original: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(original)
     def train(self, *args, **kwargs):
+        _recover_for_resume(self, args[0] if args else kwargs.get("resume_from_checkpoint"))
         result = original(self, *args, **kwargs)
         wait_for_background()
         return result
 
     return train
+
+
+def _recover_for_resume(trainer: Any, resume: Any) -> None:
+    """Finishes a commit that was cut short before Trainer reads anything of it. A collective."""
+    if not resume or not prepared_models([trainer.model]):
+        return
+    if isinstance(resume, str | os.PathLike):
+        transaction.recover_everywhere(transaction.resolved(resume))
+    else:
+        transaction.recover_everywhere(None, transaction.resolved(trainer.args.output_dir))
 
 
 def wrap_end_training(original: Callable[..., Any]) -> Callable[..., Any]:

@@ -1,4 +1,4 @@
-"""Kill a process before its N-th event on the disk: a mkdir, an open for writing, a rename, a link, a removal, an fsync.
+"""Kill a process before its N-th event on the disk: mkdir, open for writing, rename, link, removal, fsync.
 
 for n in every_event(save):        # `save` runs in a forked child, killed before its n-th event
     ...                            # look at what is left

@@ -306,7 +306,7 @@ def test_a_journal_whose_files_are_gone_is_refused_and_so_is_a_damaged_one(tmp_p
     seal(final, OLD, "old")
     work = transaction.commit(transaction.prepare(filled(final), final), final)
     shutil.rmtree(work)
-    with pytest.raises(CheckpointError, match="was being replaced, and its new files .* are gone"):
+    with pytest.raises(CheckpointError, match=r"was being replaced, and its new files .* are gone"):
         transaction.recover(final)
     (final / folders.JOURNAL_NAME).write_text('{"staging": "../elsewhere"}')
     with pytest.raises(CheckpointError, match="is damaged"):

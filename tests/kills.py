@@ -6,6 +6,7 @@ for n in every_event(save):        # `save` runs in a forked child, killed befor
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import signal
 import sys
@@ -60,6 +61,7 @@ def killed_before(event: int, action: Callable[[], None]) -> bool:
     child = os.fork()
     if child == 0:
         code = 1
+        faulthandler.dump_traceback_later(120, exit=True)  # a fork may inherit a lock that nobody will release
         try:
             die_before(event)
             action()

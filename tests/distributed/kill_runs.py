@@ -60,6 +60,8 @@ class TrainerJob:
         self.one_name, self.keep = one_name, keep
         self.trainer = trainer_of(case, str(root / "unused"), {}, save_strategy="no", max_steps=1)
         self.trainer.train()
+        if case.world == 1:
+            self.trainer.store_flos = lambda: None  # an all_gather, for which a forked child has no gloo threads
         install()
         self.trainer.model._accel_moe.config.__dict__["moe_async_save"] = background
         self.model, self.optimizer = self.trainer.model_wrapped, self.trainer.optimizer

@@ -42,7 +42,7 @@ def _errno_of(error: BaseException, final: Path) -> int | None:
         return error.errno
     if match := re.search(r"\(os error (\d+)\)", str(error)):  # safetensors
         return int(match[1])
-    if "PytorchStreamWriter" in str(error) or "inline_container" in str(error):  # torch.save does not say why
+    if re.search("PytorchStreamWriter|inline_container|iostream error", str(error)):  # torch.save does not say why
         free = _free_bytes(final)
         return errno.ENOSPC if free is not None and free < 1 << 20 else errno.EIO
     return None

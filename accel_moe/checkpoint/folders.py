@@ -91,9 +91,14 @@ def create_staging(staging: Path) -> int:
             descriptor = os.open(staging / _OWNER_NAME, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
         except FileNotFoundError:
             continue
-        locked = durable.lock(descriptor, wait=True)
-        owner = {"host": _host(), "pid": os.getpid(), "start": _start_of(os.getpid()), "locked": bool(locked)}
-        os.write(descriptor, json.dumps(owner).encode())
+        try:
+            locked = durable.lock(descriptor, wait=True)
+            owner = {"host": _host(), "pid": os.getpid(), "start": _start_of(os.getpid()), "locked": bool(locked)}
+            os.write(descriptor, json.dumps(owner).encode())
+        except OSError:  # a full disk: leave nothing that looks as if it were in use
+            durable.close(descriptor)
+            remove(staging)
+            raise
         if is_open_at(descriptor, staging / _OWNER_NAME):
             _held.add(descriptor)
             return descriptor

@@ -104,13 +104,15 @@ def together(what: str, step: Callable[[], T]) -> T:
 def agree(what: str, error: BaseException | None) -> None:
     """Raises on every rank when any rank brings an error. A collective.
 
-    When all of them bring one, each raises its own; else, and for DCP's and OSErrors, all raise a CheckpointError.
+    When all of them bring one, each raises its own; else, for DCP's and OSErrors, and for what has a mend (advice.py),
+    all raise a CheckpointError.
     """
     told = gather(None if error is None else (describe(error), _origins(error)))
     failed = [said for said in told if said is not None]
     if not failed:
         return
-    if len(failed) == len(told) and not isinstance(error, CheckpointException | OSError):
+    ours = isinstance(error, CheckpointException | OSError) or hasattr(error, "mend")
+    if len(failed) == len(told) and not ours:
         assert error is not None
         raise error
     where = sorted({origin for _, origins in failed for origin in origins})

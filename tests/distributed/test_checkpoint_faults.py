@@ -99,6 +99,7 @@ def test_a_full_disk_is_told_on_every_rank_and_the_last_checkpoint_loads(small_d
     options = {"moe_async_save": background}
     for kind, text, loaded in run_ranks(runs.fail_to_save, 2, str(small_disk), "full disk", options):
         assert kind == "CheckpointError" and "No space left" in text, (kind, text)
+        assert "is full (" in text and "Free space, or save elsewhere" in text and "Checkpoints there: c (" in text
         assert loaded == 1
 
 

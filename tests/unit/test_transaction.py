@@ -6,6 +6,7 @@ real saves.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -347,6 +348,31 @@ def test_a_full_disk_names_what_takes_the_space(tmp_path):
     put(folders.staging_name(tmp_path / "c", "abcdefghijkl"), {"part": "x" * 70_000})
     told = advice.mend(errno.ENOSPC, tmp_path / "c")
     assert "tmp-0-abcdefghijkl.c (70.0 kB)" in told and "checkpoint_1 (" in told and "free)" in told
+
+
+@pytest.mark.parametrize("numbers", [10, 1_000_000], ids=["a small file", "a large file"])
+def test_a_full_disk_that_torch_save_met_is_called_so(tmp_path, numbers):
+    import torch
+
+    from accel_moe.checkpoint import ranks
+
+    mount("-t", "tmpfs", "-o", "size=1m", "tmpfs", tmp_path)
+    try:
+        with contextlib.suppress(OSError), open(tmp_path / "filler", "wb") as stream:
+            while stream.write(b"x" * 4096):
+                stream.flush()
+
+        def failing():
+            with advice.told_with_a_mend(tmp_path / "c"):
+                torch.save(torch.zeros(numbers), tmp_path / "x")
+
+        with pytest.raises(CheckpointError, match=rf"{tmp_path.parent} is full|{tmp_path} is full"):
+            ranks.together("saving c", failing)
+        with pytest.raises(OSError, match="No space left"):
+            folders.create_staging(folders.staging_name(tmp_path / "c", "abcdefghijkl"))
+        assert not folders._held and not folders.unfinished(tmp_path)
+    finally:
+        subprocess.run(["umount", "-l", str(tmp_path)], check=True)
 
 
 def test_the_journal_is_readable_and_gone_in_the_end(tmp_path):

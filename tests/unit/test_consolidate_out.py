@@ -170,9 +170,7 @@ def test_what_an_interrupted_export_left_counts_as_room(tmp_path, trained, monke
 
 
 @pytest.mark.core
-@pytest.mark.parametrize(
-    ("call", "told"), [("flock", ["flock"]), ("fsync", ["fsync of a file", "fsync of a folder"])], ids=["flock", "fsync"]
-)
+@pytest.mark.parametrize(("call", "told"), [("flock", ["flock"]), ("fsync", ["fsync of a file", "fsync of a folder"])])
 def test_a_file_system_without_locks_or_fsync_gets_one_warning_and_the_result(
     tmp_path, trained, monkeypatch, recwarn, call, told
 ):

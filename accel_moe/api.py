@@ -80,8 +80,9 @@ def from_pretrained(model_name_or_path: str | os.PathLike, *args: Any, model_cla
         What `model_class.from_pretrained` returns.
 
     Raises:
-        ValueError: the checkpoint is quantised, not safetensors, truncated, lacks a file, or does not fit its
-            config; or an argument (device_map, gguf_file, ...) cannot be honoured with shards.
+        ValueError: it is an adapter, a training checkpoint or a run's folder; the checkpoint is quantised, not
+            safetensors, truncated, lacks a file, or does not fit its config; or an argument (device_map, gguf_file,
+            ...) cannot be honoured with shards.
     """
     if model_class is None:
         from transformers import AutoModelForCausalLM as model_class
@@ -91,7 +92,9 @@ def from_pretrained(model_name_or_path: str | os.PathLike, *args: Any, model_cla
     load.refuse_quantised(str(model_name_or_path), load.read_config(model_name_or_path, kwargs))
     hooks.install()
     with load.quiet_but_rank_0(), hooks.planning_loads():
-        return model_class.from_pretrained(model_name_or_path, *args, **kwargs)
+        loaded = model_class.from_pretrained(model_name_or_path, *args, **kwargs)
+    load.watch_edits(loaded)
+    return loaded
 
 
 def _already_prepared(model: Model, resolved: config.ResolvedConfig) -> Model:

@@ -327,7 +327,8 @@ def _values_from_files(accelerator, model: nn.Module) -> Iterator[None]:
     from torch.distributed.fsdp import CPUOffloadPolicy
 
     plugin = accelerator.state.fsdp_plugin
-    load.share_missing(model, waiting.plan, accelerator.device)
+    load.settle(model)
+    load.share_real(model, accelerator.device)
     ram_efficient, plugin.cpu_ram_efficient_loading = plugin.cpu_ram_efficient_loading, False  # rank 0 has no values
     try:
         yield
@@ -346,14 +347,14 @@ def _models_on_meta(accelerator, args: tuple[Any, ...]) -> Iterator[None]:
     """
     models = [arg for arg in args if isinstance(arg, nn.Module)]
     planned = [model for model in models if load.pending(model) is not None]
-    for model in planned:
-        load.check_unchanged(model, load.pending(model).plan)
+    optimizers = [arg for arg in args if isinstance(arg, torch.optim.Optimizer)]
+    load.check_together(models, optimizers)
     if not accelerator.is_fsdp2:
         for model in planned:
             load.fill(model, torch.device("cpu"))
     models = [m for m in models if accelerator.is_fsdp2 and any(p.is_meta for p in m.parameters())]
     names = {id(p): plain_name(name) for model in models for name, p in model.named_parameters()}
-    optimizers = [arg for arg in args if isinstance(arg, torch.optim.Optimizer)] if models else []
+    optimizers = optimizers if models else []
     before = [[[names.get(id(p)) for p in g["params"]] for g in o.param_groups] for o in optimizers]
     yield
     after = {plain_name(name): p for model in models for name, p in model.named_parameters()}

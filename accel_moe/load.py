@@ -24,7 +24,6 @@ from __future__ import annotations
 import functools
 import logging
 import os
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -37,14 +36,13 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from accel_moe import hub_loading
+from accel_moe import deferred_tensors, hub_loading, load_edits
+from accel_moe.deferred_tensors import Origin, defer, watch
 from accel_moe.experts import plain_name
+from accel_moe.file_reader import STAGING_BYTES, Reader
 from accel_moe.hub_loading import LoadGroup, StoredTensor
 
 logger = logging.getLogger("accel_moe")
-
-STAGING_BYTES = 16 * 2**20
-"""What one reading thread holds while it casts, or copies to a GPU."""
 
 AHEAD = 4
 """How many pieces before it is read the kernel is told of one."""
@@ -101,10 +99,14 @@ class LoadReport:
 
 @dataclass
 class PendingLoad:
-    """A plan on its model, and the hook that stops a forward before the weights are there."""
+    """A plan on its model, and the hook that stops a forward before the weights are there.
+
+    `origins` is what `settle` found: the weight of the files that each name in the model stands for.
+    """
 
     plan: LoadPlan
     guard: Any
+    origins: dict[str, Origin] | None = None
 
 
 # --- deciding, before any rank exists -----------------------------------------------------------------------------
@@ -235,6 +237,8 @@ def make_plan(
         missing=tuple(sorted(absent - set(getattr(model, "all_tied_weights_keys", {})))),
         files={str(f): os.path.getsize(f) for f in files},
     )
+    for name in found:
+        defer(tensors[name], name)
     model._accel_moe_load = PendingLoad(plan, model.register_forward_pre_hook(_not_loaded))
     return info, offload
 
@@ -307,33 +311,56 @@ def pending(model: nn.Module) -> PendingLoad | None:
     return next((m.__dict__["_accel_moe_load"] for m in model.modules() if "_accel_moe_load" in m.__dict__), None)
 
 
-def check_unchanged(model: nn.Module, plan: LoadPlan) -> None:
-    """Raises ValueError if `model` is no longer the one that was planned, or a file has changed. Not a collective."""
-    tensors = _named_tensors(model)
+def watch_edits(loaded: Any) -> None:
+    """What from_pretrained returns, a model or a tuple with it, is the user's from here on."""
+    model = loaded[0] if isinstance(loaded, tuple) else loaded
+    for tensor in _named_tensors(model).values():
+        watch(tensor)
+
+
+def check_unchanged(model: nn.Module, plan: LoadPlan) -> dict[str, Origin]:
+    """By name in `model`: the weight of the files that it stands for. Not a collective.
+
+    Raises:
+        ValueError: an edit of the model cannot be kept, or a file has changed.
+    """
     planned = {name: shape for group in plan.groups for name, shape in group.targets.items()}
-    for name, shape in planned.items():
-        if name not in tensors:
-            raise ValueError(
-                f"{name} of {plan.name} is not in the model that came to accelerator.prepare: it was renamed or "
-                "replaced after accel_moe.from_pretrained(). Load with transformers' from_pretrained, change the "
-                "model, and pass it to accel_moe.prepare(model)."
-            )
-        if tuple(tensors[name].shape) != shape:
-            raise ValueError(
-                f"{name} has shape {tuple(tensors[name].shape)}, and {plan.name} has {shape}: it was resized after "
-                "accel_moe.from_pretrained(). Load with transformers' from_pretrained, resize, and pass the model to "
-                "accel_moe.prepare(model)."
-            )
-    own = {id(tensors[name]) for name in planned}
-    for name, tensor in tensors.items():
-        if tensor.is_meta and id(tensor) not in own:
-            raise ValueError(
-                f"{name} was added on meta after accel_moe.from_pretrained(), and {plan.name} has no values for it. "
-                "Load with transformers' from_pretrained, change the model, and pass it to accel_moe.prepare(model)."
-            )
+    found = load_edits.origins(plan.name, _named_tensors(model), planned)
     for file, size_bytes in plan.files.items():
         if not os.path.isfile(file) or os.path.getsize(file) != size_bytes:
             raise ValueError(f"{file} is gone or has changed since accel_moe.from_pretrained() read its header.")
+    return found
+
+
+def check_together(models: Sequence[nn.Module], optimizers: Sequence[torch.optim.Optimizer]) -> None:
+    """`check_unchanged` on every rank, and the same edits on all of them. A collective over the world.
+
+    Raises:
+        ValueError: on every rank, if one of them has an error or another model, or if an optimizer holds a parameter
+            that its model does not have any more.
+    """
+    own = {id(parameter) for model in models for parameter in model.parameters()}
+    for model in models:
+        if (waiting := pending(model)) is None:
+            continue
+        error = None
+        try:
+            check_unchanged(model, waiting.plan)
+            load_edits.check_optimizers(optimizers, own)
+        except ValueError as problem:
+            error = problem
+        load_edits.check_ranks(_named_tensors(model), error)
+
+
+def settle(model: nn.Module) -> dict[str, Origin]:
+    """The same as `check_unchanged`, kept for `fill`; from here on the model's tensors are ordinary ones on meta."""
+    waiting = pending(model)
+    assert waiting is not None, "settle() needs a model with a load plan"
+    if waiting.origins is None:
+        waiting.origins = check_unchanged(model, waiting.plan)
+        for tensor in _named_tensors(model).values():
+            deferred_tensors.settle(tensor)
+    return waiting.origins
 
 
 def _named_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -346,19 +373,22 @@ def _named_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 @torch.no_grad()
-def share_missing(model: nn.Module, plan: LoadPlan, device: torch.device) -> None:
-    """Give every rank rank 0's values of the weights that the checkpoint lacks: seeds may differ between ranks.
+def share_real(model: nn.Module, device: torch.device) -> None:
+    """Give every rank rank 0's values of what has values by now: seeds may differ between ranks.
 
-    A collective over the world, if there is one. Call it before anything is sharded.
+    That is what the checkpoint lacks, and what a user put into the model. A collective over the world, if there is
+    one. Call it before anything is sharded.
     """
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return
-    tensors = _named_tensors(model)
-    for name in plan.missing:
-        if name in tensors and not tensors[name].is_meta:
-            value = tensors[name].detach().to(device)
+    saved = {plain_name(key) for key in model.state_dict()}  # buffers that are not saved are each rank's own
+    done: set[int] = set()
+    for name, tensor in sorted(_named_tensors(model).items()):
+        if name in saved and not tensor.is_meta and id(tensor) not in done:
+            done.add(id(tensor))
+            value = tensor.detach().to(device, copy=True).contiguous()
             dist.broadcast(value, src=0)
-            tensors[name].copy_(value)
+            tensor.copy_(value)
 
 
 @torch.no_grad()
@@ -398,25 +428,40 @@ def fill(model: nn.Module, device: torch.device) -> LoadReport:
 
 def _fill(model: nn.Module, plan: LoadPlan, device: torch.device) -> LoadReport:
     started = time.perf_counter()
+    origins = settle(model)
     _allocate(model, device)
-    places = {name: Place.of(tensor) for name, tensor in _named_tensors(model).items()}
-    read_bytes = read_into(places, plan, model)
+    read_bytes = sum(read_into(places, plan, model) for places in _rounds(model, origins))
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     left = [name for name, tensor in _named_tensors(model).items() if tensor.is_meta]
     assert not left, f"no values for {left}"
-    owned = {place.local.data_ptr(): place.local.nbytes for place in places.values() if place.local.numel()}
+    places = (Place.of(tensor) for tensor in _named_tensors(model).values())
+    owned = {place.local.data_ptr(): place.local.nbytes for place in places if place.local.numel()}
     return LoadReport(read_bytes, sum(owned.values()), time.perf_counter() - started)
 
 
-def read_into(places: Mapping[str, Place], plan: LoadPlan, model: nn.Module) -> int:
-    """Give the places of every planned parameter and buffer their values; the bytes that were read.
+def _rounds(model: nn.Module, origins: Mapping[str, Origin]) -> list[dict[str, Place]]:
+    """Places by the weight's name in the files. One mapping, and another for each time that a weight was copied."""
+    places: dict[str, dict[int, Place]] = {}
+    for name, tensor in _named_tensors(model).items():
+        if (origin := origins.get(name)) is not None:
+            places.setdefault(origin.name, {})[id(tensor)] = replace(Place.of(tensor), casts=origin.casts)
+    count = max((len(of_one) for of_one in places.values()), default=0)
+    found: list[dict[str, Place]] = [{} for _ in range(count)]
+    for name, of_one in places.items():
+        for at, place in enumerate(of_one.values()):
+            found[at][name] = place
+    return found
 
-    `model` is only asked for its config and its parameters' whole shapes, by transforms that need them.
+
+def read_into(places: Mapping[str, Place], plan: LoadPlan, model: nn.Module) -> int:
+    """Give the places their values, by the weights' names in the files; the bytes that were read.
+
+    A weight without a place (of a layer that was dropped) is not read. `model` is only asked for its config.
     """
     copies: list[Copy] = []
     conversions: list[LoadGroup] = []
-    for group in plan.groups:
+    for group in (left for group in plan.groups if (left := _of_places(group, places)).targets):
         if group.road == "copy":
             copies += _copies_of_renamed(group, places[group.name], plan)
         elif group.road == "stack":
@@ -438,6 +483,10 @@ def read_into(places: Mapping[str, Place], plan: LoadPlan, model: nn.Module) -> 
     return reader.read_bytes
 
 
+def _of_places(group: LoadGroup, places: Mapping[str, Place]) -> LoadGroup:
+    return replace(group, targets={name: shape for name, shape in group.targets.items() if name in places})
+
+
 def _allocate(model: nn.Module, device: torch.device) -> None:
     """Memory for what is on meta. Parameters stay the same objects: ties, optimizers and FSDP go on holding them."""
     before = torch.__future__.get_swap_module_params_on_conversion()
@@ -450,11 +499,15 @@ def _allocate(model: nn.Module, device: torch.device) -> None:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a parameter's values go on this rank: `local` [count, ...] holds rows first .. first + count of it."""
+    """Where a parameter's values go on this rank: `local` [count, ...] holds rows first .. first + count of it.
+
+    `casts` are the dtypes that they pass through on their way: a user cast the model before.
+    """
 
     local: torch.Tensor
     first: int
     count: int
+    casts: tuple[torch.dtype, ...] = ()
 
     @staticmethod
     def of(tensor: torch.Tensor) -> Place:
@@ -494,14 +547,14 @@ def own_rows(rows: int, placements: Sequence[Any], mesh_shape: Sequence[int], co
 class Copy:
     """`to` (flat, contiguous) gets the stored values from byte `start` of `file` on.
 
-    They go through `via` first: the dtype that from_pretrained gives the parameter, which mixed precision may have
-    made fp32 since.
+    They go through `via` first: the dtype that from_pretrained gives the parameter, and those that a user cast it to.
+    Mixed precision may have made it fp32 since.
     """
 
     file: str
     start: int
     dtype: torch.dtype
-    via: torch.dtype
+    via: tuple[torch.dtype, ...]
     to: torch.Tensor
 
     @property
@@ -509,7 +562,7 @@ class Copy:
         return self.to.numel() * self.dtype.itemsize
 
     def run(self, reader: Reader) -> None:
-        if self.to.dtype == self.dtype == self.via and self.to.device.type == "cpu":
+        if {self.to.dtype, *self.via} == {self.dtype} and self.to.device.type == "cpu":
             reader.into(self.to, self.file, self.start)
             return
         at_once = STAGING_BYTES // self.dtype.itemsize
@@ -518,7 +571,13 @@ class Copy:
             staged = reader.staging(to.device)[: to.numel() * self.dtype.itemsize].view(self.dtype)
             reader.into(staged, self.file, self.start + first * self.dtype.itemsize)
             # Blocking: the next piece goes into the same staging memory.
-            to.copy_(staged.to(to.device).to(self.via))
+            to.copy_(_cast(staged.to(to.device), self.via))
+
+
+def _cast(tensor: torch.Tensor, dtypes: Sequence[torch.dtype]) -> torch.Tensor:
+    for dtype in dtypes:
+        tensor = tensor.to(dtype)
+    return tensor
 
 
 def _run_one(reader: Reader, copies: Sequence[Copy], i: int) -> None:
@@ -534,17 +593,19 @@ def _copies_of_renamed(group: LoadGroup, place: Place, plan: LoadPlan) -> list[C
         return []
     row_bytes = source.size_bytes // source.shape[0] if source.shape else 0
     start = source.start + place.first * row_bytes
-    return [Copy(source.file, start, source.dtype, plan.dtypes[group.name], _flat(place.local))]
+    via = plan.dtypes[group.name], *place.casts
+    return [Copy(source.file, start, source.dtype, via, _flat(place.local))]
 
 
 def _copies_of_stack(group: LoadGroup, place: Place, plan: LoadPlan) -> list[Copy]:
     copies = []
+    via = plan.dtypes[group.name], *place.casts
     for row in range(place.count):
         to, at = _flat(place.local[row]), 0
         for tensors in group.sources.values():
             source = tensors[place.first + row]
             count = torch.Size(source.shape).numel()
-            copies.append(Copy(source.file, source.start, source.dtype, plan.dtypes[group.name], to[at : at + count]))
+            copies.append(Copy(source.file, source.start, source.dtype, via, to[at : at + count]))
             at += count
         assert at == to.numel(), group.name
     return copies
@@ -619,13 +680,30 @@ def _convert_into(
     dtype = plan.dtypes.get(group.name) or plan.dtypes[next(iter(group.targets))]
     chosen = _sources_to_read(group, places)
     tensors = {p: [reader.tensor(t, rows).to(dtype) for t, rows in ones] for p, ones in chosen.items()}
-    converted = hub_loading.convert(group, tensors, model)
+    converted = hub_loading.convert(group, tensors, AsPlanned(model, plan))
     rows = _rows_to_read(group, places)
     for name in group.targets:
         place, value = places[name], converted[name]
         if rows is None and value.dim():
             value = value.narrow(0, place.first, place.count)
-        place.local.copy_(value.to(plan.dtypes[name]))
+        place.local.copy_(_cast(value, (plan.dtypes[name], *place.casts)))
+
+
+class AsPlanned:
+    """A model as a transform may ask for it: the parameters that were planned, whatever the model was edited into."""
+
+    def __init__(self, model: nn.Module, plan: LoadPlan):
+        self._model = model
+        self._plan = plan
+        self._shapes = {name: shape for group in plan.groups for name, shape in group.targets.items()}
+
+    def get_parameter(self, name: str) -> torch.Tensor:
+        if name not in self._shapes:
+            return self._model.get_parameter(name)
+        return torch.empty(self._shapes[name], dtype=self._plan.dtypes[name], device="meta")
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
 
 
 def _first_byte(group: LoadGroup) -> tuple[str, int]:
@@ -641,87 +719,6 @@ def _same_gpu(places: Mapping[str, Place]) -> Callable[[], None]:
     """For each reading thread: a new thread starts on GPU 0, and pinning memory there would open a context on it."""
     devices = {place.local.device for place in places.values() if place.local.device.type == "cuda"}
     return functools.partial(torch.cuda.set_device, devices.pop()) if devices else lambda: None
-
-
-class Reader:
-    """Reads parts of files into tensors, counts the bytes, and shows progress. Safe to use from several threads."""
-
-    def __init__(self, total_bytes: int = 0):
-        self.read_bytes = 0
-        self._open: dict[str, int] = {}
-        self._lock = threading.Lock()
-        self._staging = threading.local()
-        self._bar = _progress_bar(total_bytes) if total_bytes else None
-
-    def __enter__(self) -> Reader:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for descriptor in self._open.values():
-            os.close(descriptor)
-        if self._bar is not None:
-            self._bar.close()
-
-    def into(self, tensor: torch.Tensor, file: str, start: int) -> None:
-        """Fill a contiguous CPU tensor with the bytes from `start` on."""
-        memory = memoryview(tensor.view(-1).view(torch.uint8).numpy())
-        descriptor = self._descriptor(file)
-        done = 0
-        while done < len(memory):
-            count = _read_at(descriptor, memory[done:], start + done)
-            if count <= 0:
-                raise OSError(f"{file} ended at byte {start + done}, and {len(memory) - done} more were expected.")
-            done += count
-        with self._lock:
-            self.read_bytes += done
-            if self._bar is not None:
-                self._bar.update(done)
-
-    def will_need(self, file: str, start: int, size_bytes: int) -> None:
-        if hasattr(os, "posix_fadvise"):  # not on macOS
-            os.posix_fadvise(self._descriptor(file), start, size_bytes, os.POSIX_FADV_WILLNEED)
-
-    def tensor(self, source: StoredTensor, rows: tuple[int, int] | None) -> torch.Tensor:
-        """A stored tensor, whole or (first, count) of its rows, on the CPU, as stored."""
-        shape, start = source.shape, source.start
-        if rows is not None:
-            start += rows[0] * (source.size_bytes // shape[0])
-            shape = (rows[1], *shape[1:])
-        tensor = torch.empty(shape, dtype=source.dtype)
-        if tensor.numel():
-            self.into(tensor, source.file, start)
-        return tensor
-
-    def staging(self, device: torch.device) -> torch.Tensor:
-        """[STAGING_BYTES] uint8 of this thread's own; pinned where a GPU will fetch from it."""
-        if not hasattr(self._staging, "memory"):
-            self._staging.memory = torch.empty(STAGING_BYTES, dtype=torch.uint8, pin_memory=device.type == "cuda")
-        return self._staging.memory
-
-    def _descriptor(self, file: str) -> int:
-        with self._lock:
-            if file not in self._open:
-                self._open[file] = os.open(file, os.O_RDONLY)
-            return self._open[file]
-
-
-def _read_at(descriptor: int, memory: memoryview, start: int) -> int:
-    """As os.preadv, which macOS's Python may lack. The number of bytes read."""
-    if hasattr(os, "preadv"):
-        return os.preadv(descriptor, [memory], start)
-    data = os.pread(descriptor, min(len(memory), STAGING_BYTES), start)
-    memory[: len(data)] = data
-    return len(data)
-
-
-def _progress_bar(total_bytes: int) -> Any:
-    from transformers.utils import logging as transformers_logging
-
-    if _rank() or not transformers_logging.is_progress_bar_enabled():
-        return None
-    from tqdm.auto import tqdm
-
-    return tqdm(total=total_bytes, desc="Weights into the shards (rank 0)", unit="B", unit_scale=True, mininterval=0.5)
 
 
 def _rank() -> int:

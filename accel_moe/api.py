@@ -10,7 +10,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
-from accel_moe import config, dispatch, experts, hooks, load, probe, recognise
+from accel_moe import config, dispatch, experts, hooks, load, load_folders, probe, recognise
 
 logger = logging.getLogger("accel_moe")
 
@@ -89,6 +89,7 @@ def from_pretrained(model_name_or_path: str | os.PathLike, *args: Any, model_cla
     if not load.deferred(os.environ):
         return model_class.from_pretrained(model_name_or_path, *args, **kwargs)
     load.refuse_arguments(kwargs)
+    load_folders.refuse_other_folders(model_name_or_path, kwargs)
     load.refuse_quantised(str(model_name_or_path), load.read_config(model_name_or_path, kwargs))
     hooks.install()
     with load.quiet_but_rank_0(), hooks.planning_loads():

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from accel_moe import load, mesh, positions, recompute, shard, supported
+from accel_moe import dtype_units, load, mesh, positions, recompute, shard, supported
 from accel_moe.adapters import adopt_adapters, adopting
 from accel_moe.agreement import compare_ranks
 from accel_moe.checkpoint.hooked import HOOKED as CHECKPOINT_ROWS
@@ -66,6 +66,17 @@ def shard_then_prepare(original):
             return model
 
     return fsdp2_prepare_model
+
+
+def units_of_one_dtype(original):
+    @functools.wraps(original)
+    def fsdp2_prepare_auto_wrap_policy(fsdp2_plugin, model):
+        policy = original(fsdp2_plugin, model)
+        if prepared_state(model) is None:
+            return policy
+        return dtype_units.units_of_one_dtype(model, policy, _ignored_parameters(fsdp2_plugin, model))
+
+    return fsdp2_prepare_auto_wrap_policy
 
 
 def leave_experts_out(original):
@@ -148,6 +159,13 @@ TABLE = (
         "The one moment between activation checkpointing and wrapping, after the optimizer's parameters were noted "
         "by name. accelerate offers no hook there. The name is patched where it is called: accelerate.accelerator "
         "imports it.",
+    ),
+    Patch(
+        "accelerate.utils.fsdp_utils.fsdp2_prepare_auto_wrap_policy",
+        ("fsdp2_plugin", "model"),
+        units_of_one_dtype,
+        "FSDP2 refuses trained parameters of two dtypes in one unit, such as fp32 routers in a bf16 model. The policy "
+        "is where accelerate decides on units; a policy of the user's own would replace that of the decoder layers.",
     ),
     Patch(
         "accelerate.utils.fsdp_utils.fsdp2_load_full_state_dict",
@@ -425,6 +443,13 @@ def _log_plan(plan: mesh.MeshPlan) -> None:
             nodes,
             math.gcd(plan.ep, local_world_size),
         )
+
+
+def _ignored_parameters(plugin, model: nn.Module) -> set[nn.Parameter]:
+    modules = plugin.ignored_modules or []
+    if isinstance(modules, str):
+        modules = [module for name, module in model.named_modules() if re.fullmatch(plugin.ignored_modules, name)]
+    return {parameter for module in modules for parameter in module.parameters()}
 
 
 @contextmanager

@@ -197,8 +197,7 @@ def all_of(model):
 
 
 @pytest.mark.core
-@pytest.mark.parametrize("prepared", [False, True], ids=["", "prepared"])
-@pytest.mark.parametrize("tie", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize(("tie", "prepared"), [(False, True), (True, False)], ids=["untied, prepared", "tied"])
 @pytest.mark.parametrize("edit", KEPT, ids=lambda f: f.__name__)
 def test_an_edit_is_kept_as_plain_from_pretrained_keeps_it(edit, tie, prepared, folders):
     plain = AutoModelForCausalLM.from_pretrained(folders[tie], dtype="float32")

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import subprocess
+from pathlib import Path
 
 import pytest
 
@@ -111,3 +114,16 @@ def test_a_number_in_use_is_refused_with_an_advice_that_works(tmp_path):
     for said, names in run_ranks(runs.advised_number, 2, str(tmp_path)):
         assert "accelerator.project_configuration.iteration = 2" in said
         assert names == ["checkpoint_1", "checkpoint_2"]  # two are kept
+
+
+def test_what_a_crash_loop_left_is_removed_before_a_save_so_that_it_does_not_fill_the_disk(volume):
+    left = volume / "tmp-0-abcdefghijkl.c"  # of a container that is gone, on this machine
+    left.mkdir()
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    owner = {"host": f"{boot} pid:[1]", "pid": 7, "start": 1.0, "locked": True}
+    (left / ".accel_moe_owner.json").write_text(json.dumps(owner))
+    free = shutil.disk_usage(volume).free
+    (left / "part").write_bytes(b"x" * (free - 100_000))
+    for results in run_ranks(runs.save_load, 2, CASE, [str(volume / "c")], {}):
+        assert results == [("", 1)]
+    assert os.listdir(volume) == ["c"]

@@ -384,3 +384,28 @@ def test_the_journal_is_readable_and_gone_in_the_end(tmp_path):
     assert stat.S_ISREG(os.stat(final / folders.JOURNAL_NAME).st_mode)
     transaction.move_into_place(work, final, work.parent)
     assert not (final / folders.JOURNAL_NAME).exists()
+
+
+@pytest.mark.parametrize("cut", ["in a commit", "by an older version"])
+def test_consolidate_opens_a_checkpoint_whose_commit_was_cut_short(tmp_path, cut):
+    """The weights are those of a plain DCP folder; what matters is that they are found under the name."""
+    import torch
+    import torch.distributed.checkpoint as dist_cp
+
+    from accel_moe.checkpoint.export import open_checkpoint
+
+    final = tmp_path / "c"
+    model, name = tmp_path / "saved" / "pytorch_model_fsdp_0", "__0_0.distcp"
+    writer = dist_cp.FileSystemWriter(model)
+    dist_cp.save({"model": {"weight": torch.arange(4.0)}}, storage_writer=writer, no_dist=True)
+    if cut == "in a commit":
+        seal(final, OLD, "old")
+        work = filled(final)
+        shutil.copytree(model, work / model.name)
+        transaction.commit(transaction.prepare(work, final), final)
+    else:
+        shutil.copytree(model, tmp_path / "old-0-abcdefghijkl.c" / model.name)
+    assert (final / model.name / name).exists() is False
+    checkpoint = open_checkpoint([final])
+    assert checkpoint.reader.tensors["weight"].shape == (4,) and (final / model.name / name).exists()
+    assert os.listdir(tmp_path / "c") and not folders.leftovers(tmp_path, final)

@@ -245,13 +245,13 @@ def _start_of(pid: int) -> float | None:
 
 def unfinished(parent: Path) -> list[Path]:
     """Folders in `parent` that no save has committed, in use or not."""
-    return [path for path in _children(parent) if _UNFINISHED.match(path.name)]
+    return [path for path in children(parent) if _UNFINISHED.match(path.name)]
 
 
 def leftovers(parent: Path, final: Path | None = None) -> list[Path]:
     """Unfinished folders in `parent`, and those inside `final` and inside the checkpoints of `parent`."""
     found = unfinished(parent)
-    inside = {path for path in _children(parent) if is_committed(path)}
+    inside = {path for path in children(parent) if is_committed(path)}
     inside -= set(found)
     if final is not None:
         inside.add(final)
@@ -316,9 +316,10 @@ def is_journaled(staging: Path) -> bool:
     return str(named).split("/")[0] == staging.name
 
 
-def _children(parent: Path) -> list[Path]:
+def children(parent: Path) -> list[Path]:
+    """The folders in a folder, by name; none where it cannot be read."""
     try:
-        return sorted(path for path in parent.iterdir() if path.is_dir())
+        return sorted(path for path in parent.iterdir() if os.path.isdir(path))
     except OSError:
         return []
 
@@ -330,13 +331,14 @@ def _children(parent: Path) -> list[Path]:
 def numbered(parent: Path, prefix: str) -> list[Path]:
     """Folders `<prefix><number>`, lowest number first; unfinished ones are not among them."""
     pattern = re.compile(rf"^{re.escape(prefix)}(\d+)$")
-    found = [(int(m[1]), path) for path in _children(parent) if (m := pattern.match(path.name))]
+    found = [(int(m[1]), path) for path in children(parent) if (m := pattern.match(path.name))]
     return [path for _, path in sorted(found)]
 
 
 def is_committed(folder: Path) -> bool:
     """Whether accel_moe committed this folder: it has a manifest, or a journal that brings one."""
-    return (folder / MANIFEST_NAME).is_file() or (folder / JOURNAL_NAME).is_file()
+    # os.path: a folder that this user may not look into (lost+found) is none
+    return os.path.isfile(folder / MANIFEST_NAME) or os.path.isfile(folder / JOURNAL_NAME)
 
 
 def newest_committed(parent: Path, prefix: str) -> tuple[Path | None, list[str]]:
@@ -369,7 +371,8 @@ def rotate(parent: Path, prefix: str, keep: int | None, newest: Path, protected:
         if os.path.realpath(path) in spared or path.is_symlink():
             continue
         doomed = path.with_name(f"del-0-{new_save_id()}.{path.name}")
-        path.rename(doomed)
+        with suppress(FileNotFoundError):  # another job that rotates here was first
+            path.rename(doomed)
         shutil.rmtree(doomed, ignore_errors=True)
         removed.append(path.name)
         surplus -= 1

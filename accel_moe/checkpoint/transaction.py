@@ -118,7 +118,7 @@ def _put_journal(prepared: Path, journal: Path) -> bool:
     try:
         os.link(prepared, journal)
     except FileExistsError:
-        return False
+        return _same_file(prepared, journal)  # NFS repeats a request whose answer was lost
     except OSError as error:
         if error.errno not in _NO_LINKS:
             raise
@@ -126,6 +126,13 @@ def _put_journal(prepared: Path, journal: Path) -> bool:
             return False
         os.rename(prepared, journal)
     return True
+
+
+def _same_file(one: Path, other: Path) -> bool:
+    try:
+        return os.path.samefile(one, other)
+    except OSError:
+        return False
 
 
 def _refuse_blockers(work: Path, final: Path) -> None:
@@ -199,8 +206,8 @@ def recover_beside(parent: Path) -> None:
     for path in folders.unfinished(parent):
         if folders.kind_of(path) == "old":
             _put_back(path.with_name(str(folders.unfinished_name(path))))
-    for path in parent.iterdir() if parent.is_dir() else ():
-        if (path / JOURNAL_NAME).exists():
+    for path in folders.children(parent):
+        if os.path.isfile(path / JOURNAL_NAME):
             with suppress(OSError, CheckpointError):  # whoever loads that one is told
                 recover(path)
 

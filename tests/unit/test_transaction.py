@@ -13,7 +13,9 @@ import os
 import shutil
 import stat
 import subprocess
+import tempfile
 import threading
+from pathlib import Path
 
 import pytest
 
@@ -286,6 +288,25 @@ def test_a_file_system_without_hard_links_commits_by_a_rename(tmp_path, monkeypa
     save(tmp_path / "c", OLD, "old")
     save(tmp_path / "c")
     assert content_of(tmp_path / "c") == "new" and tree(tmp_path / "c") == {*NEW, MANIFEST_NAME}
+
+
+def test_a_folder_beside_that_may_not_be_looked_into_is_no_hindrance():
+    if os.geteuid() != 0:
+        pytest.skip("needs root, to become somebody else")
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o777)
+        (Path(folder) / "lost+found").mkdir(mode=0o700)
+        child = os.fork()
+        if child == 0:
+            try:
+                os.seteuid(65534)
+                save(Path(folder) / "c")
+                save(Path(folder) / "c", content="again")
+                os._exit(0)
+            finally:
+                os._exit(1)
+        assert os.waitpid(child, 0)[1] == 0
+        assert content_of(Path(folder) / "c") == "again"
 
 
 # --- recovery ----------------------------------------------------------------------------------------------------

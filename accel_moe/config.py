@@ -94,8 +94,10 @@ class MoEConfig:
     )
     moe_verify: str = option(
         "checksums",
-        "What is checked of a checkpoint before it is loaded: `checksums` of every file, or only their `sizes`.",
-        choices=("checksums", "sizes"),
+        "What is checked of a checkpoint before it is loaded: `checksums` of every file, or only their `sizes`; or "
+        "`present`, for a checkpoint that was thinned on purpose: checksums of what is still there, and a warning "
+        "names what is gone and not restored (the optimizer, say).",
+        choices=("checksums", "sizes", "present"),
     )
 
     def __post_init__(self) -> None:

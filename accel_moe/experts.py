@@ -20,6 +20,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from accel_moe import whereabouts
 from accel_moe.adapters import LowRank, adopt_adapters
 from accel_moe.config import MoEConfig, ResolvedConfig
 from accel_moe.dispatch.chunks import in_chunks
@@ -277,6 +278,7 @@ def expert_load(model: nn.Module) -> dict[str, torch.Tensor]:
     layers = dict(swapped_layers(model))
     if not layers:
         raise ValueError("expert_load() got a model that accel_moe.prepare() has not seen. Call prepare(model) first.")
+    whereabouts.meet("accel_moe.expert_load")
     device = next(iter(layers.values())).down_proj.device
     empty = torch.zeros(0, dtype=torch.long, device=device)
     rows = []

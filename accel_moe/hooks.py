@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from accel_moe import dtype_units, load, mesh, positions, recompute, shard, supported
+from accel_moe import dtype_units, load, mesh, positions, recompute, shard, supported, whereabouts
 from accel_moe.adapters import adopt_adapters, adopting
 from accel_moe.agreement import compare_ranks
 from accel_moe.checkpoint.hooked import HOOKED as CHECKPOINT_ROWS
@@ -59,11 +59,14 @@ def shard_then_prepare(original):
         state = prepared_state(model)
         with _values_from_files(accelerator, model):
             if state is None or state.config.moe_ep_degree == 1 or state.mesh_plan is not None:
-                return original(accelerator, model)
-            with _ignoring(accelerator, model, _shard(accelerator, model, state)):
                 model = original(accelerator, model)
-            shard.prefetch_next_layers(model)
-            return model
+            else:
+                with _ignoring(accelerator, model, _shard(accelerator, model, state)):
+                    model = original(accelerator, model)
+                shard.prefetch_next_layers(model)
+        if state is not None:
+            _watch(accelerator, model)
+        return model
 
     return fsdp2_prepare_model
 
@@ -189,6 +192,18 @@ TABLE = (
         "has just counted them; the host waits for the whole step before.",
         supported.words("transformers"),
     ),
+    Patch(
+        "accelerate.Accelerator.wait_for_everyone",
+        ("self",),
+        whereabouts.wrap_wait_for_everyone,
+        "A rank that skipped a call of all ranks often waits here: those that made the call are told so.",
+    ),
+    Patch(
+        "accelerate.Accelerator.get_state_dict",
+        ("self", "model", "unwrap"),
+        whereabouts.wrap_get_state_dict,
+        "It gathers a sharded model's weights, and hangs without a word where one rank alone calls it.",
+    ),
     *(Patch(*row) for row in CHECKPOINT_ROWS),
 )
 
@@ -280,10 +295,10 @@ def off_leash(patch: Patch) -> str | None:
     """Why the patch does not fit what is installed here, or None. One that is in place is seen through."""
     try:
         owner, name = _locate(patch.target)
-        found = tuple(inspect.signature(getattr(owner, name)).parameters)
+        found = _parameters_of(getattr(owner, name))
     except LookupError:
         moved = "which this version does not have"
-    except (TypeError, ValueError):
+    except TypeError:
         moved = "which is no function here"
     else:
         if found == patch.parameters:
@@ -314,6 +329,15 @@ def _install(patch: Patch) -> None:
     owner, name = _locate(patch.target)
     _originals[patch.target] = inspect.getattr_static(owner, name)  # a static method must come back as one
     setattr(owner, name, patch.wrapper(getattr(owner, name)))
+
+
+def _parameters_of(function: Any) -> tuple[str, ...]:
+    """The names of a function's parameters; of one written in C++, those that pybind's docstring begins with."""
+    try:
+        return tuple(inspect.signature(function).parameters)
+    except ValueError:
+        listed = re.match(r"\w+\((.*?)\)", function.__doc__ or "")
+        return tuple(part.partition(":")[0].strip() for part in listed[1].split(",")) if listed else ()
 
 
 def _locate(target: str) -> tuple[Any, str]:
@@ -424,6 +448,15 @@ def _plan(accelerator, state: PreparedState) -> mesh.MeshPlan:
         dp_replicate=(parallelism.dp_replicate_size or 1) if has_mesh else 1,
         dp_shard=(parallelism.dp_shard_size or 1) if has_mesh else None,
     )
+
+
+def _watch(accelerator, model: nn.Module) -> None:
+    """A forward is a collective of the ranks that share one replica."""
+    parallelism = accelerator.parallelism_config
+    size = accelerator.num_processes // ((parallelism.dp_replicate_size or 1) if parallelism is not None else 1)
+    first = accelerator.process_index // size * size
+    whereabouts.watch(model, range(first, first + size))
+    whereabouts.watch_the_end()
 
 
 def _log_plan(plan: mesh.MeshPlan) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from accel_moe import supported
-from accel_moe.checkpoint import loading, saving
+from accel_moe.checkpoint import background, loading, resume, saving
 
 
 class Hooked(NamedTuple):
@@ -65,9 +65,17 @@ HOOKED = (
     Hooked(
         "accelerate.Accelerator.end_training",
         ("self",),
-        saving.wrap_end_training,
+        background.wrap_end_training,
         "It destroys the process group that a save in the background still uses.",
         _ACCELERATE,
+    ),
+    Hooked(
+        "torch.distributed.ProcessGroup.shutdown",
+        ("self",),
+        background.wrap_shutdown,
+        "destroy_process_group, which scripts import by name, ends the groups that a save in the background uses; "
+        "it calls this first.",
+        "torch 2.13",
     ),
     Hooked(
         "accelerate.accelerator.save_fsdp_model",
@@ -163,15 +171,31 @@ HOOKED = (
     Hooked(
         "transformers.Trainer.train",
         ("self", "resume_from_checkpoint", "trial", "ignore_keys_for_eval"),
-        saving.wrap_train,
-        "A save in the background ends, and its failure is raised, before train returns.",
+        resume.wrap_train,
+        "All ranks resume from one checkpoint; and a save in the background ends, and its failure is raised, before "
+        "train returns.",
+        _TRAINER,
+    ),
+    Hooked(
+        "transformers.Trainer._finalize_training",
+        ("self", "trial", "num_train_samples", "start_time"),
+        background.wrap_finalize_training,
+        "It compares and deletes checkpoint folders, the last of which a save in the background may not have "
+        "committed yet.",
+        _TRAINER,
+    ),
+    Hooked(
+        "transformers.trainer_callback.CallbackHandler.on_save",
+        ("self", "args", "state", "control", "kwargs"),
+        background.wrap_on_save,
+        "Callbacks upload and add to the folder in on_save: it must be committed by then, in the background, too.",
         _TRAINER,
     ),
     Hooked(
         "transformers.trainer.get_last_checkpoint",
         ("folder",),
-        loading.wrap_get_last_checkpoint,
-        "resume_from_checkpoint=True takes the highest number, committed or not.",
+        resume.wrap_get_last_checkpoint,
+        "resume_from_checkpoint=True takes the highest number, committed or not, and each rank its own.",
         _TRAINER,
     ),
 )

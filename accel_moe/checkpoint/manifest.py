@@ -104,8 +104,17 @@ class Manifest:
         """What must be in the folder that this manifest was read from."""
         return self.files[self.node]
 
+    def identity(self) -> str:
+        """A digest of the save: the same in the folders of all nodes, another for every other save."""
+        return _body_digest(self._body(), 0)
+
     def to_json(self) -> str:
-        body = {
+        body = self._body()
+        document = {"digest": _body_digest(body, self.node), "node": self.node, "body": body}
+        return json.dumps(document, separators=(",", ":"))
+
+    def _body(self) -> dict[str, Any]:
+        return {
             "format_version": self.format_version,
             "step": self.step,
             "base_model": self.base_model,
@@ -130,51 +139,133 @@ class Manifest:
                 for folder, tensors in sorted(self.tensors.items())
             },
         }
-        document = {"digest": _body_digest(body, self.node), "node": self.node, "body": body}
-        return json.dumps(document, separators=(",", ":"))
 
     @staticmethod
     def from_json(text: str, where: str | os.PathLike = "manifest") -> Manifest:
-        """Raises CheckpointError for text that is not a manifest, was changed since, or is of a newer
-        format."""
+        """Raises CheckpointError for text that is not a manifest, was changed since, or is of another format."""
         try:
             document = json.loads(text)
             body, digest, node = document["body"], document["digest"], document["node"]
             version = body["format_version"]
-        except (ValueError, TypeError, KeyError) as error:
+            if type(version) is not int:
+                raise TypeError(f"format_version is {_shown(version)}, expected a whole number")
+            if version > FORMAT_VERSION:
+                raise CheckpointError(
+                    f"{where} has format_version {version}, this accel_moe reads up to {FORMAT_VERSION}. Upgrade "
+                    "accel_moe."
+                )
+            found = _body_digest(body, node)
+        except CheckpointError:
+            raise
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
             raise CheckpointError(
-                f"{where} is not a readable manifest ({type(error).__name__}: {error}). The folder is "
-                f"damaged: use "
+                f"{where} is not a readable manifest ({type(error).__name__}: {error}). The folder is damaged: use "
                 "another checkpoint, or restore the file."
             ) from None
-        if version > FORMAT_VERSION:
-            raise CheckpointError(
-                f"{where} has format_version {version}, this accel_moe reads up to {FORMAT_VERSION}. Upgrade accel_moe."
-            )
-        if digest != _body_digest(body, node):
+        if digest != found:
             raise CheckpointError(
                 f"{where} does not match its own checksum: it was changed after it was written. Use another "
-                f"checkpoint, "
-                "or restore the file."
+                "checkpoint, or restore the file."
             )
-        known = {key: body[key] for key in ("step", "base_model", "model_type", "ep", "efsdp", "dp_replicate")}
-        return Manifest(
-            **known,
-            world_size=body["world_size"],
-            versions=body["versions"],
-            digest_algorithm=body["digest_algorithm"],
-            nodes=tuple(body["nodes"]),
-            files=tuple({path: FileEntry(*entry) for path, entry in files.items()} for files in body["files"]),
-            tensors={
-                folder: {
-                    name: TensorEntry(tuple(shape), dtype, tuple(Chunk(tuple(o), tuple(s), f) for o, s, f in chunks))
-                    for name, (shape, dtype, chunks) in tensors.items()
-                }
-                for folder, tensors in body["tensors"].items()
-            },
-            format_version=version,
-            node=node,
-        )
+        try:
+            return _parse(body, node)
+        except (ValueError, TypeError, KeyError) as error:
+            what = f"{error} is missing" if isinstance(error, KeyError) else str(error)
+            raise CheckpointError(
+                f"{where} is not a manifest of format_version {FORMAT_VERSION}: {what}. The file is damaged, or "
+                "another version or program wrote it. Use another checkpoint, or restore the file."
+            ) from None
+
+
+# --- reading one, value by value ---------------------------------------------------------------------------------
+
+
+def _parse(body: dict[str, Any], node: Any) -> Manifest:
+    """The manifest of a body whose digest is right. Raises ValueError or KeyError for a value of another kind."""
+    files = tuple(
+        {_inside(path): _file(entry, path) for path, entry in _dict(files, f"files[{i}]").items()}
+        for i, files in enumerate(_list(body["files"], "files"))
+    )
+    nodes = tuple(_text(name, "nodes") for name in _list(body["nodes"], "nodes"))
+    if len(nodes) != len(files) or _number(node, "node") >= len(nodes):
+        raise ValueError(f"node is {_shown(node)} with {len(nodes)} nodes and files of {len(files)}")
+    tensors = {
+        _inside(folder): {name: _tensor(entry, f"{folder}: {name}") for name, entry in _dict(of, folder).items()}
+        for folder, of in _dict(body["tensors"], "tensors").items()
+    }
+    listed = set().union(*files)
+    for folder, entries in tensors.items():
+        needed = {chunk.file for entry in entries.values() for chunk in entry.chunks}
+        if unlisted := sorted(file for file in needed if f"{folder}/{file}" not in listed):
+            raise ValueError(f"tensors are in {folder}/{unlisted[0]}, which is not among its files")
+    return Manifest(
+        step=None if body["step"] is None else _number(body["step"], "step"),
+        base_model=None if body["base_model"] is None else _text(body["base_model"], "base_model"),
+        model_type=None if body["model_type"] is None else _text(body["model_type"], "model_type"),
+        **{key: _number(body[key], key, least=1) for key in ("ep", "efsdp", "dp_replicate", "world_size")},
+        versions={name: _text(v, "versions") for name, v in _dict(body["versions"], "versions").items()},
+        digest_algorithm=_text(body["digest_algorithm"], "digest_algorithm"),
+        nodes=nodes,
+        files=files,
+        tensors=tensors,
+        format_version=_number(body["format_version"], "format_version", least=1),
+        node=node,
+    )
+
+
+def _tensor(entry: Any, at: str) -> TensorEntry:
+    shape, dtype, chunks = _list(entry, at, 3)
+    boxes = []
+    for chunk in _list(chunks, at):
+        offsets, sizes, file = _list(chunk, at, 3)
+        boxes.append(Chunk(_numbers(offsets, at), _numbers(sizes, at), _inside(_text(file, at))))
+    return TensorEntry(_numbers(shape, at), _text(dtype, at), tuple(boxes))
+
+
+def _file(entry: Any, at: str) -> FileEntry:
+    size_bytes, digest = _list(entry, at, 2)
+    return FileEntry(_number(size_bytes, at), _text(digest, at))
+
+
+def _inside(path: str) -> str:
+    """A path within the checkpoint folder, as a manifest writes them."""
+    parts = path.split("/")
+    if "\0" in path or any(part in ("", ".", "..") for part in parts):
+        raise ValueError(f"{_shown(path)} is no path within the folder")
+    os.fsencode(path)  # a UnicodeEncodeError is a ValueError
+    return path
+
+
+def _numbers(value: Any, at: str) -> tuple[int, ...]:
+    return tuple(_number(inner, at) for inner in _list(value, at))
+
+
+def _number(value: Any, at: str, least: int = 0) -> int:
+    if type(value) is not int or value < least:
+        raise ValueError(f"{at}: {_shown(value)}, expected a whole number from {least}")
+    return value
+
+
+def _text(value: Any, at: str) -> str:
+    if type(value) is not str:
+        raise ValueError(f"{at}: {_shown(value)}, expected text")
+    return value
+
+
+def _list(value: Any, at: str, length: int | None = None) -> list[Any]:
+    if type(value) is not list or len(value) != (len(value) if length is None else length):
+        raise ValueError(f"{at}: {_shown(value)}, expected a list{f' of {length}' if length is not None else ''}")
+    return value
+
+
+def _dict(value: Any, at: str) -> dict[str, Any]:
+    if type(value) is not dict:
+        raise ValueError(f"{at}: {_shown(value)}, expected an object with names")
+    return value
+
+
+def _shown(value: Any) -> str:
+    return text if len(text := repr(value)) <= 60 else f"{text[:57]}..."
 
 
 def _body_digest(body: dict[str, Any], node: int) -> str:

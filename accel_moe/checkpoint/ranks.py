@@ -21,6 +21,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from accel_moe.checkpoint.manifest import CheckpointError
 from accel_moe.mesh import default_timeout
+from accel_moe.whereabouts import explaining
 
 T = TypeVar("T")
 _group: tuple[Any, Any] | None = None  # (the default group it was made for, ours)
@@ -44,7 +45,7 @@ def group() -> Any:
     if not distributed():
         return None
     if _group is None or _group[0] is not dist.group.WORLD:
-        _group = (dist.group.WORLD, dist.new_group(backend="gloo", timeout=default_timeout()))
+        _group = (dist.group.WORLD, explaining(dist.new_group)(backend="gloo", timeout=default_timeout()))
     return _group[1]
 
 
@@ -69,7 +70,7 @@ def gather(value: T) -> list[T]:
     if not distributed():
         return [value]
     values: list[Any] = [None] * world_size()
-    dist.all_gather_object(values, value, group=group())
+    explaining(dist.all_gather_object)(values, value, group=group())
     return values
 
 
@@ -78,7 +79,7 @@ def from_rank0(value: T) -> T:
     if not distributed():
         return value
     values = [value]
-    dist.broadcast_object_list(values, src=0, group=group())
+    explaining(dist.broadcast_object_list)(values, src=0, group=group())
     return values[0]
 
 

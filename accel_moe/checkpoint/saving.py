@@ -9,9 +9,7 @@ accelerate and Trainer decide what belongs to a checkpoint; they keep doing so. 
     4. commit    when all disks have sealed, the folder gets its name (transaction.py); then the oldest one is deleted
 
 With `moe_async_save` step 2 only copies the tensors to (pinned) host memory, and the DCP writing and steps 3
-and 4 run in a thread, over a gloo group of their own. A second save, a load, and the end of training wait
-for it first; its failure is raised by the next forward, the next save, or the end of training, whichever
-comes first, and makes the process exit with a non-zero status if none of them does.
+and 4 run in a thread, over a gloo group of their own (background.py).
 
 A failure that one rank sees is raised on every rank (ranks.py), and the folder keeps its temporary name.
 
@@ -23,15 +21,12 @@ two-phase layout of "write beside, rename over".
 
 from __future__ import annotations
 
-import atexit
 import copy
 import functools
 import os
 import sys
-import threading
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass, field
 from importlib import metadata as installed
 from pathlib import Path
@@ -41,8 +36,9 @@ import torch
 import torch.distributed.checkpoint as dist_cp
 from torch.distributed.tensor import DTensor
 
-from accel_moe.checkpoint import folders, ranks, transaction
+from accel_moe.checkpoint import background, folders, ranks, transaction
 from accel_moe.checkpoint.advice import told_with_a_mend
+from accel_moe.checkpoint.background import ends_before_sigterm, wait_for_background
 from accel_moe.checkpoint.dcp import (
     COPY_AHEAD_BYTES,
     METADATA_NAME,
@@ -65,6 +61,7 @@ from accel_moe.checkpoint.manifest import (
     write_manifest,
 )
 from accel_moe.experts import prepared_state
+from accel_moe.whereabouts import meet
 
 T = TypeVar("T")
 _VERSIONED = ("accel_moe", "torch", "accelerate", "transformers")
@@ -109,7 +106,6 @@ class Save:
 
 
 _active: Save | None = None
-_background: Future[None] | None = None
 _buffers: dict[str, torch.Tensor] = {}
 
 
@@ -423,77 +419,12 @@ def _version(name: str) -> str:
         return "unknown"
 
 
-# --- the background
-# ----------------------------------------------------------------------------------------------
-
-
 def complete(save: Save) -> None:
     """Finishes a filled save, here or in the background."""
-    global _background
-    if not save.background:
+    if save.background:
+        background.start(lambda: finish(save), save.models)
+    else:
         finish(save)
-        return
-    future: Future[None] = Future()
-    ranks.group()  # made here: making it is a collective of the main thread
-
-    def work() -> None:
-        try:
-            finish(save)
-        except BaseException as error:
-            future.set_exception(error)
-        else:
-            future.set_result(None)
-
-    _background = future
-    for model in save.models:
-        _watch(model)
-    # not a daemon: the interpreter waits for it, so that a finished run does not lose its last checkpoint
-    threading.Thread(target=work, name="accel_moe-save").start()
-
-
-def wait_for_background() -> None:
-    """Waits for a save in the background, if there is one; raises what it raised, once. Not a collective."""
-    global _background
-    if _background is not None:
-        future, _background = _background, None
-        _raise(future)
-
-
-def raise_failure() -> None:
-    """Raises what a finished background save raised, once; does not wait."""
-    global _background
-    if _background is not None and _background.done():
-        future, _background = _background, None
-        _raise(future)
-
-
-def _raise(future: Future[None]) -> None:
-    try:
-        future.result()
-    except CheckpointError:
-        raise
-    except Exception as error:
-        raise CheckpointError(f"saving in the background failed: {ranks.describe(error)}") from error
-
-
-def _watch(model: Any) -> None:
-    """Makes the model's next forwards raise a background failure."""
-    if not getattr(model, "_accel_moe_watched", False):
-        model.register_forward_pre_hook(lambda *_: raise_failure())
-        model._accel_moe_watched = True
-
-
-@atexit.register
-def _at_exit() -> None:
-    """A failed background save that nobody heard of must not look like success."""
-    try:
-        wait_for_background()
-    except CheckpointError as error:
-        print(f"accel_moe: {error}", file=sys.stderr, flush=True)
-        sys.stdout.flush()
-        os._exit(1)
-    if not hasattr(sys, "last_type"):  # after an error a collective may still be waiting for a lost rank
-        ranks.close_group()
 
 
 # --- wrapper makers
@@ -507,10 +438,12 @@ def wrap_save_state(original: Callable[..., Any]) -> Callable[..., Any]:
     """
 
     @functools.wraps(original)
+    @ends_before_sigterm
     def save_state(self, output_dir=None, safe_serialization=True, **save_model_func_kwargs):
         models = prepared_models(self._models)
         if not models:
             return original(self, output_dir, safe_serialization, **save_model_func_kwargs)
+        meet("Accelerator.save_state")
         wait_for_background()
         project = self.project_configuration
         naming = project.automatic_checkpoint_naming
@@ -657,10 +590,12 @@ def wrap_save_checkpoint(original: Callable[..., Any]) -> Callable[..., Any]:
     """For transformers.Trainer._save_checkpoint: one commit, and rotation after it."""
 
     @functools.wraps(original)
+    @ends_before_sigterm
     def _save_checkpoint(self, model, trial):
         models = prepared_models([self.model])
         if not models:
             return original(self, model, trial)
+        meet("a checkpoint of Trainer")
         wait_for_background()
         run_dir = Path(self._get_output_dir(trial=trial))
         save = begin(run_dir / f"checkpoint-{self.state.global_step}", models)
@@ -679,9 +614,17 @@ def wrap_save_checkpoint(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _rename_best(trainer: Any, save: Save) -> None:
-    """The best checkpoint is known by its final name, in memory and in trainer_state.json."""
-    if trainer.state.best_model_checkpoint == str(save.work):
-        trainer.state.best_model_checkpoint = str(save.named)
+    """The best checkpoint is known by its final name, in memory and in trainer_state.json.
+
+    Trainer looks for the folder of the best step where it saves, which is our temporary folder: this one's it finds
+    there, and those of earlier steps are looked for beside the final name. So a run that was moved to another folder
+    finds its best again, as without us.
+    """
+    best = save.named.parent / f"checkpoint-{trainer.state.best_global_step}"
+    found = best == save.named or best.is_dir()
+    looks = trainer.args.save_strategy in ("steps", "epoch", "best") and trainer.state.best_global_step
+    if looks and found and trainer.state.best_model_checkpoint != str(best):
+        trainer.state.best_model_checkpoint = str(best)
         if trainer.args.should_save:
             trainer.state.save_to_json(str(save.work / "trainer_state.json"))
 
@@ -723,51 +666,16 @@ def wrap_save_model(original: Callable[..., Any]) -> Callable[..., Any]:
         if save is not None:
             return _step(save.named, f"saving {save.named}", lambda: original(self, output_dir, _internal_call))
         plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
-        silent = (
-            not _internal_call
-            and prepared_models([self.model])
-            and self.is_fsdp_enabled
-            and plugin is not None
-            and "FULL_STATE_DICT" not in str(plugin.state_dict_type)
-        )
-        if silent:
+        gathers = not _internal_call and prepared_models([self.model]) and self.is_fsdp_enabled and plugin is not None
+        if gathers:
+            meet(
+                "Trainer.save_model",
+                "It gathers the shards of all: call it outside of `if trainer.is_world_process_zero()`; the main rank "
+                "alone writes.",
+            )
+        if gathers and "FULL_STATE_DICT" not in str(plugin.state_dict_type):
             folder = output_dir if output_dir is not None else self.args.output_dir
             self._save(folder, state_dict=self.accelerator.get_state_dict(self.model))
         return original(self, output_dir, _internal_call)
 
     return save_model
-
-
-def wrap_train(original: Callable[..., Any]) -> Callable[..., Any]:
-    """For transformers.Trainer.train: the last background save has ended, well or with its error, when it
-    returns."""
-
-    @functools.wraps(original)
-    def train(self, *args, **kwargs):
-        _recover_for_resume(self, args[0] if args else kwargs.get("resume_from_checkpoint"))
-        result = original(self, *args, **kwargs)
-        wait_for_background()
-        return result
-
-    return train
-
-
-def _recover_for_resume(trainer: Any, resume: Any) -> None:
-    """Finishes a commit that was cut short before Trainer reads anything of it. A collective."""
-    if not resume or not prepared_models([trainer.model]):
-        return
-    if isinstance(resume, str | os.PathLike):
-        transaction.recover_everywhere(transaction.resolved(resume))
-    else:
-        transaction.recover_everywhere(None, transaction.resolved(trainer.args.output_dir))
-
-
-def wrap_end_training(original: Callable[..., Any]) -> Callable[..., Any]:
-    """For accelerate.Accelerator.end_training, which destroys the process group that a background save uses."""
-
-    @functools.wraps(original)
-    def end_training(self):
-        wait_for_background()
-        return original(self)
-
-    return end_training

@@ -35,7 +35,7 @@ import torch.distributed as dist
 from accel_moe.dispatch import kinds, memory, rows
 from accel_moe.dispatch.base import Dispatched
 from accel_moe.dispatch.board import LARGEST, Board, board_of
-from accel_moe.dispatch.collectives import gather_rows, sum_rows
+from accel_moe.dispatch.collectives import Started, gather_rows, sum_rows
 from accel_moe.dispatch.keep import remember
 from accel_moe.dispatch.rows import RowLayout, Rows
 from accel_moe.kernels.counts import copied_to_host
@@ -158,7 +158,7 @@ class AllGatherDispatcher:
         layout = RowLayout(
             hidden_states.shape[1], hidden_states.dtype, top_k_index.shape[1], top_k_weights.dtype, with_index=True
         )
-        started: list[dist.Work] = []
+        started: list[Started] = []
 
         def out() -> torch.Tensor:
             received = layout.empty(route.received, hidden_states.device)
@@ -206,7 +206,7 @@ class _OnTheWayHome:
 
     def __init__(self, route: GatherRoute):
         self._route = route
-        self._started: list[tuple[torch.Tensor, torch.Tensor, dist.Work]] = []
+        self._started: list[tuple[torch.Tensor, torch.Tensor, Started]] = []
 
     def start(self, grad_values: torch.Tensor, grad_weights: torch.Tensor) -> None:
         """Dispatched.rows_ready."""

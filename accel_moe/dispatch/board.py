@@ -19,6 +19,8 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from accel_moe.whereabouts import explained
+
 _LOOKS = 200  # at a number before the processor is offered to whoever wants it
 _AWAKE_S = 1.0  # a nap can take milliseconds where timers are coarse: only for ranks that do something else
 _NAP_S = 1e-3
@@ -62,10 +64,11 @@ class Board:
             now = time.monotonic()
             since = since or now
             if now - since > self._timeout_s:
-                raise RuntimeError(
+                failure = RuntimeError(
                     f"ep rank {rank} did not come to exchange {self._turn} within {self._timeout_s:.0f} s (the process "
                     "group's timeout): it has died, or runs another model or another number of layers. See its log."
                 )
+                raise explained(failure)
             if now - since > _AWAKE_S:
                 time.sleep(_NAP_S)
             else:

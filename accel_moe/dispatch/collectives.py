@@ -9,11 +9,27 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 
+from accel_moe.whereabouts import explained, explaining
+
 # torch 2.13 has other names for them, and warns of the old ones
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
+class Started:
+    """A collective under way. Its failure says what every rank was doing, if that is known."""
+
+    def __init__(self, work: dist.Work):
+        self._work = work
+
+    def wait(self) -> None:
+        try:
+            self._work.wait()
+        except RuntimeError as error:
+            raise explained(error)  # noqa: B904  # the same error
+
+
+@explaining
 def exchange_counts(counts: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
     """All-gather one small integer tensor per rank: [...] to [ep, ...], rank-major."""
     world = dist.get_world_size(group)
@@ -22,6 +38,7 @@ def exchange_counts(counts: torch.Tensor, group: dist.ProcessGroup) -> torch.Ten
     return gathered
 
 
+@explaining
 def exchange_rows(
     rows: torch.Tensor,
     received: torch.Tensor,
@@ -36,18 +53,20 @@ def exchange_rows(
     )
 
 
-def gather_rows(own: torch.Tensor, gathered: torch.Tensor, group: dist.ProcessGroup) -> dist.Work:
+@explaining
+def gather_rows(own: torch.Tensor, gathered: torch.Tensor, group: dist.ProcessGroup) -> Started:
     """All-gather of as many rows from every rank: own[n, ...] to gathered[ep * n, ...], rank-major, of which `own` may
     be the part of this rank. Started: wait() of what comes back before gathered is read."""
     work = _all_gather(gathered, own, group=group, async_op=True)
     assert work is not None
-    return work
+    return Started(work)
 
 
-def sum_rows(rows: torch.Tensor, group: dist.ProcessGroup) -> tuple[torch.Tensor, dist.Work]:
+@explaining
+def sum_rows(rows: torch.Tensor, group: dist.ProcessGroup) -> tuple[torch.Tensor, Started]:
     """The transpose, a reduce-scatter: rows[ep * n, ...], contiguous, to [n, ...], this rank's rows of every rank's
     summed. Started, as gather_rows."""
     total = rows.new_empty(rows.shape[0] // dist.get_world_size(group), *rows.shape[1:])
     work = _reduce_scatter(total, rows, group=group, async_op=True)
     assert work is not None
-    return total, work
+    return total, Started(work)

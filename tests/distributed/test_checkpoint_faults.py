@@ -144,9 +144,9 @@ def test_rotation_keeps_the_newest_and_leaves_alone_what_it_does_not_know(tmp_pa
 def test_a_background_failure_that_nobody_heard_of_makes_the_process_fail():
     program = """
 from concurrent.futures import Future
-from accel_moe.checkpoint import saving
-saving._background = Future()
-saving._background.set_exception(OSError(28, "No space left on device"))
+from accel_moe.checkpoint import background
+background._background = Future()
+background._background.set_exception(OSError(28, "No space left on device"))
 """
     ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert ran.returncode == 1 and "No space left on device" in ran.stderr

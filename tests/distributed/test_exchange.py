@@ -173,6 +173,7 @@ def test_a_rank_that_is_lost_in_a_step_ends_the_job_within_the_timeout(how, befo
         return
     seen, error = (tmp_path / "seen-0").read_text().split(" ", 1)
     assert float(seen) - lost < 30 and "Error" in error, (float(seen) - lost, error)
+    assert "where every rank was last seen: rank" in error and "a forward of the model (training)" in error, error
 
 
 def test_the_next_layers_weights_are_asked_for_before_the_host_waits_for_counts_and_the_heads_too():

@@ -29,7 +29,7 @@ def destinations(
     mask = (token < num_tokens)[:, None] & (k < TOP_K)[None, :]
     index = tl.load(index_ptr + token[:, None] * TOP_K + k[None, :], mask=mask, other=-1)
     # a number too large for int32 must not come out as a rank
-    return tl.where(index < 0, -1, tl.minimum(index // experts_per_rank, 2**31 - 1)).to(tl.int32)
+    return tl.where(index < 0, -1, tl.minimum(index // experts_per_rank, 2147483647)).to(tl.int32)
 
 
 @entry

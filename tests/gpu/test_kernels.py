@@ -168,6 +168,17 @@ def test_sentinels_and_an_idle_expert(counted):
     assert not actual[2][5].any() and not actual[3][5].any()
 
 
+@pytest.mark.parametrize("stray", [-1, -(2**40), 9, 2**40, 2**63 - 1])
+def test_a_number_that_is_no_experts_is_a_slot_without_one(stray):
+    args = make(900, 4, 256, 192, 8, torch.bfloat16)
+    away = torch.rand(args[3].shape, device="cuda") < 0.3
+    wanted = [*args[:3], args[3].masked_fill(away, 8), args[4]]
+    args[3] = args[3].masked_fill(away, stray)
+    dout = torch.randn(args[0].shape, device="cuda").bfloat16()
+    for name, a, e in zip(NAMES, run(ours, args, dout), run(ours, wanted, dout), strict=True):
+        assert torch.equal(a, e), name
+
+
 def test_all_tokens_on_one_expert():
     args = make(3000, 1, 256, 192, 8, torch.bfloat16)
     args[3] = torch.full_like(args[3], 6)

@@ -16,13 +16,14 @@ from tests.tiny import tiny_model
 STRAYS = (-1, -7, 8, 9, 2**31, 2**40, -(2**40), -(2**63), 2**63 - 1)  # of 8 experts
 
 
-def slots(rank: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def slots(rank: int, device: torch.device | str = "cpu") -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """index [T, 2] with each stray beside an expert, a token of strays alone and some without any; weights; rows."""
     generator = torch.Generator().manual_seed(rank)
     index = torch.rand(len(STRAYS) + 12, 8, generator=generator).argsort(1)[:, :2].contiguous()
     index[: len(STRAYS), 1] = torch.tensor(STRAYS)
     index[len(STRAYS)] = torch.tensor([-1, 2**40])
-    return index, torch.rand(index.shape, generator=generator), torch.randn(len(index), 32, generator=generator)
+    weights, rows = torch.rand(index.shape, generator=generator), torch.randn(len(index), 32, generator=generator)
+    return tuple(t.to(device) for t in (index, weights, rows))
 
 
 def results(layer, index, weights, rows) -> list[torch.Tensor]:
@@ -36,7 +37,7 @@ def results(layer, index, weights, rows) -> list[torch.Tensor]:
 
 def assert_strays_do_nothing(layer, rank: int = 0) -> torch.Tensor:
     """Returns the slots of each expert, without the strays."""
-    index, weights, rows = slots(rank)
+    index, weights, rows = slots(rank, layer.down_proj.device)
     stray = (index < 0) | (index >= 8)
     there = index.masked_fill(stray, 0)
     found = results(layer, index, weights.masked_fill(stray, float("nan")), rows)
@@ -45,7 +46,7 @@ def assert_strays_do_nothing(layer, rank: int = 0) -> torch.Tensor:
     for a, b in zip(found, wanted, strict=True):  # the rows of an expert may come in other numbers: another summation
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5 * b.abs().max().item())
     assert found[2][stray].eq(0).all()
-    return torch.bincount(index[~stray], minlength=8)
+    return torch.bincount(index[~stray].cpu(), minlength=8)
 
 
 def first_layer(model):
@@ -69,9 +70,9 @@ def over_ranks(dispatcher: str, kernel: str) -> bool:
     accelerator, model, _ = prepared(Case(2, 2, kernel=kernel, options=(("moe_dispatcher", dispatcher),)))
     layer, rank = first_layer(model), accelerator.process_index
     counted = assert_strays_do_nothing(layer, rank)
-    torch.distributed.all_reduce(counted)
+    counted = accelerator.reduce(counted.to(accelerator.device)).cpu()
     expert_load(model)
-    index, weights, rows = slots(rank)
+    index, weights, rows = slots(rank, accelerator.device)
     layer(rows, index, weights)
     return torch.equal(expert_load(model)["model.layers.0.mlp.experts"], counted)
 

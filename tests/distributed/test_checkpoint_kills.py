@@ -64,15 +64,17 @@ def kill_two_ranks(root: str, kind: str, background: bool, one_name: bool, who: 
     return any(killed)
 
 
-def kill_and_go_on(tmp_path, kind: str, background: bool, one_name: bool, who: list[int], event: int) -> int:
-    assert kill_two_ranks(str(tmp_path), kind, background, one_name, who, event)
+def kill_and_go_on(tmp_path, kind: str, background: bool, one_name: bool, who: list[int], event: int) -> int | None:
+    """The step that was loaded after the kill; None when the save has fewer events."""
+    if not kill_two_ranks(str(tmp_path), kind, background, one_name, who, event):
+        return None
     for loaded, left, expected in run_ranks(runs.load_and_go_on, 2, str(tmp_path), kind, one_name):
         assert loaded in (runs.OLD, runs.NEW) and left == expected, (loaded, left)
     return loaded
 
 
 def test_of_two_ranks_the_one_that_commits_is_killed_and_its_peer_is_lost_too(tmp_path):
-    kill_and_go_on(tmp_path, "state", False, True, [0], 40)
+    assert kill_and_go_on(tmp_path, "state", False, True, [0], 40) in (runs.OLD, runs.NEW)
 
 
 @pytest.mark.slow
@@ -80,12 +82,14 @@ def test_of_two_ranks_the_one_that_commits_is_killed_and_its_peer_is_lost_too(tm
 @pytest.mark.parametrize("who", [[0], [1], [0, 1]], ids=["rank 0", "rank 1", "both"])
 @pytest.mark.parametrize("kind, background, one_name", [KINDS[0], KINDS[7]], ids=map(named, [KINDS[0], KINDS[7]]))
 def test_two_ranks_killed_before_events_of_a_save_go_on(tmp_path, kind, background, one_name, who):
-    events = range(1, 80, 6) if 0 in who else range(1, 8)  # rank 1 writes its shards and its random state only
     outcomes = []
-    for event in events:
+    for event in range(1, 200, 6 if 0 in who else 1):  # rank 1 writes its shards and its random state only
         root = tmp_path / str(event)
         root.mkdir()
         outcomes.append(kill_and_go_on(root, kind, background, one_name, who, event))
+        if outcomes[-1] is None:
+            break
+    print(named((kind, background, one_name)), who, outcomes)
     assert runs.OLD in outcomes and (runs.NEW in outcomes or who == [1])
 
 

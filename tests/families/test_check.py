@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from accel_moe import check, families, hooks, supported
@@ -70,6 +71,28 @@ def test_an_experts_function_that_computes_something_else_is_seen(monkeypatch, c
     status, lines = lines_of("qwen3_moe", capsys=capsys)
     assert status == 1 and "the output is off by" in lines["experts of qwen3_moe grouped_mm"]
     assert lines["experts of qwen3_moe eager"].endswith(" ok")
+
+
+class WithoutGradients:
+    """A view of a module that gives its parameters to no autograd."""
+
+    def __init__(self, module):
+        self._module = module
+
+    def __getattr__(self, name):
+        value = getattr(self._module, name)
+        return value.detach() if isinstance(value, torch.Tensor) else value
+
+
+def test_an_experts_function_that_gives_the_experts_no_gradient_is_seen(monkeypatch, capsys):
+    right = ALL_EXPERTS_FUNCTIONS["grouped_mm"]
+    monkeypatch.setitem(
+        ALL_EXPERTS_FUNCTIONS, "grouped_mm", lambda module, *args: right(WithoutGradients(module), *args)
+    )
+    status, lines = lines_of("qwen3_moe", capsys=capsys)
+    assert status == 1
+    said = "the gradient of gate_up_proj is there in one of the two only"
+    assert said in lines["experts of qwen3_moe grouped_mm"]
 
 
 def test_an_experts_function_whose_call_changed_is_seen(monkeypatch, capsys):

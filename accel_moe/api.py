@@ -10,7 +10,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
-from accel_moe import config, dispatch, experts, hooks, load, load_folders, probe, recognise
+from accel_moe import config, dispatch, experts, forwards, hooks, load, load_folders, probe, recognise
 
 logger = logging.getLogger("accel_moe")
 
@@ -36,10 +36,12 @@ def prepare(model: Model, **options: object) -> Model:
     """
     resolved = config.resolve(options)
     dispatch.known_dispatcher(resolved.config.moe_dispatcher)
+    forwards.adopt_liger_experts(model)
     layers = recognise.find_experts(model)
     if experts.prepared_state(model) is not None:
         return _already_prepared(model, resolved)
     _refuse_wrapped(model)
+    forwards.take_back(model)
     kernel = recognise.choose_kernel(resolved.config.moe_kernel, layers)
     _refuse_unsupported(model, layers, kernel, resolved.config)
     hooks.install()
@@ -51,6 +53,7 @@ def prepare(model: Model, **options: object) -> Model:
         num_layers=len(layers),
     )
     experts.swap(layers, state)
+    forwards.watch_first_forwards(model)
     model._accel_moe = state
     if int(os.environ.get("RANK", 0)) == 0:
         logger.info("%s; %d experts layers run %s", resolved.describe(), len(layers), kernel)

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from accel_moe import dtype_units, load, mesh, positions, recompute, shard, supported, whereabouts
+from accel_moe import dtype_units, forwards, load, load_edits, mesh, positions, recompute, shard, supported, whereabouts
 from accel_moe.adapters import adopt_adapters, adopting
 from accel_moe.agreement import compare_ranks
 from accel_moe.checkpoint.hooked import HOOKED as CHECKPOINT_ROWS
@@ -100,6 +100,7 @@ def check_then_prepare(original):
         for model in args:
             if isinstance(model, nn.Module) and (state := prepared_state(model)) is not None:
                 compare_ranks(model, state)
+                _check_forwards(model)
                 if state.config.moe_ep_degree > 1:
                     _check_accelerator(self, model, state)
                     adopt_adapters(find_experts(model))  # PEFT may have wrapped the experts since prepare()
@@ -357,6 +358,15 @@ def _locate(target: str) -> tuple[Any, str]:
             return owner, name
         break
     raise LookupError(target)
+
+
+def _check_forwards(model: nn.Module) -> None:
+    error = None
+    try:
+        forwards.take_back(model)
+    except ValueError as problem:
+        error = problem
+    load_edits.check_ranks({}, error)
 
 
 @contextmanager

@@ -17,9 +17,8 @@ import torch.distributed as dist
 
 from accel_moe.dispatch.memory import UNKNOWN
 
-_BITS = 22
-_KIB = 2**10
-_MOST_KIB = 2 ** (62 - _BITS) - 1
+_BITS = 20
+_MOST = 2 ** (62 - _BITS) - 1  # 4 TiB: more than a GPU has
 
 
 class Kind(NamedTuple):
@@ -40,19 +39,19 @@ def kind_of(hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weight
 
 @functools.lru_cache(maxsize=64)
 def number_of(kind: Kind) -> int:
-    """The same on every rank; below 2**22."""
+    """The same on every rank; below 2**20."""
     return zlib.crc32(repr(tuple(kind)).encode()) % 2**_BITS
 
 
 def with_free_bytes(kind: Kind, free: int) -> int:
-    """Both in one number, below 2**62: it travels in the place of the bytes, to the KiB."""
-    return number_of(kind) * (_MOST_KIB + 1) + min(max(0, free) // _KIB, _MOST_KIB)
+    """Both in one number, below 2**62: it travels in the place of the bytes."""
+    return number_of(kind) * (_MOST + 1) + min(max(0, free), _MOST)
 
 
 def apart(number: int) -> tuple[int, int]:
     """number_of and the free bytes in what `with_free_bytes` made."""
-    kind, kib = divmod(number, _MOST_KIB + 1)
-    return kind, UNKNOWN if kib == _MOST_KIB else kib * _KIB
+    kind, free = divmod(number, _MOST + 1)
+    return kind, UNKNOWN if free == _MOST else free
 
 
 def check(numbers: Sequence[int], kind: Kind, group: dist.ProcessGroup) -> None:

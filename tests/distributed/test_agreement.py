@@ -201,5 +201,5 @@ def test_free_bytes_travel_beside_the_kind():
     for free in (0, 1023, 2**20, 80 * 2**30, memory.UNKNOWN):
         number = kinds.with_free_bytes(kind, free)
         assert 0 <= number < 2**62
-        assert kinds.apart(number) == (kinds.number_of(kind), free if free == memory.UNKNOWN else free // 1024 * 1024)
+        assert kinds.apart(number) == (kinds.number_of(kind), free)
     assert kinds.apart(kinds.with_free_bytes(kind, -5))[1] == 0

@@ -101,8 +101,7 @@ def test_what_cannot_fit_is_refused_on_every_rank_before_it_is_allocated(where):
 def test_chunks_need_less_than_the_whole():
     """The same memory, too little for all tokens at once, is enough for three at a time."""
     case = Case(2, 2, nothing_received=True, options=TO_ALL)
-    needed = 6 * 32 * 4 + 12 * (2 * 24 + 24) * 4  # 3 rows from each of 2 ranks, 2 experts for each
-    free = [-(-needed // 1024) * 1024, 2**30]  # ranks tell each other to the KiB
+    free = [6 * 32 * 4 + 12 * (2 * 24 + 24) * 4 + 1, 2**30]  # 3 rows from each of 2 ranks, 2 experts for each
     assert all("moe_dispatch_chunk_tokens" in text for text, _ in run_ranks(runs.crowded, 2, case, free))
     in_chunks = replace(case, options=(*TO_ALL, ("moe_dispatch_chunk_tokens", 3)))
     assert all(text == "" for text, _ in run_ranks(runs.crowded, 2, in_chunks, free))

@@ -43,7 +43,7 @@ class DeferredTensor(torch.Tensor):
     A parameter stays one (`isinstance(p, nn.Parameter)`), by the flag that torch has for custom tensors.
     """
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # pyright: ignore[reportAssignmentType]
 
     _origin: Origin | None
     _stamp: tuple[int, Any] | None

@@ -10,6 +10,9 @@
 What the file lacks (a new head), and buffers that no file has, are made at once by transformers' own
 initialisation: they consume the random numbers that a plain from_pretrained would, and are sharded as any weight.
 
+Between the two a user may edit the model: each weight of the files is a tensor that knows it (deferred_tensors.py), so
+that its values follow it to wherever it is now; what has values of its own keeps them (load_edits.py).
+
 A rank reads in file order, with plain reads through the page cache: ranks of one node march through the file
 together, each taking its own bytes, so that the disk is asked for each byte about once. Where a parameter's rows lie
 in the file as they do in memory (renamed weights, stacked experts: nearly all bytes) they are read into the shard

@@ -172,7 +172,7 @@ def off_the_fsdp2_road(case: Case, how: Load, folder: str) -> list[str]:
     prepared, optimizer = accelerator.prepare(model, optimizer)
     assert type(prepared).__name__ == "DistributedDataParallel"
     expected = values(transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=how.dtype))
-    wrong = [n for n, v in values(prepared.module).items() if not torch.equal(v, expected[n])]
+    wrong = [n for n, v in values(prepared.module).items() if not torch.equal(v.cpu(), expected[n].cpu())]
     mine = {id(p) for p in prepared.parameters()}
     return wrong + ["the optimizer lost a parameter"] * any(
         id(p) not in mine for p in optimizer.param_groups[0]["params"]

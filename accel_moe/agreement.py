@@ -26,6 +26,7 @@ import torch.distributed as dist
 from torch import nn
 
 from accel_moe import config
+from accel_moe.deferred_tensors import DeferredTensor
 from accel_moe.experts import PreparedState, plain_name, swapped_layers
 from accel_moe.mesh import default_timeout
 
@@ -71,7 +72,8 @@ def describe(model: nn.Module, state: PreparedState) -> dict[str, str]:
     for name, parameter in model.named_parameters():
         words = "trained" if parameter.requires_grad else "frozen"
         # packed weights may be packed on the rank alone that loads them
-        if type(parameter) is nn.Parameter and parameter.is_floating_point():
+        own_kind = type(parameter) is nn.Parameter or isinstance(parameter, DeferredTensor)
+        if own_kind and parameter.is_floating_point():
             words = f"{list(parameter.shape)} {parameter.dtype}, {words}"
         found[plain_name(name)] = words
     modules = {plain_name(name): module for name, module in model.named_modules()}

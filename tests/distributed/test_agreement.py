@@ -204,3 +204,10 @@ def test_free_bytes_travel_beside_the_kind():
         assert 0 <= number < 2**62
         assert kinds.apart(number) == (kinds.number_of(kind), free)
     assert kinds.apart(kinds.with_free_bytes(kind, -5))[1] == 0
+
+
+def test_weights_that_are_read_later_are_compared_by_shape_and_dtype(tmp_path):
+    tiny_model().save_pretrained(tmp_path)
+    model = accel_moe.prepare(accel_moe.from_pretrained(str(tmp_path)))
+    here = agreement.describe(model, model._accel_moe)
+    assert here["lm_head.weight"] == f"{[*tiny_model().lm_head.weight.shape]} torch.float32, trained"

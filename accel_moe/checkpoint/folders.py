@@ -341,16 +341,6 @@ def is_committed(folder: Path) -> bool:
     return os.path.isfile(folder / MANIFEST_NAME) or os.path.isfile(folder / JOURNAL_NAME)
 
 
-def newest_committed(parent: Path, prefix: str) -> tuple[Path | None, list[str]]:
-    """The highest-numbered committed checkpoint, and a line for each folder that was passed over."""
-    passed_over = [f"{path.name} was never finished" for path in unfinished(parent)]
-    for path in reversed(numbered(parent, prefix)):
-        if is_committed(path):
-            return path, passed_over
-        passed_over.append(f"{path.name} has no manifest")
-    return None, passed_over
-
-
 def rotate(parent: Path, prefix: str, keep: int | None, newest: Path, protected: Iterable[Path] = ()) -> list[str]:
     """Deletes the checkpoints that were committed first until `keep` are left; returns the names.
 

@@ -20,7 +20,6 @@ collective; the rest is file system work of one disk.
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import os
 import shutil
@@ -389,12 +388,12 @@ def _sealed(final: Path | None, parent: Path | None) -> dict[str, dict[str, Path
 
 
 def _generation(folder: Path) -> str | None:
-    """What one save wrote, on whichever node: a digest of the part of the manifest that is the same on all."""
+    """Which save wrote a folder, the same on every node; None where no manifest says so."""
     try:
-        body = json.loads((folder / MANIFEST_NAME).read_text(encoding="utf-8"))["body"]
-    except (OSError, ValueError, TypeError, KeyError):
+        manifest = read_manifest(folder)
+    except CheckpointError:
         return None
-    return hashlib.blake2b(json.dumps(body, sort_keys=True).encode(), digest_size=16).hexdigest()
+    return None if manifest is None else manifest.identity()
 
 
 def _commit_sealed(work: Path, final: Path) -> None:

@@ -7,6 +7,7 @@ real saves.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
 import json
 import os
@@ -20,7 +21,14 @@ from pathlib import Path
 import pytest
 
 from accel_moe.checkpoint import advice, durable, folders, transaction
-from accel_moe.checkpoint.manifest import MANIFEST_NAME, CheckpointError, FileEntry, Manifest, read_manifest
+from accel_moe.checkpoint.manifest import (
+    MANIFEST_NAME,
+    CheckpointError,
+    FileEntry,
+    Manifest,
+    file_digest,
+    read_manifest,
+)
 from accel_moe.checkpoint.manifest import write_manifest as write
 from tests.kills import every_event
 
@@ -126,8 +134,8 @@ def test_killed_before_any_event_of_a_save_under_a_fresh_name_nothing_committed_
 
     for _ in every_event(save_two, first, stride):
         transaction.recover_beside(tmp_path / "c")
-        newest, _ = folders.newest_committed(tmp_path / "c", "checkpoint_")
-        outcomes.add(None if newest is None else content_of(newest))
+        there = [path for path in folders.numbered(tmp_path / "c", "checkpoint_") if folders.is_committed(path)]
+        outcomes.add(content_of(there[-1]) if there else None)
         save(tmp_path / "c" / "checkpoint_3", content="next", prefix="checkpoint_")
         assert os.listdir(tmp_path / "c") == ["checkpoint_3"]
         shutil.rmtree(tmp_path / "c")
@@ -407,6 +415,15 @@ def test_the_journal_is_readable_and_gone_in_the_end(tmp_path):
     assert not (final / folders.JOURNAL_NAME).exists()
 
 
+def list_in_manifest(work, folder: str) -> None:
+    manifest = read_manifest(work)
+    found = {
+        path.relative_to(work).as_posix(): FileEntry(path.stat().st_size, file_digest(path, manifest.digest_algorithm))
+        for path in (work / folder).iterdir()
+    }
+    write(work, dataclasses.replace(manifest, files=({**manifest.files[0], **found},)))
+
+
 @pytest.mark.parametrize("cut", ["in a commit", "by an older version"])
 def test_consolidate_opens_a_checkpoint_whose_commit_was_cut_short(tmp_path, cut):
     """The weights are those of a plain DCP folder; what matters is that they are found under the name."""
@@ -423,6 +440,7 @@ def test_consolidate_opens_a_checkpoint_whose_commit_was_cut_short(tmp_path, cut
         seal(final, OLD, "old")
         work = filled(final)
         shutil.copytree(model, work / model.name)
+        list_in_manifest(work, model.name)
         transaction.commit(transaction.prepare(work, final), final)
     else:
         shutil.copytree(model, tmp_path / "old-0-abcdefghijkl.c" / model.name)

@@ -8,7 +8,7 @@ import shutil
 import signal
 from pathlib import Path
 
-from accel_moe.checkpoint import saving, transaction
+from accel_moe.checkpoint import resume, saving, transaction
 from tests import kills
 from tests.distributed import fault_runs
 from tests.distributed.checkpoint_runs import install, set_up, train
@@ -81,7 +81,7 @@ class TrainerJob:
         import transformers.trainer
 
         fault_runs.set_step(self.model, self.optimizer, -1)
-        saving._recover_for_resume(self.trainer, True)
+        assert resume._all_resume(True, self.folder)
         folder = transformers.trainer.get_last_checkpoint(str(self.folder))
         self.trainer._load_from_checkpoint(folder, self.model)
         self.trainer._load_optimizer_and_scheduler(folder)

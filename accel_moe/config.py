@@ -457,7 +457,7 @@ def config_mismatch(per_rank: Sequence[Mapping[str, tuple[Any, str]]]) -> str | 
 def spell_ranks(ranks: Sequence[int]) -> str:
     """[0, 1, 2, 5] -> "ranks 0-2, 5"."""
     runs: list[list[int]] = []
-    for rank in ranks:
+    for rank in sorted(ranks):
         if runs and rank == runs[-1][-1] + 1:
             runs[-1].append(rank)
         else:

@@ -30,6 +30,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
+from accel_moe.config import spell_ranks as listed
+
 logger = logging.getLogger("accel_moe")
 
 LOOK_S = 5.0  # before the first look at where the missing ranks are
@@ -159,18 +161,6 @@ def _told(what: str, missing: list[int], seen: dict[int, Record], advice: str, w
         f"{waited_s:.0f} s; {listed(here)} waited. Last seen: {_places(seen, missing)}. "
         f"{advice or 'Call it on every rank, outside of `if is_main_process`.'}"
     )
-
-
-def listed(members: list[int]) -> str:
-    """Ranks for a message: "rank 1", "ranks 0-3, 6"."""
-    runs: list[list[int]] = []
-    for member in sorted(members):
-        if runs and member == runs[-1][-1] + 1:
-            runs[-1].append(member)
-        else:
-            runs.append([member])
-    texts = [str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs]
-    return f"rank{'s' if len(members) > 1 else ''} {', '.join(texts)}"
 
 
 def _places(seen: dict[int, Record], members: list[int] | range) -> str:

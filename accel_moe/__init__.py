@@ -11,7 +11,8 @@ is installed, no CUDA context made, before `prepare`.
 
 from accel_moe.api import from_pretrained, prepare
 from accel_moe.config import MoEConfig
-from accel_moe.experts import expert_load, register_scattermoe
+from accel_moe.experts.expert_counts import expert_load
+from accel_moe.experts.swap import register_scattermoe
 from accel_moe.version import __version__
 
 register_scattermoe()

@@ -26,9 +26,10 @@ import torch.distributed as dist
 from torch import nn
 
 from accel_moe import config
-from accel_moe.deferred_tensors import DeferredTensor
-from accel_moe.experts import PreparedState, plain_name, swapped_layers
+from accel_moe.experts.state import PreparedState, swapped_layers
 from accel_moe.mesh import default_timeout
+from accel_moe.names import plain_name
+from accel_moe.weights.deferred_tensors import DeferredTensor
 
 logger = logging.getLogger("accel_moe")
 

@@ -10,7 +10,11 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
-from accel_moe import config, dispatch, experts, forwards, hooks, load, load_folders, probe, recognise
+from accel_moe import config, dispatch, hooks
+from accel_moe.experts import forwards, probe, recognise
+from accel_moe.experts.state import PreparedState, prepared_state
+from accel_moe.experts.swap import recompute_refusal, swap
+from accel_moe.weights import load, load_folders
 
 logger = logging.getLogger("accel_moe")
 
@@ -38,21 +42,21 @@ def prepare(model: Model, **options: object) -> Model:
     dispatch.known_dispatcher(resolved.config.moe_dispatcher)
     forwards.adopt_liger_experts(model)
     layers = recognise.find_experts(model)
-    if experts.prepared_state(model) is not None:
+    if prepared_state(model) is not None:
         return _already_prepared(model, resolved)
     _refuse_wrapped(model)
     forwards.take_back(model)
     kernel = recognise.choose_kernel(resolved.config.moe_kernel, layers)
     _refuse_unsupported(model, layers, kernel, resolved.config)
     hooks.install()
-    state = experts.PreparedState(
+    state = PreparedState(
         resolved=resolved,
         kernel=kernel,
         base_model=getattr(model.config, "_name_or_path", None) or None,
         model_type=getattr(model.config, "model_type", type(model).__name__),
         num_layers=len(layers),
     )
-    experts.swap(layers, state)
+    swap(layers, state)
     forwards.watch_first_forwards(model)
     model._accel_moe = state
     if int(os.environ.get("RANK", 0)) == 0:
@@ -102,7 +106,7 @@ def from_pretrained(model_name_or_path: str | os.PathLike, *args: Any, model_cla
 
 
 def _already_prepared(model: Model, resolved: config.ResolvedConfig) -> Model:
-    before = experts.prepared_state(model).resolved.config
+    before = prepared_state(model).resolved.config
     if before != resolved.config:
         raise ValueError(
             f"This model was already prepared with {before}; prepare() was called again with {resolved.config}. "
@@ -128,7 +132,7 @@ def _refuse_unsupported(
     recompute = settings.moe_recompute_up_projection
     for name, module in layers.items():
         why = recognise.refusal(module, kernel=kernel, ep_degree=settings.moe_ep_degree)
-        if why := why or (experts.recompute_refusal(module, kernel) if recompute else None):
+        if why := why or (recompute_refusal(module, kernel) if recompute else None):
             raise ValueError(f"{family}: cannot prepare {name} ({type(module).__name__}): {why}.")
     trains = any(p.requires_grad for p in model.parameters())
     if found := probe.refusal(layers, kernel, ep_degree=settings.moe_ep_degree, trains=trains):

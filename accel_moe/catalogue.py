@@ -24,8 +24,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from accel_moe import recognise
-from accel_moe.kernels.gate import gate_of, has_default_gate
+from accel_moe.experts import recognise, view
+from accel_moe.kernels.glu import gate_of, has_default_gate
 
 _DECORATED = re.compile(r"^@use_experts_implementation[^\n]*\n(?:@[^\n]*\n)*class (\w+)", re.MULTILINE)
 _CLASS = re.compile(r"^class (\w+)", re.MULTILINE)
@@ -209,7 +209,7 @@ def families(names: Iterable[str] | None = None) -> list[Family]:
 
 def _row(source: Source) -> Family:
     classes = tuple(name for _, name in source.decorated)
-    shims = tuple((module, name) for module, name in source.lookalikes if name in recognise.SHIMS)
+    shims = tuple((module, name) for module, name in source.lookalikes if name in view.SHIMS)
     if not classes and not shims:
         note = recognise.OFF_INTERFACE.get(source.name, "its experts are not on transformers' experts interface")
         return Family(source.name, tuple(n for _, n in source.lookalikes), "refused", "", "", note, "", ())
@@ -229,7 +229,7 @@ def _row(source: Source) -> Family:
     keys = hub_key_style(source.name)
     if refusals:
         return Family(source.name, classes, "refused", maths, "", refusals[0], keys, ())
-    own_gate = any(gate_of(recognise.as_interface(m)) is None for m in layers)
+    own_gate = any(gate_of(view.as_interface(m)) is None for m in layers)
     status = "shim" if not source.decorated else "own gate" if own_gate else "supported"
     kernel = "grouped_mm" if not_ours else "scattermoe"
     limits = recognise.limits(layers[0])
@@ -239,7 +239,7 @@ def _row(source: Source) -> Family:
 
 def describe_maths(module: nn.Module) -> str:
     """One experts module's maths in words, from its flags, activation and gate."""
-    layout = recognise.as_interface(module)
+    layout = view.as_interface(module)
     words = []
     activation = getattr(module, "act_fn", None)
     name = getattr(activation, "__name__", type(activation).__name__) if activation is not None else "swiglu"
@@ -264,7 +264,7 @@ def describe_maths(module: nn.Module) -> str:
 
 def kind_of_maths(module: nn.Module) -> str:
     """A short name for the group of families that one kernel variant serves."""
-    layout = recognise.as_interface(module)
+    layout = view.as_interface(module)
     if not layout.has_gate:
         return "no gate"
     parts = ["gate" if has_default_gate(layout) else "own gate"]

@@ -16,8 +16,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from accel_moe import catalogue, experts, hooks, recognise, supported
+from accel_moe import catalogue, hooks, supported
 from accel_moe.config import MoEConfig, ResolvedConfig
+from accel_moe.experts import recognise, view
 
 PROBED = ("qwen3_moe", "gpt_oss", "nemotron_h", "deepseek_v4")
 """A plain gate; bias, transposed and interleaved; no gate; a gate of the family's own."""
@@ -130,7 +131,7 @@ def _what_is_wrong(family: str, layer: nn.Module, kernel: str) -> str | None:
     resolved = ResolvedConfig(MoEConfig(moe_kernel=kernel), {})
     ours, own = copy.deepcopy(layer), copy.deepcopy(layer)
     try:
-        experts.swap({"experts": ours}, experts.PreparedState(resolved, kernel, None, family, 1))
+        layer.swap({"experts": ours}, layer.PreparedState(resolved, kernel, None, family, 1))
         found = _run(ours, ours)
         expected = _run(own, lambda *args: inspect.unwrap(type(own).forward)(own, *args))
     except Exception as error:  # whatever a new version does
@@ -148,7 +149,7 @@ def _what_is_wrong(family: str, layer: nn.Module, kernel: str) -> str | None:
 
 def _run(layer: nn.Module, call: Callable[..., torch.Tensor]) -> dict[str, torch.Tensor | None]:
     """Output and gradients, with the same tokens and routing for every layer of a shape; one expert gets no token."""
-    layout = recognise.as_interface(layer)
+    layout = view.as_interface(layer)
     generator = torch.Generator().manual_seed(1)
     width = layer.get_parameter("down_proj").shape[-1 if layout.is_transposed else 1]
     hidden = torch.randn(T, width, generator=generator).requires_grad_()

@@ -87,8 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"expected CHECKPOINT... OUT BASE_MODEL, found {len(args.paths)} path(s): {' '.join(args.paths)}")
     if args.workers < 1:
         parser.error(f"--workers {args.workers}: expected 1 or more")
-    from accel_moe.checkpoint.manifest import CheckpointError
-    from accel_moe.hub_format import HubFormatError
+    from accel_moe.errors import CheckpointError, HubFormatError
 
     try:
         return inspect(args) if args.inspect else consolidate(args)
@@ -113,8 +112,8 @@ def consolidate(args: argparse.Namespace) -> int:
     from accel_moe.checkpoint.export_plan import plan_export
     from accel_moe.checkpoint.export_verify import verify_export
     from accel_moe.checkpoint.export_write import write_export
-    from accel_moe.checkpoint.manifest import CheckpointError
-    from accel_moe.hub_format import parse_size
+    from accel_moe.errors import CheckpointError
+    from accel_moe.weights.hub_format import parse_size
 
     *folders, out, base_name = args.paths
     import torch
@@ -168,8 +167,7 @@ def consolidate(args: argparse.Namespace) -> int:
 def _checking(checkpoint: Any, checksums: bool) -> Iterator[Future[None]]:
     """Checks the checkpoint in a thread. What it yields raises CheckpointError with everything that is wrong: ask it
     before any result counts."""
-    from accel_moe.checkpoint.manifest import CheckpointError
-    from accel_moe.hub_format import HubFormatError
+    from accel_moe.errors import CheckpointError, HubFormatError
 
     stopped = threading.Event()
     with ThreadPoolExecutor(1) as pool:
@@ -187,7 +185,7 @@ def _checking(checkpoint: Any, checksums: bool) -> Iterator[Future[None]]:
 def _check(checkpoint: Any, checksums: bool, stopped: threading.Event) -> None:
     """Raises CheckpointError with everything that is wrong."""
     from accel_moe.checkpoint import export
-    from accel_moe.checkpoint.manifest import CheckpointError
+    from accel_moe.errors import CheckpointError
 
     manifest = checkpoint.manifest
     if manifest is None:

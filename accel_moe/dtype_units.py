@@ -22,7 +22,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from accel_moe.experts import plain_name
+from accel_moe.names import plain_name
 
 Policy = Callable[[nn.Module], bool]
 

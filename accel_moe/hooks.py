@@ -24,12 +24,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from accel_moe import dtype_units, forwards, load, load_edits, mesh, positions, recompute, shard, supported, whereabouts
-from accel_moe.adapters import adopt_adapters, adopting
+from accel_moe import dtype_units, mesh, positions, recompute, shard, supported, whereabouts
 from accel_moe.agreement import compare_ranks
 from accel_moe.checkpoint.hooked import HOOKED as CHECKPOINT_ROWS
-from accel_moe.experts import PreparedState, plain_name, prepared_state, swapped_layers
-from accel_moe.recognise import find_experts
+from accel_moe.experts import forwards
+from accel_moe.experts.adapters import adopt_adapters, adopting
+from accel_moe.experts.recognise import find_experts
+from accel_moe.experts.state import PreparedState, prepared_state, swapped_layers
+from accel_moe.names import plain_name
+from accel_moe.weights import edits, load
 
 logger = logging.getLogger("accel_moe")
 
@@ -366,7 +369,7 @@ def _check_forwards(model: nn.Module) -> None:
         forwards.take_back(model)
     except ValueError as problem:
         error = problem
-    load_edits.check_ranks({}, error)
+    edits.check_ranks({}, error)
 
 
 @contextmanager

@@ -19,7 +19,7 @@ import torch
 import transformers
 from torch import nn
 
-from accel_moe.experts import holds_experts
+from accel_moe.experts.state import holds_experts
 
 
 class _Running(threading.local):

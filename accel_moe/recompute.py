@@ -3,7 +3,7 @@ torch.compile inside it.
 
 accelerate's `fsdp_activation_checkpointing` wraps the decoder layers, transformers' `gradient_checkpointing_enable`
 gives them a function; both end in torch.utils.checkpoint, which takes a `context_fn`. It is given here, to layers that
-hold experts, unless the user gave one; see dispatch/keep.py for what it keeps. Reentrant checkpointing has no such
+hold experts, unless the user gave one; see dispatch/replay.py for what it keeps. Reentrant checkpointing has no such
 contexts, and exchanges twice.
 """
 
@@ -18,8 +18,8 @@ from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
 from torch.utils.checkpoint import checkpoint
 
-from accel_moe.dispatch.keep import kept_exchanges
-from accel_moe.experts import holds_experts
+from accel_moe.dispatch.replay import kept_exchanges
+from accel_moe.experts.state import holds_experts
 
 
 def keep_random_numbers(model: nn.Module) -> None:

@@ -24,8 +24,10 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torch.distributed.tensor import DTensor, Shard
 
 from accel_moe.dispatch import make_dispatcher
-from accel_moe.experts import ScatterMoE, holds_experts, plain_name, swapped_layers
+from accel_moe.experts.layer import ScatterMoE
+from accel_moe.experts.state import holds_experts, swapped_layers
 from accel_moe.mesh import MeshPlan
+from accel_moe.names import plain_name
 
 BROADCAST_BYTES = 256 * 2**20
 """How much of a weight travels from rank 0 at once under fsdp_cpu_ram_efficient_loading."""

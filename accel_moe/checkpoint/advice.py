@@ -17,7 +17,7 @@ from typing import Any
 from torch.distributed.checkpoint.api import CheckpointException
 
 from accel_moe.checkpoint import folders
-from accel_moe.checkpoint.manifest import CheckpointError
+from accel_moe.errors import CheckpointError
 
 
 @contextmanager

@@ -28,8 +28,8 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from typing import Any
 
-from accel_moe.checkpoint import ranks
-from accel_moe.checkpoint.manifest import CheckpointError
+from accel_moe import ranks
+from accel_moe.errors import CheckpointError
 
 logger = logging.getLogger("accel_moe")
 

@@ -18,12 +18,12 @@ from typing import Any
 
 from accel_moe.checkpoint.manifest import MANIFEST_NAME
 from accel_moe.checkpoint.quantised import refuse_quantised_config
-from accel_moe.hub_config import untied_config
-from accel_moe.hub_format import (
+from accel_moe.errors import HubFormatError
+from accel_moe.weights.hub_config import untied_config
+from accel_moe.weights.hub_format import (
     DTYPES,
     INDEX_NAME,
     SINGLE_NAME,
-    HubFormatError,
     HubTensor,
     meta_model,
     read_header,

@@ -43,7 +43,6 @@ from torch.distributed.checkpoint.storage import WriteResult
 from accel_moe.checkpoint.dcp_metadata import read_metadata
 from accel_moe.checkpoint.durable import fsync
 from accel_moe.checkpoint.manifest import (
-    CheckpointError,
     Chunk,
     FileEntry,
     Manifest,
@@ -53,7 +52,8 @@ from accel_moe.checkpoint.manifest import (
     known_paths,
     writer_of,
 )
-from accel_moe.experts import plain_name
+from accel_moe.errors import CheckpointError
+from accel_moe.names import plain_name
 
 METADATA_NAME = ".metadata"
 MODEL_FOLDER = "pytorch_model_fsdp"

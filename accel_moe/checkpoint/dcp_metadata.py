@@ -16,7 +16,8 @@ import torch
 from torch.distributed.checkpoint import metadata as dcp_classes
 from torch.distributed.checkpoint.metadata import Metadata
 
-from accel_moe.checkpoint.manifest import CheckpointError, Manifest, StreamDigest
+from accel_moe.checkpoint.manifest import Manifest, StreamDigest
+from accel_moe.errors import CheckpointError
 
 _NAMES = {
     "torch": {"Size"},

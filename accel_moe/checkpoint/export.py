@@ -28,8 +28,9 @@ from accel_moe.checkpoint.dcp import (
     was_written_with_manifest,
 )
 from accel_moe.checkpoint.folders import is_committed, numbered, refuse_unfinished
-from accel_moe.checkpoint.manifest import CheckpointError, Manifest, check_files, known_paths, read_manifest
+from accel_moe.checkpoint.manifest import Manifest, check_files, known_paths, read_manifest
 from accel_moe.checkpoint.transaction import recover
+from accel_moe.errors import CheckpointError
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from accel_moe.checkpoint.durable import fsync_folder
-from accel_moe.checkpoint.manifest import CheckpointError
+from accel_moe.errors import CheckpointError
 
 JOURNAL = ".accel_moe_journal"
 _MOVED = ".accel_moe_moved"  # the names that are moved up, written before the first is

@@ -22,7 +22,8 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dist_cp
 
-from accel_moe.checkpoint import ranks, transaction
+from accel_moe import ranks
+from accel_moe.checkpoint import transaction
 from accel_moe.checkpoint.background import wait_for_background
 from accel_moe.checkpoint.dcp import MODEL_FOLDER, OPTIMIZER_FOLDER, FolderReader
 from accel_moe.checkpoint.manifest import Manifest

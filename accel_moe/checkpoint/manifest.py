@@ -35,16 +35,12 @@ from pathlib import Path
 from typing import Any
 
 from accel_moe.checkpoint.durable import fsync, fsync_folder
+from accel_moe.errors import CheckpointError
 
 MANIFEST_NAME = "accel_moe_manifest.json"
 FORMAT_VERSION = 1
 BLOCK_BYTES = 4 * 1024 * 1024
 _DIGEST_BYTES = 16
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that must not be used, or a save that did not happen; the text says which file and what
-    to do."""
 
 
 @dataclass(frozen=True)

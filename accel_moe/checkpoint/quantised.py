@@ -12,7 +12,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from accel_moe.hub_format import DTYPES, HubFormatError, HubTensor
+from accel_moe.errors import HubFormatError
+from accel_moe.weights.hub_format import DTYPES, HubTensor
 
 _PLAIN_FLOATS = {"F64", "F32", "F16", "BF16", "C64"}
 _CONFIG_KEYS = ("quantization_config", "compression_config", "quantization")

@@ -15,11 +15,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from accel_moe.checkpoint import folders, ranks, transaction
+from accel_moe import ranks
+from accel_moe.checkpoint import folders, transaction
 from accel_moe.checkpoint.background import wait_for_background
 from accel_moe.checkpoint.dcp import MANIFEST_MARK, METADATA_NAME
-from accel_moe.checkpoint.manifest import CheckpointError
 from accel_moe.checkpoint.saving import prepared_models
+from accel_moe.errors import CheckpointError
 from accel_moe.whereabouts import listed
 
 _agreeing = False  # inside a train(resume_from_checkpoint=True) that all ranks called

@@ -36,7 +36,8 @@ import torch
 import torch.distributed.checkpoint as dist_cp
 from torch.distributed.tensor import DTensor
 
-from accel_moe.checkpoint import background, folders, ranks, transaction
+from accel_moe import ranks
+from accel_moe.checkpoint import background, folders, transaction
 from accel_moe.checkpoint.advice import told_with_a_mend
 from accel_moe.checkpoint.background import ends_before_sigterm, wait_for_background
 from accel_moe.checkpoint.dcp import (
@@ -52,7 +53,6 @@ from accel_moe.checkpoint.dcp import (
 )
 from accel_moe.checkpoint.durable import fsync_folder, fsync_path
 from accel_moe.checkpoint.manifest import (
-    CheckpointError,
     FileEntry,
     Manifest,
     default_algorithm,
@@ -60,7 +60,8 @@ from accel_moe.checkpoint.manifest import (
     hashing_pool,
     write_manifest,
 )
-from accel_moe.experts import prepared_state
+from accel_moe.errors import CheckpointError
+from accel_moe.experts.state import prepared_state
 from accel_moe.whereabouts import meet
 
 T = TypeVar("T")

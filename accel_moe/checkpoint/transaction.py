@@ -26,9 +26,11 @@ import shutil
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
 
-from accel_moe.checkpoint import durable, folders, ranks
+from accel_moe import ranks
+from accel_moe.checkpoint import durable, folders
 from accel_moe.checkpoint.folders import JOURNAL_NAME
-from accel_moe.checkpoint.manifest import MANIFEST_NAME, CheckpointError, read_manifest
+from accel_moe.checkpoint.manifest import MANIFEST_NAME, read_manifest
+from accel_moe.errors import CheckpointError
 
 _PREPARED = "commit.json"  # the journal, until it is linked to its place
 _NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EACCES, errno.EMLINK, errno.EINVAL}

@@ -20,7 +20,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from accel_moe.checkpoint import folders, ranks
+from accel_moe import ranks
+from accel_moe.checkpoint import folders
 from accel_moe.checkpoint.dcp import (
     METADATA_NAME,
     MODEL_FOLDER,
@@ -32,16 +33,10 @@ from accel_moe.checkpoint.dcp import (
     tensors_of,
     was_written_with_manifest,
 )
-from accel_moe.checkpoint.manifest import (
-    MANIFEST_NAME,
-    CheckpointError,
-    Manifest,
-    check_files,
-    known_paths,
-    read_manifest,
-)
+from accel_moe.checkpoint.manifest import MANIFEST_NAME, Manifest, check_files, known_paths, read_manifest
 from accel_moe.checkpoint.saving import option
-from accel_moe.experts import plain_name
+from accel_moe.errors import CheckpointError
+from accel_moe.names import plain_name
 from accel_moe.whereabouts import listed
 
 _Stamp = tuple[int, int, int, int]

@@ -4,7 +4,7 @@ With K experts a token and few ranks nearly every token is needed on every rank 
 4), so that sending all of them costs no more than sending those that are needed. Then nothing has to be counted,
 placed or packed, and every size is known before the router has run:
 
-    1. agree      each rank's tokens, free memory and kind of rows      between hosts, in microseconds (board.py)
+    1. agree      each rank's tokens, free memory and kind of rows      between hosts, in microseconds
     2. out        all-gather of rows with their indices and weights     collective; the caller's other work meanwhile
        ... each rank keeps the slots of its own experts; experts ...
     3. home       reduce-scatter of the weighted sums                   collective
@@ -34,11 +34,11 @@ import torch.distributed as dist
 
 from accel_moe.dispatch import kinds, memory, rows
 from accel_moe.dispatch.base import Dispatched
-from accel_moe.dispatch.board import LARGEST, Board, board_of
 from accel_moe.dispatch.collectives import Started, gather_rows, sum_rows
-from accel_moe.dispatch.keep import remember
+from accel_moe.dispatch.host_all_gather import LARGEST, Board, board_of
+from accel_moe.dispatch.replay import remember
 from accel_moe.dispatch.rows import RowLayout, Rows
-from accel_moe.kernels.counts import copied_to_host
+from accel_moe.kernels.deferred_count import copied_to_host
 from accel_moe.mesh import default_timeout
 
 _MIB = 2**20

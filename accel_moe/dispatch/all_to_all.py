@@ -36,9 +36,9 @@ import torch.distributed as dist
 from accel_moe.dispatch import kinds, memory, rows
 from accel_moe.dispatch.base import Dispatched
 from accel_moe.dispatch.collectives import exchange_counts, exchange_rows
-from accel_moe.dispatch.keep import remember
+from accel_moe.dispatch.replay import remember
 from accel_moe.dispatch.rows import RowLayout, Rows
-from accel_moe.kernels.counts import copied_to_host
+from accel_moe.kernels.deferred_count import copied_to_host
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from accel_moe.dispatch import kinds
 from accel_moe.dispatch.all_gather import AllGatherDispatcher, GatherRoute
 from accel_moe.dispatch.all_to_all import AllToAllDispatcher
 from accel_moe.dispatch.base import Dispatched
-from accel_moe.dispatch.keep import remember
+from accel_moe.dispatch.replay import remember
 
 _NEEDED = 0.75
 """Of the rows that an all-gather sends, the least share that an even routing needs. Measured at 0.996 (ep 2, K 8) and

@@ -7,7 +7,7 @@
 A dispatcher knows ranks and nothing of kernels; an experts function knows kernels and nothing of ranks. To add
 a backend, write one file with a class of this shape and one line in `DISPATCHERS` (dispatch/__init__.py), there or
 from outside (`accel_moe.dispatch.DISPATCHERS["mine"] = Mine`); `moe_dispatcher: mine` then takes it. What it keeps
-for a forward that activation checkpointing runs again, it gives through `accel_moe.dispatch.keep.remember`.
+for a forward that activation checkpointing runs again, it gives through `accel_moe.dispatch.replay.remember`.
 
 Shape letters, here and everywhere: T tokens on this rank, K top-k, H hidden, E experts in all, e experts on this
 rank, R rows received, P (row, expert) pairs to compute.

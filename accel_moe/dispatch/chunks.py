@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch.utils.checkpoint import checkpoint
 
 from accel_moe.dispatch.collectives import exchange_counts
-from accel_moe.dispatch.keep import nothing_kept, remember
+from accel_moe.dispatch.replay import nothing_kept, remember
 
 
 def in_chunks(

@@ -4,7 +4,7 @@ A *copy* is one (token, rank) pair: the row that token sends to that rank, howev
 Copies are numbered by the rank they go to, the other ranks in order and our own last, so that what leaves comes
 first; our own rows go straight to where the received ones lie, and no collective touches them.
 
-On a GPU each function is one kernel (kernels/exchange.py); here is the same in plain torch, for CPUs and to check
+On a GPU each function is one kernel (rows_triton.py); here is the same in plain torch, for CPUs and to check
 the kernels against. T tokens, K top-k, H hidden.
 """
 
@@ -85,9 +85,9 @@ def count(index: Tensor, experts_per_rank: int, ranks: int, free_bytes: int) -> 
     """Of index[T, K], contiguous: [ranks, 3] int64, the rows and the (row, expert) pairs for each rank, and free_bytes,
     whatever that says; and what `place` needs besides. No host sync."""
     if index.is_cuda:
-        from accel_moe.kernels import exchange
+        from accel_moe.dispatch import rows_triton
 
-        return exchange.count(index, experts_per_rank, ranks, free_bytes)
+        return rows_triton.count(index, experts_per_rank, ranks, free_bytes)
     destination = _destination(index, experts_per_rank, ranks)
     needed = torch.zeros(index.shape[0], ranks + 1, dtype=torch.bool, device=index.device)
     needed = needed.scatter_(1, destination, True)[:, :ranks]
@@ -106,9 +106,9 @@ def place(index: Tensor, counted: Tensor, experts_per_rank: int, ranks: int, own
         [T * min(ranks, K)] int32, token * ranks + rank of each copy, undefined past the last.
     """
     if index.is_cuda:
-        from accel_moe.kernels import exchange
+        from accel_moe.dispatch import rows_triton
 
-        return exchange.place(index, counted, experts_per_rank, ranks, own_rank)
+        return rows_triton.place(index, counted, experts_per_rank, ranks, own_rank)
     tokens, top_k = index.shape
     order = torch.tensor([*(r for r in range(ranks) if r != own_rank), own_rank], device=index.device)
     rank, token = counted[:, order].t().nonzero(as_tuple=True)
@@ -139,9 +139,9 @@ def pack(
         weights: [T, K], contiguous; None when rows carry none. With index, 0 in slots of other ranks.
     """
     if source.is_cuda:
-        from accel_moe.kernels import exchange
+        from accel_moe.dispatch import rows_triton
 
-        return exchange.pack(source, copy, index, weights, sent, own, experts_per_rank, ranks)
+        return rows_triton.pack(source, copy, index, weights, sent, own, experts_per_rank, ranks)
     first = 0
     for part in (sent, own):
         rows = slice(first, first := first + part.values.shape[0])
@@ -162,9 +162,11 @@ def fill(rows: Rows, first: int, count: int, source: Tensor, index: Tensor, weig
     those past the T tokens zeros. Slots without an expert get the number num_experts and the weight 0."""
     assert rows.index is not None and rows.weights is not None
     if source.is_cuda:
-        from accel_moe.kernels import exchange
+        from accel_moe.dispatch import rows_triton
 
-        return exchange.fill((rows.values, rows.weights, rows.index), first, count, source, index, weights, num_experts)
+        return rows_triton.fill(
+            (rows.values, rows.weights, rows.index), first, count, source, index, weights, num_experts
+        )
     tokens, rest = slice(first, first + len(source)), slice(first + len(source), first + count)
     routed = (index >= 0) & (index < num_experts)
     rows.values[tokens] = source
@@ -184,9 +186,9 @@ def own_slots(rows: Rows, first: int, experts_per_rank: int) -> tuple[Tensor, Te
     """
     assert rows.index is not None and rows.weights is not None
     if rows.index.is_cuda:
-        from accel_moe.kernels import exchange
+        from accel_moe.dispatch import rows_triton
 
-        return exchange.own_slots(rows.index, rows.weights, first, experts_per_rank)
+        return rows_triton.own_slots(rows.index, rows.weights, first, experts_per_rank)
     local = rows.index.long() - first
     ours = (local >= 0) & (local < experts_per_rank)
     local_index = torch.where(ours, local, experts_per_rank)
@@ -208,9 +210,9 @@ def sum_home(
         [T, H] in the values' dtype, and [T, K] or None.
     """
     if slot.is_cuda and returned.values.dtype != torch.float64:  # which the kernel would sum in fp32
-        from accel_moe.kernels import exchange
+        from accel_moe.dispatch import rows_triton
 
-        return exchange.sum_home(returned[:2], own[:2], slot, index, experts_per_rank)
+        return rows_triton.sum_home(returned[:2], own[:2], slot, index, experts_per_rank)
     values = torch.cat([returned.values, own.values, own.values.new_zeros(1, own.values.shape[1])])
     total = sum(values[slot[:, r]].to(torch.promote_types(values.dtype, torch.float32)) for r in range(slot.shape[1]))
     assert isinstance(total, Tensor)

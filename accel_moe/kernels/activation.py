@@ -1,6 +1,6 @@
 """Parts of Triton kernels: what stands between the two projections, on tiles in registers, and its derivative.
 
-Which of them a module's gate is, gate.py finds out. Letters and terms are gemm.py's.
+Which of them a module's gate is, glu.py finds out. Letters and terms are gemm.py's.
 """
 
 import triton

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from . import launch, ops
 from .casts import Casts
-from .counts import LaterPairs
+from .deferred_count import LaterPairs
 
 
 def _where_needed(gradients: tuple[Tensor, ...], needs: list[bool]) -> list[Tensor | None]:

@@ -35,7 +35,7 @@ import triton
 import triton.language as tl
 
 from .activation import activation, activation_backward, activation_backward_halves, glu, split_columns, split_pairs
-from .entry import entry
+from .cached_launch import entry
 
 # ------------------------------------------------------------------------------------------------------------
 # Parts that the GEMMs share.

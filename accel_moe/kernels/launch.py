@@ -16,7 +16,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import gemm, passes, tuning
-from .gate import Gate
+from .glu import Gate
 from .routing import Routing, Tiles, list_tiles
 from .tuning import Config, Problem
 

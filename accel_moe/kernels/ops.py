@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from . import launch
-from .gate import Gate
+from .glu import Gate
 from .launch import IDENTITY, PAD, Layer, TileLists, Weight
 from .routing import Routing, sort_slots
 

@@ -6,7 +6,7 @@ Each is bound by memory. Letters and terms are gemm.py's; every sum has one owne
 import triton
 import triton.language as tl
 
-from .entry import entry
+from .cached_launch import entry
 
 
 @entry

@@ -10,7 +10,7 @@ experts, and every collective.
 import torch
 from torch import Tensor
 
-from .gate import gate_of, has_default_gate
+from .glu import gate_of, has_default_gate
 
 
 def unsupported_reason(module) -> str | None:

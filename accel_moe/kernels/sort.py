@@ -6,7 +6,7 @@ Letters and terms are gemm.py's.
 import triton
 import triton.language as tl
 
-from .entry import entry
+from .cached_launch import entry
 
 SORT_CHUNK = tl.constexpr(128)
 

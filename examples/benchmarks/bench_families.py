@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from transformers.integrations import moe
 
 from accel_moe.catalogue import build_experts
-from accel_moe.kernels.gate import gate_of
+from accel_moe.kernels.glu import gate_of
 from accel_moe.kernels.scattermoe import scattermoe_experts_forward
 
 FAMILIES = {  # module and class, config class, its sizes, K

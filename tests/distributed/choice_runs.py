@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from accel_moe.checkpoint import ranks
+from accel_moe import ranks
 from tests.distributed import fault_runs, trainer_checkpoints
 from tests.distributed.checkpoint_runs import clean, set_up, train, whole
 from tests.distributed.parity import Case

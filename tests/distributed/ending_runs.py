@@ -10,7 +10,8 @@ from pathlib import Path
 
 from torch.distributed import destroy_process_group  # by name, before the package patches anything
 
-from accel_moe.checkpoint import ranks, saving
+from accel_moe import ranks
+from accel_moe.checkpoint import saving
 from tests.distributed import trainer_checkpoints
 from tests.distributed.fault_runs import ready, set_step
 from tests.distributed.parity import Case

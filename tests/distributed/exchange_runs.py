@@ -224,7 +224,7 @@ def allocated() -> int:
 def die_in_step(case: Case, how: str, before: str, timeout_s: float, folder: str) -> None:
     """Rank 1 stops, or is gone, before a function of the dispatcher in the second step; the others write down what they
     saw."""
-    from accel_moe.dispatch import all_gather, all_to_all, board, make_dispatcher
+    from accel_moe.dispatch import all_gather, all_to_all, host_all_gather, make_dispatcher
     from accel_moe.mesh import build_mesh, plan_mesh
 
     accelerator, model, optimizer = prepared(case)
@@ -236,7 +236,7 @@ def die_in_step(case: Case, how: str, before: str, timeout_s: float, folder: str
     # as a job that was started with this timeout: the exchange is over groups made after it was known
     set_timeout(datetime.timedelta(seconds=timeout_s), dist.group.WORLD)
     mesh = build_mesh(plan_mesh(case.world, case.ep), accelerator.device.type)
-    board._boards.clear()
+    host_all_gather._boards.clear()
     for module in model.modules():
         if (state := getattr(module, "_accel_moe_layer", None)) is not None:
             name = state.prepared.config.moe_dispatcher

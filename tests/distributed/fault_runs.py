@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 from torch.distributed.tensor import DTensor
 
-from accel_moe.checkpoint import ranks, saving
+from accel_moe import ranks
+from accel_moe.checkpoint import saving
 from tests.distributed.checkpoint_runs import set_up, train
 from tests.distributed.parity import Case
 

@@ -58,7 +58,7 @@ def load(case: Case, how: Load, folder: str, ours: bool, seed: int = 5):
     import transformers
 
     import accel_moe
-    from accel_moe.load import pending
+    from accel_moe.weights.load import pending
 
     model_class = getattr(transformers, f"AutoModelFor{how.head}")
     torch.manual_seed(seed)
@@ -181,7 +181,7 @@ def accelerator_without_layers():
 
 def compare_family(accelerator, family: str, folder: str, ep: int) -> list[str]:
     import accel_moe
-    from accel_moe import recognise
+    from accel_moe.experts import recognise
     from tests.families import over_ranks, tiny_families
 
     model_class = tiny_families.tiny(family).model_class

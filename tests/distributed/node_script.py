@@ -13,7 +13,7 @@ import torch
 
 import accel_moe
 import accel_moe.cpu
-from accel_moe.checkpoint.ranks import gather
+from accel_moe.ranks import gather
 from tests.tiny import batches, tiny_model
 
 

@@ -15,7 +15,7 @@ HALF_A_MINUTE = datetime.timedelta(seconds=30)
 
 
 def turns(count: int, pause_s: float) -> list[list[tuple[int, ...]]]:
-    from accel_moe.dispatch.board import LARGEST, board_of
+    from accel_moe.dispatch.host_all_gather import LARGEST, board_of
 
     dist.init_process_group("gloo")
     board = board_of(dist.group.WORLD, 2, HALF_A_MINUTE)
@@ -35,14 +35,14 @@ def test_every_rank_sees_every_rank_s_numbers_of_this_turn(count, pause_s):
 
 
 def on_two_nodes(how: str) -> tuple[bool, str]:
-    from accel_moe.dispatch import AllGatherDispatcher, AutomaticDispatcher, board
+    from accel_moe.dispatch import AllGatherDispatcher, AutomaticDispatcher, host_all_gather
 
     dist.init_process_group("gloo")
     if how == "name":
         platform.node = lambda: f"node {dist.get_rank() // 2}"
     elif dist.get_rank() == 3:
-        board._mapped = lambda path, size: None
-    found = board.board_of(dist.group.WORLD, 2, HALF_A_MINUTE) is None
+        host_all_gather._mapped = lambda path, size: None
+    found = host_all_gather.board_of(dist.group.WORLD, 2, HALF_A_MINUTE) is None
     automatic = AutomaticDispatcher(dist.group.WORLD, 8)
     hidden = torch.ones(3, 4)
     sent = automatic.dispatch(hidden, torch.arange(24).view(3, 8) % 8, torch.ones(3, 8))
@@ -105,15 +105,15 @@ def test_an_all_gather_that_cannot_fit_is_refused_by_every_rank_and_names_the_wa
 
 
 def one_board_after_another() -> int:
-    from accel_moe.dispatch import board
+    from accel_moe.dispatch import host_all_gather
 
     for _ in range(3):
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-        assert board.board_of(dist.group.WORLD, 2, HALF_A_MINUTE) is not None
+        assert host_all_gather.board_of(dist.group.WORLD, 2, HALF_A_MINUTE) is not None
         dist.destroy_process_group()
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    board.board_of(dist.group.WORLD, 2, HALF_A_MINUTE)
-    return len(board._boards)
+    host_all_gather.board_of(dist.group.WORLD, 2, HALF_A_MINUTE)
+    return len(host_all_gather._boards)
 
 
 def test_the_boards_of_groups_that_are_no_more_are_let_go():
@@ -124,7 +124,7 @@ def test_a_full_folder_gives_no_board_and_leaves_no_file(monkeypatch, tmp_path):
     import os
     import tempfile
 
-    from accel_moe.dispatch import board
+    from accel_moe.dispatch import host_all_gather
 
     class Full:
         def write(self, data):
@@ -138,7 +138,7 @@ def test_a_full_folder_gives_no_board_and_leaves_no_file(monkeypatch, tmp_path):
 
     handle, path = tempfile.mkstemp(dir=tmp_path)
     os.close(handle)
-    monkeypatch.setattr(board.tempfile, "mkstemp", lambda **_: (handle, path))
-    monkeypatch.setattr(board.os, "fdopen", lambda *_: Full())
-    assert board._new_file(4096) is None
+    monkeypatch.setattr(host_all_gather.tempfile, "mkstemp", lambda **_: (handle, path))
+    monkeypatch.setattr(host_all_gather.os, "fdopen", lambda *_: Full())
+    assert host_all_gather._new_file(4096) is None
     assert not list(tmp_path.iterdir())

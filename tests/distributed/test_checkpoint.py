@@ -197,7 +197,7 @@ def test_a_manifest_that_was_lost_is_not_taken_for_a_stock_checkpoint(saved, tmp
 def threads_of_the_checkpoints_group() -> tuple[int, int, int]:
     import torch.distributed as dist
 
-    from accel_moe.checkpoint import ranks
+    from accel_moe import ranks
 
     dist.init_process_group("gloo")
     before = len(os.listdir("/proc/self/task"))

@@ -28,7 +28,8 @@ def measure(folder: str, layers: int, repeats: int) -> dict[str, list[float]]:
 
     import accel_moe
     import accel_moe.cpu
-    from accel_moe.checkpoint import ranks, saving
+    from accel_moe import ranks
+    from accel_moe.checkpoint import saving
 
     accel_moe.cpu.enable()
     small = not torch.cuda.is_available()

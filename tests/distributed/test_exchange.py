@@ -57,7 +57,7 @@ def test_gradient_checkpointing_of_transformers_does_not_exchange_twice(family, 
 def test_what_is_kept_survives_a_model_that_changes_its_experts_output_in_place():
     from torch.utils.checkpoint import checkpoint
 
-    from accel_moe.dispatch.keep import kept_exchanges, remember
+    from accel_moe.dispatch.replay import kept_exchanges, remember
 
     class Exchange(torch.autograd.Function):
         @staticmethod

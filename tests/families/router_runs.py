@@ -86,7 +86,7 @@ def on_rank(case: Case) -> Run | None:
 
     import accel_moe
     import accel_moe.cpu
-    from accel_moe import experts
+    from accel_moe.experts import layer as experts_layer
 
     accel_moe.cpu.enable()
     model = build(case)
@@ -95,7 +95,7 @@ def on_rank(case: Case) -> Run | None:
     else:
         model.set_experts_implementation("grouped_mm")
     seen: set[str] = set()
-    original = experts.experts_function
+    original = experts_layer.experts_function
 
     def watching(kernel, module):
         function = original(kernel, module)
@@ -106,7 +106,7 @@ def on_rank(case: Case) -> Run | None:
 
         return watched
 
-    experts.experts_function = watching
+    experts_layer.experts_function = watching
     plugin = FullyShardedDataParallelPlugin(
         fsdp_version=2,
         auto_wrap_policy="transformer_based_wrap",

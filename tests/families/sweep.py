@@ -18,7 +18,8 @@ import torch
 from torch import nn
 
 import accel_moe
-from accel_moe import catalogue, recognise
+from accel_moe import catalogue
+from accel_moe.experts import recognise, view
 from tests.families import tiny_families
 
 T, K = 17, 2
@@ -110,8 +111,8 @@ def build_layer(source: catalogue.Source, module_name: str, class_name: str, see
 
 def routing(layer: nn.Module, seed: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
     """[T, K] experts, each token's distinct, the last one idle; identity experts among them where there are any."""
-    shim = recognise.shim_of(layer)
-    count = recognise.as_interface(layer).num_experts
+    shim = view.shim_of(layer)
+    count = view.as_interface(layer).num_experts
     identity = layer.zero_expert_num if shim is not None and shim.identity_experts else 0
     generator = torch.Generator().manual_seed(seed)
     choice = torch.stack([torch.randperm(count - 1 + identity, generator=generator)[:K] for _ in range(T)])
@@ -121,7 +122,7 @@ def routing(layer: nn.Module, seed: int = 3) -> tuple[torch.Tensor, torch.Tensor
 
 def run_layer(call, layer: nn.Module) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(5)
-    width = layer.down_proj.shape[-1 if recognise.as_interface(layer).is_transposed else 1]
+    width = layer.down_proj.shape[-1 if view.as_interface(layer).is_transposed else 1]
     hidden = torch.randn(T, width, generator=generator).requires_grad_()
     index, weights = routing(layer)
     weights.requires_grad_()

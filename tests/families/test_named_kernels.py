@@ -13,7 +13,8 @@ import pytest
 import torch
 
 import accel_moe
-from accel_moe import experts, recognise
+from accel_moe.experts import recognise
+from accel_moe.experts.state import prepared_state
 from tests.families import tiny_families
 from tests.tiny import tiny_model
 
@@ -121,7 +122,7 @@ def named(monkeypatch):
 def refusal(model, **options) -> str:
     with pytest.raises(ValueError) as refused:
         accel_moe.prepare(model, **options)
-    assert experts.prepared_state(model) is None
+    assert prepared_state(model) is None
     return str(refused.value)
 
 
@@ -195,7 +196,7 @@ def test_a_right_kernel_is_taken_for_every_layout(name, function, named):
         for degree in (1, 2):
             model = family(name).to(dtype)
             accel_moe.prepare(model, moe_kernel=named(function), moe_ep_degree=degree)
-            assert experts.prepared_state(model).kernel == function.__name__
+            assert prepared_state(model).kernel == function.__name__
 
 
 @pytest.mark.slow

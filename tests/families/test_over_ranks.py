@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import pytest
 
-from accel_moe import catalogue, recognise
+from accel_moe import catalogue
+from accel_moe.experts import recognise
 from tests.families import over_ranks, sweep, tiny_families
 from tests.families.sweep import Row
 from tests.ranks import run_ranks

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import accel_moe
-from accel_moe import experts
+from accel_moe.experts import layer as experts_layer
 from tests.families.peft_runs import (
     EXPERTS,
     Case,
@@ -109,7 +109,7 @@ def test_lora_in_one_process_equals_stock_peft(kernel, parameters):
 
 def test_frozen_experts_ask_the_experts_function_for_no_weight_gradient(monkeypatch):
     asked = []
-    original = experts.experts_function
+    original = experts_layer.experts_function
 
     def watching(kernel, module):
         function = original(kernel, module)
@@ -120,7 +120,7 @@ def test_frozen_experts_ask_the_experts_function_for_no_weight_gradient(monkeypa
 
         return watched
 
-    monkeypatch.setattr(experts, "experts_function", watching)
+    monkeypatch.setattr(experts_layer, "experts_function", watching)
     model = accel_moe.prepare(build(Case(1, 1)), moe_kernel="grouped_mm")
     batch = batches(1)[0]
     model(input_ids=batch, labels=batch).loss.backward()

@@ -8,12 +8,14 @@ import transformers
 from torch import nn
 
 import accel_moe
-from accel_moe import catalogue, experts, recognise
+from accel_moe import catalogue
+from accel_moe.experts import layer as experts_layer
+from accel_moe.experts import recognise, view
 from tests.families import tiny_families
 from tests.tiny import tiny_model
 
 OFF_INTERFACE = [
-    s for s in catalogue.sources() if not s.decorated and not any(name in recognise.SHIMS for _, name in s.lookalikes)
+    s for s in catalogue.sources() if not s.decorated and not any(name in view.SHIMS for _, name in s.lookalikes)
 ]
 
 
@@ -108,7 +110,7 @@ def test_a_shim_refuses_its_class_with_other_parameters_or_another_call():
     layer = Step3p7Experts()
     layer.gate_up_proj = nn.Parameter(torch.zeros(8, 48, 32))
     layer.down_proj = nn.Parameter(torch.zeros(8, 32, 24))
-    assert recognise.shim_of(layer) is None
+    assert view.shim_of(layer) is None
     with pytest.raises(ValueError, match="Step3p7Experts, but they keep the experts in a form of their own"):
         accel_moe.prepare(nn.Sequential(layer))
 
@@ -135,7 +137,7 @@ def test_experts_that_two_layers_share_are_refused_over_several_ranks_and_stay_s
         ValueError, match=r"layers.0.mlp.experts.down_proj and .*layers.1.mlp.experts.down_proj are one"
     ):
         accel_moe.prepare(model, moe_ep_degree=2)
-    assert not any(isinstance(m, experts.ScatterMoE) for m in model.modules())
+    assert not any(isinstance(m, experts_layer.ScatterMoE) for m in model.modules())
     accel_moe.prepare(model)
     assert second.down_proj is first.down_proj
 

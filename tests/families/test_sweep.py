@@ -11,7 +11,8 @@ from collections import Counter
 import pytest
 import torch
 
-from accel_moe import catalogue, recognise
+from accel_moe import catalogue
+from accel_moe.experts import recognise
 from tests.families import sweep, tiny_families
 
 SOURCES = tiny_families.families()

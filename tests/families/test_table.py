@@ -9,7 +9,8 @@ import io
 import pytest
 import transformers
 
-from accel_moe import catalogue, families, recognise
+from accel_moe import catalogue, families
+from accel_moe.experts import recognise
 from tests.families import tiny_families
 
 

@@ -18,7 +18,8 @@ import torch
 import transformers
 from torch import nn
 
-from accel_moe import catalogue, recognise
+from accel_moe import catalogue
+from accel_moe.experts import view
 
 VOCAB = 64
 TOKENS = (2, 6)
@@ -159,11 +160,11 @@ def _make(model_class: type, config: object) -> nn.Module:
 
 
 def families() -> list[catalogue.Source]:
-    return [s for s in catalogue.sources() if s.decorated or any(name in recognise.SHIMS for _, name in s.lookalikes)]
+    return [s for s in catalogue.sources() if s.decorated or any(name in view.SHIMS for _, name in s.lookalikes)]
 
 
 def classes_of(source: catalogue.Source) -> tuple[tuple[str, str], ...]:
-    return source.decorated or tuple((m, n) for m, n in source.lookalikes if n in recognise.SHIMS)
+    return source.decorated or tuple((m, n) for m, n in source.lookalikes if n in view.SHIMS)
 
 
 def tiny_config(cls: type, family: str, **more):

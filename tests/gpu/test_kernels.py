@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from accel_moe.kernels.autograd import experts, experts_in_halves
-from accel_moe.kernels.counts import LaterPairs
-from accel_moe.kernels.gate import Gate
+from accel_moe.kernels.deferred_count import LaterPairs
+from accel_moe.kernels.glu import Gate
 
 pytestmark = pytest.mark.gpu
 

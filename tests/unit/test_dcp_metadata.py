@@ -9,7 +9,8 @@ import pytest
 import torch.distributed.checkpoint as dist_cp
 
 from accel_moe.checkpoint.dcp import FolderReader, TensorReader
-from accel_moe.checkpoint.manifest import CheckpointError, read_manifest
+from accel_moe.checkpoint.manifest import read_manifest
+from accel_moe.errors import CheckpointError
 from tests.exports import make_trained, one_line_error, run, write_manifest_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")

@@ -8,9 +8,11 @@ import torch
 from torch import nn
 
 import accel_moe
-from accel_moe import experts, recognise
 from accel_moe.dispatch.base import Dispatched
-from accel_moe.dispatch.keep import kept_exchanges
+from accel_moe.dispatch.replay import kept_exchanges
+from accel_moe.experts import layer as experts_layer
+from accel_moe.experts import recognise
+from accel_moe.experts.state import prepared_state, swapped_layers
 from tests.tiny import batches, tiny_model
 
 FAMILIES = ["mixtral", "qwen3_moe", "olmoe", "deepseek_v3", "granitemoe", "glm4_moe"]
@@ -175,7 +177,7 @@ def test_recomputing_the_up_projection_is_refused_where_another_kernel_or_an_unk
     model.model.layers[1].mlp.experts._apply_gate = lambda h: torch.sin(h.chunk(2, -1)[0])
     with pytest.raises(ValueError, match=r"layers\.1.*needs a gate that our kernels know"):
         accel_moe.prepare(model, moe_recompute_up_projection=True)
-    assert experts.prepared_state(model) is None
+    assert prepared_state(model) is None
     accel_moe.prepare(tiny_model(), moe_recompute_up_projection=True)
 
 
@@ -193,9 +195,10 @@ def test_recomputing_the_up_projection_keeps_less_for_backward(monkeypatch):
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
             loss, gradients = loss_and_gradients(model)
         kept[recompute] = sum(sizes), loss, gradients
-        layers = [layer for _, layer in experts.swapped_layers(model)]
+        layers = [layer for _, layer in swapped_layers(model)]
         assert all(
-            experts._local_view(layer, layer._accel_moe_layer, torch.float32).keep_h != recompute for layer in layers
+            experts_layer._local_view(layer, layer._accel_moe_layer, torch.float32).keep_h != recompute
+            for layer in layers
         )
     tokens, width = batches(1)[0].numel(), layers[0].gate_up_proj.shape[1]
     assert kept[False][0] - kept[True][0] == len(layers) * tokens * model.config.num_experts_per_tok * width
@@ -224,7 +227,7 @@ def test_a_refused_model_is_left_as_it_was():
     model = tiny_model()
     with pytest.raises(ValueError):
         accel_moe.prepare(model, moe_ep_degree=3)
-    assert experts.prepared_state(model) is None
+    assert prepared_state(model) is None
     accel_moe.prepare(model)
 
 
@@ -254,7 +257,7 @@ class Alone:
 def test_weights_are_not_cast_beside_the_exchange_for_a_backward_that_runs_the_layer_again_first(again, monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     model = accel_moe.prepare(tiny_model(), moe_ep_degree=2, moe_kernel="scattermoe").double()
-    _, layer = next(experts.swapped_layers(model))
+    _, layer = next(swapped_layers(model))
     state = layer._accel_moe_layer
     state.dispatcher, state.compute_dtype = Alone(), torch.float32
     with kept_exchanges()[0] if again else contextlib.nullcontext():
@@ -292,7 +295,7 @@ def test_autocast_decides_the_compute_dtype():
     model = accel_moe.prepare(tiny_model())
     seen = []
     layer = model.model.layers[0].mlp.experts
-    original = experts.experts_function
+    original = experts_layer.experts_function
 
     def spy(kernel, module):
         def function(view, hidden, index, weights):
@@ -301,10 +304,10 @@ def test_autocast_decides_the_compute_dtype():
 
         return function
 
-    experts.experts_function = spy
+    experts_layer.experts_function = spy
     try:
         with torch.autocast("cpu", torch.bfloat16):
             out = layer(torch.randn(3, 32), torch.tensor([[0, 1], [2, 3], [4, 5]]), torch.rand(3, 2))
     finally:
-        experts.experts_function = original
+        experts_layer.experts_function = original
     assert seen == [(torch.bfloat16, torch.bfloat16)] and out.dtype == torch.float32

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import accel_moe
-from accel_moe import forwards
+from accel_moe.experts import forwards
 from tests.tiny import batches, tiny_model
 
 LAYER = r"model\.layers\.1\.mlp\.experts"

@@ -10,9 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from accel_moe.hub_format import (
+from accel_moe.errors import HubFormatError
+from accel_moe.weights.hub_format import (
     HubConverter,
-    HubFormatError,
     HubTensor,
     header_bytes,
     meta_model,

@@ -6,7 +6,7 @@ import pytest
 import torch
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from accel_moe.kernels.entry import Entry
+from accel_moe.kernels.cached_launch import Entry
 
 
 def parameter(name, constexpr=False, any_value=False):

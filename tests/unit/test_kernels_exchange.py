@@ -1,4 +1,4 @@
-"""The local halves of an exchange: the kernels give what plain torch gives, for every shape of routing.
+"""The local halves of an rows_triton: the kernels give what plain torch gives, for every shape of routing.
 
 In the interpreter, and compiled where there is a GPU. Bits are equal but where fp32 sums are added: those are too,
 since both add in rank order.
@@ -7,9 +7,8 @@ since both add in rank order.
 import pytest
 import torch
 
-from accel_moe.dispatch import rows
+from accel_moe.dispatch import rows, rows_triton
 from accel_moe.dispatch.rows import RowLayout, Rows
-from accel_moe.kernels import exchange
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 E, K, H = 12, 3, 40
@@ -42,12 +41,12 @@ def routing(kind: str, tokens: int) -> torch.Tensor:
 def test_the_kernels_do_what_plain_torch_does(kind, tokens, ranks, own):
     index, e = routing(kind, tokens), E // ranks
     wanted_counts, needed = rows.count(index, e, ranks, 2**40)
-    counts, blocks = exchange.count(index, e, ranks, 2**40)
+    counts, blocks = rows_triton.count(index, e, ranks, 2**40)
     assert counts.tolist() == wanted_counts.tolist()
     total = int(counts[:, 0].sum())
 
     wanted_slot, wanted_copy = rows.place(index, needed, e, ranks, own)
-    slot, copy = exchange.place(index, blocks, e, ranks, own)
+    slot, copy = rows_triton.place(index, blocks, e, ranks, own)
     assert torch.equal(slot, wanted_slot)
     assert torch.equal(copy[:total], wanted_copy[:total])
 
@@ -57,7 +56,7 @@ def test_the_kernels_do_what_plain_torch_does(kind, tokens, ranks, own):
     weights = torch.rand(tokens, K, generator=torch.Generator().manual_seed(2)).to(DEVICE, torch.bfloat16)
     layout = RowLayout(H, source.dtype, K, weights.dtype, with_index=True)
     packed = []
-    for step in (rows.pack, exchange.pack):
+    for step in (rows.pack, rows_triton.pack):
         parts = [layout.view(layout.empty(n, source.device)) for n in (leaves, stays)]
         step(source, wanted_copy, index, weights, *parts, e, ranks)
         packed.append([t for part in parts for t in part])
@@ -67,11 +66,11 @@ def test_the_kernels_do_what_plain_torch_does(kind, tokens, ranks, own):
     back = RowLayout(H, source.dtype, K, weights.dtype)
     returned, kept = back.view(back.empty(leaves, source.device)), Rows(packed[0][3] * 2, packed[0][4].contiguous())
     none = returned._replace(values=returned.values[:0], weights=returned.weights[:0])
-    for step in (rows.pack, exchange.pack):
+    for step in (rows.pack, rows_triton.pack):
         step(packed[0][0], None, None, packed[0][1].contiguous(), returned, none, e, 1)
         assert torch.equal(returned.values, packed[0][0]) and torch.equal(returned.weights, packed[0][1])
     wanted_home = rows.sum_home(returned, kept, wanted_slot, index, e)
-    home = exchange.sum_home(returned[:2], kept[:2], wanted_slot, index, e)
+    home = rows_triton.sum_home(returned[:2], kept[:2], wanted_slot, index, e)
     for found, wanted in zip(home, wanted_home):
         assert torch.equal(found, wanted)
 
@@ -86,11 +85,11 @@ def test_rows_without_weights_or_without_values():
     for hidden, dtype in ((H, None), (0, weights.dtype)):
         layout = RowLayout(hidden, source.dtype, K, dtype)
         results = []
-        for module in (rows, exchange):
+        for module in (rows, rows_triton):
             sent, own = (layout.view(layout.empty(n, source.device)) for n in (leaves, stays))
             module.pack(source[:, :hidden], copy, None, weights if dtype else None, sent, own, e, 2)
-            home = module.sum_home(sent[:2] if module is exchange else sent, own[:2] if module is exchange else own,
-                                   slot, index, e)  # fmt: skip
+            parts = (sent[:2], own[:2]) if module is rows_triton else (sent, own)
+            home = module.sum_home(*parts, slot, index, e)
             results.append([t for t in (*sent, *own, *home) if t is not None])
         for found, wanted in zip(results[1], results[0]):
             assert torch.equal(found, wanted)
@@ -113,7 +112,7 @@ def test_the_kernels_of_an_all_gather_do_what_plain_torch_does(kind, tokens, res
     weights = torch.rand(tokens, K, generator=torch.Generator().manual_seed(2)).to(DEVICE, torch.bfloat16)
     layout = RowLayout(H, source.dtype, K, weights.dtype, with_index=True)
     buffers = [layout.empty(top + count, source.device).fill_(7.0) for _ in range(2)]
-    for step, buffer in zip((rows.fill, exchange.fill), buffers):
+    for step, buffer in zip((rows.fill, rows_triton.fill), buffers):
         step(layout.view(buffer), top, count, source, index, weights, E)
     assert buffers[0][:top].eq(7.0).all() and torch.equal(buffers[0][:top], buffers[1][:top])
     filled = [[t[top:] for t in layout.view(buffer)] for buffer in buffers]
@@ -121,7 +120,7 @@ def test_the_kernels_of_an_all_gather_do_what_plain_torch_does(kind, tokens, res
         assert torch.equal(found, wanted)
 
     wanted = rows.own_slots(Rows(*filled[0]), 4, 4)
-    found = exchange.own_slots(filled[0][2], filled[0][1], 4, 4)
+    found = rows_triton.own_slots(filled[0][2], filled[0][1], 4, 4)
     assert found[0].dtype == torch.long
     assert torch.equal(found[0], wanted[0]) and torch.equal(found[1], wanted[1])
     assert int(found[2].sum()) == int(wanted[2].sum()) == int(((index >= 4) & (index < 8)).sum())

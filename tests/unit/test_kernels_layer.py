@@ -12,8 +12,8 @@ import torch
 from accel_moe.kernels import launch, ops
 from accel_moe.kernels.autograd import experts, experts_in_halves
 from accel_moe.kernels.casts import Casts
-from accel_moe.kernels.counts import LaterPairs
-from accel_moe.kernels.gate import Gate
+from accel_moe.kernels.deferred_count import LaterPairs
+from accel_moe.kernels.glu import Gate
 from accel_moe.kernels.routing import sort_slots
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="interpreted: see tests/gpu")

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from accel_moe.kernels.gate import Gate, activation_name, gate_of
+from accel_moe.kernels.glu import Gate, activation_name, gate_of
 from accel_moe.kernels.scattermoe import scattermoe_experts_forward, unsupported_reason
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from transformers.core_model_loading import Chunk, Concatenate, Interleave, MergeModulelist, Transpose
 
 import accel_moe
-from accel_moe import hooks, hub_loading, load
+from accel_moe import hooks
+from accel_moe.weights import hub_loading, load
 from tests.tiny import tiny_model
 
 

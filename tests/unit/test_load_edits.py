@@ -10,7 +10,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import accel_moe
-from accel_moe import hooks, load
+from accel_moe import hooks
+from accel_moe.weights import load
 from tests.tiny import tiny_model
 
 NAME = r"(lm_head|model\.(embed_tokens|norm|layers\.\d))\.?\S*weight"

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from accel_moe import hooks, load
-from accel_moe.hub_format import read_header
+from accel_moe import hooks
+from accel_moe.weights import load
+from accel_moe.weights.hub_format import read_header
 from tests.families import tiny_families
 
 FAMILIES = [source.name for source in tiny_families.families()]

@@ -9,7 +9,8 @@ import random
 import pytest
 
 from accel_moe.checkpoint import manifest as m
-from accel_moe.checkpoint.manifest import CheckpointError, Manifest
+from accel_moe.checkpoint.manifest import Manifest
+from accel_moe.errors import CheckpointError
 from tests.unit.test_manifest import write
 
 ODD = [

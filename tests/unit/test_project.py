@@ -17,13 +17,14 @@ from accel_moe.config import TABLE_BEGIN, TABLE_END, options_table
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 README = REPOSITORY / "README.md"
+ARCHITECTURE = REPOSITORY / "docs" / "architecture.md"
 TREE_BEGIN, TREE_END = "<!-- tree:begin -->", "<!-- tree:end -->"
 FAMILIES_BEGIN, FAMILIES_END = "<!-- families:begin -->", "<!-- families:end -->"
 TEST_COMMAND = 'python -m pip install -e ".[test]" && python -m pytest'
 
 
-def between(begin, end):
-    return README.read_text().split(begin)[1].split(end)[0].strip("\n")
+def between(begin, end, page=README):
+    return page.read_text().split(begin)[1].split(end)[0].strip("\n")
 
 
 def committed_files():
@@ -35,9 +36,9 @@ def committed_files():
 
 
 def tree_paths():
-    """(path, sentence) of each line of README's tree: two spaces of indent for each folder, a name, a sentence."""
+    """(path, sentence) of each line of docs/architecture.md's tree: two spaces of indent a folder, a name, a sentence."""
     paths, folders = [], []
-    for line in between(TREE_BEGIN, TREE_END).strip("`\n").splitlines():
+    for line in between(TREE_BEGIN, TREE_END, ARCHITECTURE).strip("`\n").splitlines():
         indent, name, sentence = re.match(r"^( *)(\S+) *(.*)$", line).groups()
         del folders[len(indent) // 2 :]
         paths.append(("".join(folders) + name, sentence))
@@ -46,8 +47,8 @@ def tree_paths():
     return paths
 
 
-def test_readme_tree_has_every_file_of_the_package_and_nothing_else():
-    in_readme = {path for path, _ in tree_paths()}
+def test_the_file_tree_has_every_file_of_the_package_and_nothing_else():
+    in_tree = {path for path, _ in tree_paths()}
     shown = ("accel_moe/", "accelerate_configs/", "examples/")
     files = {path for path in committed_files() if path.startswith(shown)}
     files -= {
@@ -55,12 +56,14 @@ def test_readme_tree_has_every_file_of_the_package_and_nothing_else():
         for path in files
         if path.endswith(("/__init__.py", "py.typed", ".png")) and path != "accel_moe/__init__.py"
     }
-    missing = sorted(files - in_readme)
-    gone = sorted(path for path in in_readme if not (REPOSITORY / path).exists())
-    assert not missing and not gone, f"README's file tree lacks {missing}, and has {gone}, which do not exist"
+    missing = sorted(files - in_tree)
+    gone = sorted(path for path in in_tree if not (REPOSITORY / path).exists())
+    assert not missing and not gone, (
+        f"docs/architecture.md lacks {missing}, and has {gone}, which do not exist"
+    )
 
 
-def test_readme_tree_has_a_sentence_for_every_file():
+def test_the_file_tree_has_a_sentence_for_every_file():
     assert not [path for path, sentence in tree_paths() if not sentence and not path.endswith("/")]
 
 

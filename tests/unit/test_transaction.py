@@ -21,15 +21,9 @@ from pathlib import Path
 import pytest
 
 from accel_moe.checkpoint import advice, durable, folders, transaction
-from accel_moe.checkpoint.manifest import (
-    MANIFEST_NAME,
-    CheckpointError,
-    FileEntry,
-    Manifest,
-    file_digest,
-    read_manifest,
-)
+from accel_moe.checkpoint.manifest import MANIFEST_NAME, FileEntry, Manifest, file_digest, read_manifest
 from accel_moe.checkpoint.manifest import write_manifest as write
+from accel_moe.errors import CheckpointError
 from tests.kills import every_event
 
 FOREIGN = {"train.log": "log", "epoch_0/predictions.json": "{}", "model_0/notes.txt": "mine", "model_0/deep/x": "x"}
@@ -361,7 +355,7 @@ def test_a_journal_whose_files_are_gone_is_refused_and_so_is_a_damaged_one(tmp_p
     ],
 )
 def test_every_error_of_the_operating_system_says_what_to_do(tmp_path, code, words):
-    from accel_moe.checkpoint import ranks
+    from accel_moe import ranks
 
     def failing():
         with advice.told_with_a_mend(tmp_path / "c"):
@@ -383,7 +377,7 @@ def test_a_full_disk_names_what_takes_the_space(tmp_path):
 def test_a_full_disk_that_torch_save_met_is_called_so(tmp_path, numbers):
     import torch
 
-    from accel_moe.checkpoint import ranks
+    from accel_moe import ranks
 
     mount("-t", "tmpfs", "-o", "size=1m", "tmpfs", tmp_path)
     try:

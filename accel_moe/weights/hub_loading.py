@@ -28,7 +28,8 @@ from typing import Any
 
 import torch
 
-from accel_moe.hub_format import DTYPES, HubFormatError, _quiet, read_header
+from accel_moe.errors import HubFormatError
+from accel_moe.weights.hub_format import DTYPES, _quiet, read_header
 
 ROWS = 4
 """Rows of the small tensors that a transform is tried on; the middle two are the part."""

@@ -16,7 +16,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from accel_moe.recognise import FoundExperts
+from accel_moe.experts.recognise import FoundExperts
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from accel_moe.deferred_tensors import Origin, is_deferred, origin_of
+from accel_moe.weights.deferred_tensors import Origin, is_deferred, origin_of
 
 MEND = (
     "Load with transformers' from_pretrained, change the model, and pass it to accel_moe.prepare(model); or give it "

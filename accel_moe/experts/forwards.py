@@ -20,8 +20,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from accel_moe.experts import ScatterMoE, plain_name, swapped_layers
-from accel_moe.recognise import Shim, innermost, is_experts
+from accel_moe.experts.layer import ScatterMoE
+from accel_moe.experts.recognise import innermost, is_experts
+from accel_moe.experts.state import swapped_layers
+from accel_moe.experts.view import Shim
+from accel_moe.names import plain_name
 
 logger = logging.getLogger("accel_moe")
 

@@ -22,9 +22,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from accel_moe.experts.view import ExpertsView, as_interface
 from accel_moe.kernels import scattermoe
-from accel_moe.kernels.gate import gate_of
-from accel_moe.recognise import ExpertsView, as_interface
+from accel_moe.kernels.glu import gate_of
 
 TESTED = ("transformers.integrations.moe", "accel_moe.kernels.scattermoe")
 """Where functions live that the tests compare with every family's own loop."""

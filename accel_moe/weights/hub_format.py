@@ -31,7 +31,8 @@ from typing import Any
 
 import torch
 
-from accel_moe.hub_config import HubFormatError, model_class, read_config, untied_config
+from accel_moe.errors import HubFormatError
+from accel_moe.weights.hub_config import model_class, read_config, untied_config
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"

@@ -11,7 +11,7 @@ What the file lacks (a new head), and buffers that no file has, are made at once
 initialisation: they consume the random numbers that a plain from_pretrained would, and are sharded as any weight.
 
 Between the two a user may edit the model: each weight of the files is a tensor that knows it (deferred_tensors.py), so
-that its values follow it to wherever it is now; what has values of its own keeps them (load_edits.py).
+that its values follow it to wherever it is now; what has values of its own keeps them (edits.py).
 
 A rank reads in file order, with plain reads through the page cache: ranks of one node march through the file
 together, each taking its own bytes, so that the disk is asked for each byte about once. Where a parameter's rows lie
@@ -39,11 +39,11 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from accel_moe import deferred_tensors, hub_loading, load_edits
-from accel_moe.deferred_tensors import Origin, defer, watch
-from accel_moe.experts import plain_name
-from accel_moe.file_reader import STAGING_BYTES, Reader
-from accel_moe.hub_loading import LoadGroup, StoredTensor
+from accel_moe.names import plain_name
+from accel_moe.weights import deferred_tensors, edits, hub_loading
+from accel_moe.weights.deferred_tensors import Origin, defer, watch
+from accel_moe.weights.file_reader import STAGING_BYTES, Reader
+from accel_moe.weights.hub_loading import LoadGroup, StoredTensor
 
 logger = logging.getLogger("accel_moe")
 
@@ -328,7 +328,7 @@ def check_unchanged(model: nn.Module, plan: LoadPlan) -> dict[str, Origin]:
         ValueError: an edit of the model cannot be kept, or a file has changed.
     """
     planned = {name: shape for group in plan.groups for name, shape in group.targets.items()}
-    found = load_edits.origins(plan.name, _named_tensors(model), planned)
+    found = edits.origins(plan.name, _named_tensors(model), planned)
     for file, size_bytes in plan.files.items():
         if not os.path.isfile(file) or os.path.getsize(file) != size_bytes:
             raise ValueError(f"{file} is gone or has changed since accel_moe.from_pretrained() read its header.")
@@ -349,10 +349,10 @@ def check_together(models: Sequence[nn.Module], optimizers: Sequence[torch.optim
         error = None
         try:
             check_unchanged(model, waiting.plan)
-            load_edits.check_optimizers(optimizers, own)
+            edits.check_optimizers(optimizers, own)
         except ValueError as problem:
             error = problem
-        load_edits.check_ranks(_named_tensors(model), error)
+        edits.check_ranks(_named_tensors(model), error)
 
 
 def settle(model: nn.Module) -> dict[str, Origin]:

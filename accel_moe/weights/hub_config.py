@@ -6,9 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-
-class HubFormatError(ValueError):
-    """A base model that cannot serve as the authority, or a model that does not fit it."""
+from accel_moe.errors import HubFormatError
 
 
 def read_config(folder: Path, trust_remote_code: bool) -> Any:

@@ -12,92 +12,31 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from accel_moe import whereabouts
-from accel_moe.adapters import LowRank, adopt_adapters
-from accel_moe.config import MoEConfig, ResolvedConfig
 from accel_moe.dispatch.chunks import in_chunks
-from accel_moe.dispatch.keep import runs_again
-from accel_moe.kernels import scattermoe
-from accel_moe.kernels.casts import Casts
-from accel_moe.kernels.counts import LaterPairs
-from accel_moe.kernels.gate import Gate, gate_of
-from accel_moe.recognise import (
+from accel_moe.dispatch.replay import runs_again
+from accel_moe.experts.expert_counts import count_tokens
+from accel_moe.experts.state import LayerState
+from accel_moe.experts.view import (
     KNOWN_PARAMETERS,
     SHIMS,
     ExpertsView,
-    FoundExperts,
-    Shim,
     as_interface,
     is_decorated,
     shim_answers,
-    shim_of,
 )
+from accel_moe.kernels import scattermoe
+from accel_moe.kernels.casts import Casts
+from accel_moe.kernels.deferred_count import LaterPairs
 
 if TYPE_CHECKING:
-    from accel_moe.dispatch.base import Dispatcher
-    from accel_moe.mesh import MeshPlan
-
-
-@dataclass
-class PreparedState:
-    """What `prepare` decided for one model, shared by its layers and found as `model._accel_moe`.
-
-    `mesh_plan` is None until the experts are sharded, inside `accelerator.prepare`.
-    """
-
-    resolved: ResolvedConfig
-    kernel: str
-    base_model: str | None
-    model_type: str
-    num_layers: int
-    mesh_plan: MeshPlan | None = None
-
-    @property
-    def config(self) -> MoEConfig:
-        return self.resolved.config
-
-
-@dataclass
-class LayerState:
-    """One experts layer's own part of it."""
-
-    prepared: PreparedState
-    num_experts: int
-    kernel: str
-    shim: Shim | None = None
-    gate: Gate | None = None
-    """Where our kernels know it."""
-    dispatcher: Dispatcher | None = None
-    compute_dtype: torch.dtype | None = None
-    """Set where FSDP ignores the layer, and so does not cast its weights."""
-    tokens_per_expert: torch.Tensor | None = field(default=None, repr=False)
-    """[E] int64 on the layer's device: slots routed to each expert since the last `expert_load`."""
-    pair_widths: tuple[int, int] | None = None
-    """Values that a (row, expert) pair takes without and with a backward to come; read off the weights once."""
-    cast_bytes: dict[torch.dtype, int] = field(default_factory=dict, repr=False)
-    """What this rank's experts take in a dtype, where they are stored in another; read off them once."""
-    deltas: dict[str, list[LowRank]] = field(default_factory=dict, repr=False)
-    """LoRA on the experts, under ep: by parameter, what its PEFT wrapper lends for the length of a forward."""
-
-    @property
-    def ep(self) -> int:
-        return self.prepared.config.moe_ep_degree
-
-    @property
-    def num_local_experts(self) -> int:
-        return self.num_experts // self.ep
-
-    @property
-    def keep_h(self) -> bool:
-        return not self.prepared.config.moe_recompute_up_projection
+    pass
 
 
 class ScatterMoE(nn.Module):
@@ -122,7 +61,7 @@ class ScatterMoE(nn.Module):
         elif layer.ep == 1 and layer.kernel != "scattermoe":
             top_k_index, top_k_weights = _without_strays(top_k_index, top_k_weights, layer)
         if layer.ep == 1:
-            _count_tokens(layer, routed)
+            count_tokens(layer, routed)
             out = function(_whole_view(self, layer, compute_dtype), hidden_states, top_k_index, top_k_weights)
         else:
             out = self._over_ranks(layer, function, hidden_states, top_k_index, top_k_weights, routed)
@@ -151,7 +90,7 @@ class ScatterMoE(nn.Module):
             if (casts := views[0].casts) is not None:
                 casts.prepare()
             if first:
-                _count_tokens(layer, routed)
+                count_tokens(layer, routed)
 
         def there_and_back(hidden_states, top_k_index, top_k_weights):
             sent = dispatcher.dispatch(
@@ -190,107 +129,6 @@ def _uncompiled(module: ScatterMoE, *args: torch.Tensor) -> torch.Tensor:
     """The same forward, where torch.compile breaks its graph: an exchange is started and awaited by the host, and its
     sizes come from other ranks. What is around the experts is compiled."""
     return ScatterMoE.forward(module, *args)
-
-
-def swap(modules: dict[str, nn.Module], prepared: PreparedState) -> None:
-    """Give each module our forward, in place; and what PEFT wrapped around it, under ep, what `LendsLowRank` says.
-
-    Raises:
-        ValueError: ep > 1, and an adapter on the experts that cannot be trained over several ranks, or two layers that
-            share a weight.
-    """
-    if prepared.config.moe_ep_degree > 1:
-        _refuse_tied(modules)
-    if prepared.config.moe_ep_degree > 1 and isinstance(modules, FoundExperts):
-        adopt_adapters(modules)
-    for module in modules.values():
-        layout = as_interface(module)
-        # a gate of the module's own is tried now, where torch.compile does not look
-        gate = gate_of(layout) if prepared.kernel == "scattermoe" else None
-        module._accel_moe_layer = LayerState(prepared, layout.num_experts, prepared.kernel, shim_of(module), gate)
-        module.__class__ = _swapped_class(module.__class__)
-
-
-def recompute_refusal(module: nn.Module, kernel: str) -> str | None:
-    """Why its up-projection cannot be computed again in backward, or None."""
-    if kernel != "scattermoe":
-        return f"moe_recompute_up_projection needs moe_kernel scattermoe, and it would run {kernel}. Leave it out"
-    if gate_of(as_interface(module)) is None:
-        return (
-            "moe_recompute_up_projection needs a gate that our kernels know; its own is plain torch, which keeps what "
-            "it needs for its backward. Leave it out, or use activation checkpointing"
-        )
-    return None
-
-
-def _refuse_tied(modules: dict[str, nn.Module]) -> None:
-    """Each layer's experts become shards of its own: a weight that two layers share would silently become two."""
-    owner: dict[int, str] = {}
-    for layer, module in modules.items():
-        for name, parameter in module.named_parameters():
-            if (first := owner.setdefault(id(parameter), f"{layer}.{name}")) != f"{layer}.{name}":
-                raise ValueError(
-                    f"{first} and {layer}.{name} are one weight (tied experts), which moe_ep_degree > 1 cannot keep "
-                    "tied. Use moe_ep_degree: 1."
-                )
-
-
-def swapped_layers(model: nn.Module) -> Iterator[tuple[str, ScatterMoE]]:
-    """By the names that a state dict gives them, whatever wraps them."""
-    for name, module in model.named_modules():
-        if isinstance(module, ScatterMoE):
-            yield plain_name(name), module
-
-
-def holds_experts(module: nn.Module) -> bool:
-    """Whether it is a swapped layer, or has one in it."""
-    return any(True for _ in swapped_layers(module))
-
-
-def prepared_state(model: nn.Module) -> PreparedState | None:
-    """The state `prepare` left on this model, however it was wrapped since (PEFT, compile, checkpointing)."""
-    return next((layer._accel_moe_layer.prepared for _, layer in swapped_layers(model)), None)
-
-
-WRAPPER_SEGMENTS = ("_checkpoint_wrapped_module.", "_orig_mod.", "_fsdp_wrapped_module.")
-
-
-def plain_name(name: str) -> str:
-    """A module's or parameter's name without what activation checkpointing, torch.compile and FSDP1 wrap into it."""
-    for segment in WRAPPER_SEGMENTS:
-        name = name.replace(segment, "")
-    return name
-
-
-def expert_load(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Slots routed to each expert since the last call, summed over all ranks, then set back to zero.
-
-    A collective when torch.distributed is initialised: every rank calls it at the same point.
-
-    Returns:
-        {layer name: [E] int64 on the CPU}. The sum of one layer's row is tokens x K over all ranks and forwards
-        (a forward that activation checkpointing runs again is counted once). With ep 1, a forward that torch.compile
-        compiled is not counted.
-
-    Raises:
-        ValueError: the model was not prepared.
-    """
-    layers = dict(swapped_layers(model))
-    if not layers:
-        raise ValueError("expert_load() got a model that accel_moe.prepare() has not seen. Call prepare(model) first.")
-    whereabouts.meet("accel_moe.expert_load")
-    device = next(iter(layers.values())).down_proj.device
-    empty = torch.zeros(0, dtype=torch.long, device=device)
-    rows = []
-    for layer in layers.values():
-        state = layer._accel_moe_layer
-        counted = state.tokens_per_expert
-        rows.append(empty.new_zeros(state.num_experts) if counted is None else counted.to(device))
-        state.tokens_per_expert = None
-    flat = torch.cat(rows)
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.all_reduce(flat)
-    return dict(zip(layers, flat.cpu().split([row.numel() for row in rows])))
 
 
 def experts_function(kernel: str, module: nn.Module) -> Callable[..., torch.Tensor]:
@@ -428,33 +266,6 @@ def _compute_dtype(module: nn.Module, hidden_states: torch.Tensor) -> torch.dtyp
     return layer.compute_dtype or module.down_proj.dtype  # pyright: ignore[reportReturnType]
 
 
-@torch.no_grad()
-def _count_tokens(layer: LayerState, top_k_index: torch.Tensor) -> None:
-    if torch.compiler.is_compiling():
-        return  # the graph would break at the next line
-    if torch._C._current_graph_task_id() != -1:
-        return  # inside a backward: activation checkpointing is running this forward again
-    size = layer.num_experts + 1  # the last one takes slots without an expert
-    if top_k_index.is_cuda and not torch.are_deterministic_algorithms_enabled():
-        # One kernel and no sync; it leaves out what is above max. Its counts are exact, but torch refuses it where it
-        # was asked for determinism.
-        counts = torch.histc(top_k_index.long(), bins=size, min=0, max=layer.num_experts)
-    else:
-        index = top_k_index.reshape(-1).long().clamp(max=layer.num_experts)
-        index = index.masked_fill(index < 0, layer.num_experts)
-        counts = torch.zeros(size, dtype=torch.long, device=index.device).scatter_add_(0, index, torch.ones_like(index))
-    counts = counts[: layer.num_experts]
-    if layer.tokens_per_expert is None:
-        layer.tokens_per_expert = counts
-    else:
-        layer.tokens_per_expert = layer.tokens_per_expert + counts  # the old one may come from inference mode
-
-
-@functools.cache
-def _swapped_class(cls: type[nn.Module]) -> type[nn.Module]:
-    return type(f"ScatterMoE{cls.__name__}", (ScatterMoE, cls), {"__module__": cls.__module__})
-
-
 @functools.cache
 def _eager_forward(cls: type[nn.Module]) -> Callable[..., torch.Tensor]:
     """The family's own loop, behind ours and behind the decorator's dispatch."""
@@ -464,10 +275,3 @@ def _eager_forward(cls: type[nn.Module]) -> Callable[..., torch.Tensor]:
         if "forward" in vars(c) and not issubclass(c, ScatterMoE) and (is_decorated(c) or c.__name__ in SHIMS)
     )
     return inspect.unwrap(own.forward)
-
-
-def register_scattermoe() -> None:
-    """Register our kernels in transformers' experts interface under the name `scattermoe`."""
-    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
-
-    ALL_EXPERTS_FUNCTIONS.register("scattermoe", scattermoe.scattermoe_experts_forward)

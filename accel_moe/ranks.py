@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
-from accel_moe.checkpoint.manifest import CheckpointError
+from accel_moe.errors import CheckpointError
 from accel_moe.mesh import default_timeout
 from accel_moe.whereabouts import explaining
 

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .entry import entry
+from accel_moe.kernels.cached_launch import entry
 
 _BLOCK = 2048  # columns of a row at once
 

@@ -1,0 +1,91 @@
+"""What `prepare` decided for a model and for each of its experts layers, and the layers that carry it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from accel_moe.config import MoEConfig, ResolvedConfig
+from accel_moe.experts.adapters import LowRank
+from accel_moe.experts.view import Shim
+from accel_moe.kernels.glu import Gate
+from accel_moe.names import plain_name
+
+if TYPE_CHECKING:
+    from accel_moe.dispatch.base import Dispatcher
+    from accel_moe.mesh import MeshPlan
+
+
+@dataclass
+class PreparedState:
+    """What `prepare` decided for one model, shared by its layers and found as `model._accel_moe`.
+
+    `mesh_plan` is None until the experts are sharded, inside `accelerator.prepare`.
+    """
+
+    resolved: ResolvedConfig
+    kernel: str
+    base_model: str | None
+    model_type: str
+    num_layers: int
+    mesh_plan: MeshPlan | None = None
+
+    @property
+    def config(self) -> MoEConfig:
+        return self.resolved.config
+
+
+@dataclass
+class LayerState:
+    """One experts layer's own part of it."""
+
+    prepared: PreparedState
+    num_experts: int
+    kernel: str
+    shim: Shim | None = None
+    gate: Gate | None = None
+    """Where our kernels know it."""
+    dispatcher: Dispatcher | None = None
+    compute_dtype: torch.dtype | None = None
+    """Set where FSDP ignores the layer, and so does not cast its weights."""
+    tokens_per_expert: torch.Tensor | None = field(default=None, repr=False)
+    """[E] int64 on the layer's device: slots routed to each expert since the last `expert_load`."""
+    pair_widths: tuple[int, int] | None = None
+    """Values that a (row, expert) pair takes without and with a backward to come; read off the weights once."""
+    cast_bytes: dict[torch.dtype, int] = field(default_factory=dict, repr=False)
+    """What this rank's experts take in a dtype, where they are stored in another; read off them once."""
+    deltas: dict[str, list[LowRank]] = field(default_factory=dict, repr=False)
+    """LoRA on the experts, under ep: by parameter, what its PEFT wrapper lends for the length of a forward."""
+
+    @property
+    def ep(self) -> int:
+        return self.prepared.config.moe_ep_degree
+
+    @property
+    def num_local_experts(self) -> int:
+        return self.num_experts // self.ep
+
+    @property
+    def keep_h(self) -> bool:
+        return not self.prepared.config.moe_recompute_up_projection
+
+
+def swapped_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """By the names that a state dict gives them, whatever wraps them."""
+    for name, module in model.named_modules():
+        if isinstance(vars(module).get("_accel_moe_layer"), LayerState):
+            yield plain_name(name), module
+
+
+def holds_experts(module: nn.Module) -> bool:
+    """Whether it is a swapped layer, or has one in it."""
+    return any(True for _ in swapped_layers(module))
+
+
+def prepared_state(model: nn.Module) -> PreparedState | None:
+    """The state `prepare` left on this model, however it was wrapped since (PEFT, compile, checkpointing)."""
+    return next((layer._accel_moe_layer.prepared for _, layer in swapped_layers(model)), None)

@@ -1,0 +1,1 @@
+"""Weights in files: Hub-format checkpoints, read into shards and written back."""

@@ -36,7 +36,7 @@ def committed_files():
 
 
 def tree_paths():
-    """(path, sentence) of each line of docs/architecture.md's tree: two spaces of indent a folder, a name, a sentence."""
+    """(path, sentence) of each line of docs/architecture.md's tree: two spaces of indent a folder."""
     paths, folders = [], []
     for line in between(TREE_BEGIN, TREE_END, ARCHITECTURE).strip("`\n").splitlines():
         indent, name, sentence = re.match(r"^( *)(\S+) *(.*)$", line).groups()
@@ -58,9 +58,7 @@ def test_the_file_tree_has_every_file_of_the_package_and_nothing_else():
     }
     missing = sorted(files - in_tree)
     gone = sorted(path for path in in_tree if not (REPOSITORY / path).exists())
-    assert not missing and not gone, (
-        f"docs/architecture.md lacks {missing}, and has {gone}, which do not exist"
-    )
+    assert not missing and not gone, f"docs/architecture.md lacks {missing}, and has {gone}, which do not exist"
 
 
 def test_the_file_tree_has_a_sentence_for_every_file():

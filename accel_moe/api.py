@@ -132,7 +132,7 @@ def _refuse_unsupported(
     recompute = settings.moe_recompute_up_projection
     for name, module in layers.items():
         why = recognise.refusal(module, kernel=kernel, ep_degree=settings.moe_ep_degree)
-        if why := why or (recompute_refusal(module, kernel) if recompute else None):
+        if why := why or (recompute_refusal(kernel) if recompute else None):
             raise ValueError(f"{family}: cannot prepare {name} ({type(module).__name__}): {why}.")
     trains = any(p.requires_grad for p in model.parameters())
     if found := probe.refusal(layers, kernel, ep_degree=settings.moe_ep_degree, trains=trains):

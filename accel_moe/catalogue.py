@@ -25,7 +25,7 @@ import torch
 from torch import nn
 
 from accel_moe.experts import recognise, view
-from accel_moe.kernels.glu import gate_of, has_default_gate
+from accel_moe.kernels.glu import glu_of, has_default_glu
 
 _DECORATED = re.compile(r"^@use_experts_implementation[^\n]*\n(?:@[^\n]*\n)*class (\w+)", re.MULTILINE)
 _CLASS = re.compile(r"^class (\w+)", re.MULTILINE)
@@ -71,8 +71,7 @@ class Family:
     """One row of the table.
 
     Attributes:
-        status: "supported", "own gate" (supported; the gate or activation is the module's own function, run between
-            two GEMMs), "shim" (supported, off the interface) or "refused".
+        status: "supported", "shim" (supported, off the interface) or "refused".
         maths: the kind, in words: gate, activation, layout.
         kernel: what `moe_kernel: auto` takes on a GPU.
         note: why it is refused, or why not scattermoe; "" if there is nothing to say.
@@ -229,8 +228,7 @@ def _row(source: Source) -> Family:
     keys = hub_key_style(source.name)
     if refusals:
         return Family(source.name, classes, "refused", maths, "", refusals[0], keys, ())
-    own_gate = any(gate_of(view.as_interface(m)) is None for m in layers)
-    status = "shim" if not source.decorated else "own gate" if own_gate else "supported"
+    status = "supported" if source.decorated else "shim"
     kernel = "grouped_mm" if not_ours else "scattermoe"
     limits = recognise.limits(layers[0])
     note = "; ".join(filter(None, [limits, not_ours[0] if not_ours else ""]))
@@ -243,11 +241,11 @@ def describe_maths(module: nn.Module) -> str:
     words = []
     activation = getattr(module, "act_fn", None)
     name = getattr(activation, "__name__", type(activation).__name__) if activation is not None else "swiglu"
-    if (gate := gate_of(layout)) is not None:
+    if (gate := glu_of(layout)) is not None:
         words.append(gate.describe())
     elif not layout.has_gate:
         words.append(f"{name}, no gate")
-    elif has_default_gate(layout):
+    elif has_default_glu(layout):
         words.append(f"{name} gate")
     else:
         words.append(f"{name}, own gate")
@@ -260,18 +258,6 @@ def describe_maths(module: nn.Module) -> str:
     if getattr(layout, "has_post_expert_norm", False):
         words.append("norm after")
     return ", ".join(words)
-
-
-def kind_of_maths(module: nn.Module) -> str:
-    """A short name for the group of families that one kernel variant serves."""
-    layout = view.as_interface(module)
-    if not layout.has_gate:
-        return "no gate"
-    parts = ["gate" if has_default_gate(layout) else "own gate"]
-    parts += [word for flag, word in (("has_bias", "bias"), ("is_transposed", "transposed")) if getattr(layout, flag)]
-    parts += [] if layout.is_concatenated else ["interleaved"]
-    parts += ["norm"] if getattr(layout, "has_post_expert_norm", False) else []
-    return " ".join(parts)
 
 
 def hub_key_style(family: str) -> str:

@@ -27,18 +27,18 @@ from __future__ import annotations
 import datetime
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 
 from accel_moe.dispatch import kinds, memory, rows
-from accel_moe.dispatch.base import Dispatched
+from accel_moe.dispatch.base import NO_OVERLAP, Dispatched, Overlap, RoutedTokens
 from accel_moe.dispatch.collectives import Started, gather_rows, sum_rows
 from accel_moe.dispatch.host_all_gather import LARGEST, Board, board_of
-from accel_moe.dispatch.replay import remember
+from accel_moe.dispatch.replay import replayed
 from accel_moe.dispatch.rows import RowLayout, Rows
-from accel_moe.kernels.deferred_count import copied_to_host
+from accel_moe.kernels.deferred_count import DeferredCount, copied_to_host
 from accel_moe.mesh import default_timeout
 
 _MIB = 2**20
@@ -102,59 +102,40 @@ class AllGatherDispatcher:
         """Of the group; None where its ranks share no memory. A collective over the group."""
         return board_of(group, 4, default_timeout() or _HALF_AN_HOUR)
 
-    def dispatch(
-        self,
-        hidden_states: torch.Tensor,
-        top_k_index: torch.Tensor,
-        top_k_weights: torch.Tensor,
-        *,
-        bytes_per_pair: int = 0,
-        meanwhile: Callable[[], None] | None = None,
-        bytes_meanwhile: int = 0,
-        counted: bool = False,
-    ) -> Dispatched:
-        top_k = top_k_index.shape[1]
-        kind = kinds.kind_of(hidden_states, top_k_index, top_k_weights)
-        route = remember(lambda: self.agree(hidden_states, kind, bytes_meanwhile))
-        self.check_fits(route, hidden_states, top_k, bytes_per_pair)
-        sent = self.send(route, hidden_states, top_k_index, top_k_weights, meanwhile)
-        assert not isinstance(sent.num_pairs, int)
-        return replace(sent, num_pairs=sent.num_pairs()) if counted else sent
+    def dispatch(self, tokens: RoutedTokens, work: Overlap = NO_OVERLAP) -> Dispatched:
+        kind = kinds.kind_of(*tokens)
+        route = replayed(lambda: self.agree(tokens.rows, kind, work.bytes_of_weights))
+        self.check_fits(route, tokens, work)
+        return self.send(route, tokens, work)
 
-    def agree(self, hidden_states: torch.Tensor, kind: kinds.Kind, bytes_meanwhile: int) -> GatherRoute:
+    def agree(self, hidden_states: torch.Tensor, kind: kinds.Kind, bytes_of_weights: int) -> GatherRoute:
         device = hidden_states.device
-        free = max(0, memory.free_bytes(device) - bytes_meanwhile)
+        free = max(0, memory.free_bytes(device) - bytes_of_weights)
         mine = hidden_states.shape[0], free // _MIB, memory.capacity_bytes(device) // _MIB, kinds.number_of(kind)
         tokens, free, capacity, kind_on = zip(*self._board.exchange(mine))
         kinds.check(kind_on, kind, self.group)
         return GatherRoute(tokens, self._rank, _least(free), _least(capacity), self.group)
 
-    def most_bytes(self, route: GatherRoute, hidden_states: torch.Tensor, top_k: int, bytes_per_pair: int) -> int:
-        """What a rank takes at most for a moment, for K slots of every row: the rows, what the experts function says of
-        a pair, and its output."""
-        bytes_per_row = hidden_states.shape[1] * hidden_states.element_size()
-        return route.received * (bytes_per_row + top_k * (bytes_per_pair + bytes_per_row))
+    def most_bytes(self, route: GatherRoute, tokens: RoutedTokens, work: Overlap) -> int:
+        """Memory that a rank takes at most for a moment, with K slots of every row in use: the rows, `bytes_per_pair`
+        of each slot, and the experts' output."""
+        bytes_per_row = tokens.rows.shape[1] * tokens.rows.element_size()
+        return route.received * (bytes_per_row + tokens.index.shape[1] * (work.bytes_per_pair + bytes_per_row))
 
-    def check_fits(self, route: GatherRoute, hidden_states: torch.Tensor, top_k: int, bytes_per_pair: int) -> None:
+    def check_fits(self, route: GatherRoute, tokens: RoutedTokens, work: Overlap) -> None:
         """Raises torch.OutOfMemoryError, on every rank of the group, where a rank has less than that free."""
-        needed = self.most_bytes(route, hidden_states, top_k, bytes_per_pair)
+        needed = self.most_bytes(route, tokens, work)
         if needed > route.free_bytes:
             raise torch.OutOfMemoryError(
-                f"An exchange by all-gather makes room for all {top_k} slots of {route.received} rows on each rank, "
-                f"about {needed / 2**30:.2f} GiB; a rank of the ep group has {route.free_bytes / 2**30:.2f} GiB free. "
-                f"Use moe_dispatcher: all_to_all, set moe_dispatch_chunk_tokens to less than the {route.own} tokens of "
-                "this batch, or use a smaller batch."
+                f"An exchange by all-gather makes room for all {tokens.index.shape[1]} slots of {route.received} rows "
+                f"on each rank, about {needed / 2**30:.2f} GiB; a rank of the ep group has "
+                f"{route.free_bytes / 2**30:.2f} GiB free. Use moe_dispatcher: all_to_all, set "
+                f"moe_dispatch_chunk_tokens to less than the {route.own} tokens of this batch, or use a smaller batch."
             )
 
-    def send(
-        self,
-        route: GatherRoute,
-        hidden_states: torch.Tensor,
-        top_k_index: torch.Tensor,
-        top_k_weights: torch.Tensor,
-        meanwhile: Callable[[], None] | None,
-    ) -> Dispatched:
+    def send(self, route: GatherRoute, tokens: RoutedTokens, work: Overlap) -> Dispatched:
         """`dispatch`, once agreed."""
+        hidden_states, top_k_index, top_k_weights = tokens
         layout = RowLayout(
             hidden_states.shape[1], hidden_states.dtype, top_k_index.shape[1], top_k_weights.dtype, with_index=True
         )
@@ -170,26 +151,23 @@ class AllGatherDispatcher:
             return received
 
         with torch.no_grad():
-            received = remember(out)
-        if meanwhile is not None:
-            meanwhile()
-        for work in started:
-            work.wait()
+            received = replayed(out)
+        work.prepare_weights()
+        for gather in started:
+            gather.wait()
         with torch.no_grad():
             came = layout.view(received)
             first = route.rank * self._num_local_experts
             local_index, local_weights, pairs = rows.own_slots(came, first, self._num_local_experts)
-            num_pairs = remember(lambda: _summed_later(pairs))
+            num_pairs = replayed(lambda: DeferredCount(_summed_later(pairs), 1 / dist.get_world_size(self.group)))
         home = _OnTheWayHome(route)
         values, local_weights = _Gathered.apply(
             hidden_states, top_k_weights, Rows(came.values, local_weights, local_index), self._num_local_experts, home
         )
-        return Dispatched(values, local_index, local_weights, num_pairs, handle=route, rows_ready=home.start)
+        return Dispatched(values, local_index, local_weights, num_pairs, route, home.start)
 
-    def combine(
-        self, rows: torch.Tensor, dispatched: Dispatched, *, meanwhile: Callable[[], None] | None = None
-    ) -> torch.Tensor:
-        return _SumHome.apply(rows, dispatched.handle, meanwhile)
+    def combine(self, rows: torch.Tensor, sent: Dispatched, work: Overlap = NO_OVERLAP) -> torch.Tensor:
+        return _Combine.apply(rows, sent.handle, work.for_backward())
 
 
 def _least(mib: tuple[int, ...]) -> int:
@@ -209,7 +187,7 @@ class _OnTheWayHome:
         self._started: list[tuple[torch.Tensor, torch.Tensor, Started]] = []
 
     def start(self, grad_values: torch.Tensor, grad_weights: torch.Tensor) -> None:
-        """Dispatched.rows_ready."""
+        """Dispatched.on_input_grads."""
         # the small one first: behind the large one it would be awaited when that has come home already
         self._started = [
             (gradient, *sum_rows(gradient, self._route.group))
@@ -274,12 +252,12 @@ class _Gathered(torch.autograd.Function):
         return grad_hidden, grad_top_k, None, None, None
 
 
-class _SumHome(torch.autograd.Function):
+class _Combine(torch.autograd.Function):
     """Each token's weighted sums of every rank, added up at home."""
 
     @staticmethod
-    def forward(ctx, values: torch.Tensor, route: GatherRoute, meanwhile: Callable[[], None] | None) -> torch.Tensor:
-        ctx.route, ctx.meanwhile = route, meanwhile
+    def forward(ctx, values: torch.Tensor, route: GatherRoute, overlap: Callable[[], None] | None) -> torch.Tensor:
+        ctx.route, ctx.overlap = route, overlap
 
         def home() -> torch.Tensor:
             total, work = sum_rows(values.contiguous(), route.group)
@@ -287,7 +265,7 @@ class _SumHome(torch.autograd.Function):
             # not a view: a model may change it in place
             return total if route.own == route.rows else total[: route.own].clone()
 
-        return remember(home, handed_out=True)
+        return replayed(home, handed_out=True)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -298,7 +276,7 @@ class _SumHome(torch.autograd.Function):
             own = torch.cat([own, own.new_zeros(route.rows - route.own, own.shape[1])])
         gathered = own.new_empty(route.received, own.shape[1])
         work = gather_rows(own, gathered, route.group)
-        if ctx.meanwhile is not None:
-            ctx.meanwhile()
+        if ctx.overlap is not None:
+            ctx.overlap()
         work.wait()
         return gathered, None, None

@@ -36,6 +36,7 @@ import torch.distributed as dist
 from common import replace_section
 
 from accel_moe.dispatch import DISPATCHERS, all_gather, all_to_all, make_dispatcher
+from accel_moe.dispatch.base import NO_OVERLAP, Overlap, RoutedTokens
 
 GPU = torch.cuda.is_available()
 
@@ -109,16 +110,23 @@ def measure(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
                 work()  # the weight gradients
             return gradient, grad_weights, None, None
 
-    def there_and_back(in_layer: bool = False) -> None:
-        casts = work if in_layer else None
-        sent = dispatcher.dispatch(hidden, index, weights, meanwhile=casts)
-        rows = Experts.apply(sent.rows, sent.local_weights, sent.rows_ready, in_layer)
-        out = dispatcher.combine(rows, sent, meanwhile=casts)
+    class InLayer(Overlap):
+        def prepare_weights(self) -> None:
+            work()
+
+        def for_backward(self):
+            return work
+
+    def one_pass(in_layer: bool = False) -> None:
+        overlap = InLayer() if in_layer else NO_OVERLAP
+        sent = dispatcher.dispatch(RoutedTokens(hidden, index, weights), overlap)
+        rows = Experts.apply(sent.rows, sent.local_weights, sent.on_input_grads, in_layer)
+        out = dispatcher.combine(rows, sent, overlap)
         if in_layer:
             work()  # the layer's next operations
         torch.autograd.grad(out, (hidden, weights), upstream)
 
-    exchanges = recorded(there_and_back)
+    exchanges = recorded(one_pass)
     sent_bytes = sum(sum(give) - give[rank] for give, _ in exchanges)
     naive_bytes = 4 * float((index // (args.experts // world) != rank).sum()) * args.hidden_size * 2
     empty = functools.partial(torch.empty, dtype=torch.uint8, device=device)
@@ -128,18 +136,18 @@ def measure(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
         for sent, received, give, take in buffers:
             dist.all_to_all_single(received, sent, output_split_sizes=take, input_split_sizes=give)
 
-    there_and_back(in_layer=True)
+    one_pass(in_layer=True)
     in_a_layer = works
 
     def only_work() -> None:
         for _ in range(in_a_layer):
             work()
 
-    alone = {"plain_s": median_s(plain, args.repeats), "ours_s": median_s(there_and_back, args.repeats)}
+    alone = {"plain_s": median_s(plain, args.repeats), "ours_s": median_s(one_pass, args.repeats)}
     base_s = median_s(only_work, args.repeats)
     in_layer = {
         "plain_s": median_s(lambda: (only_work(), plain()), args.repeats) - base_s,
-        "ours_s": median_s(lambda: there_and_back(in_layer=True), args.repeats) - base_s,
+        "ours_s": median_s(lambda: one_pass(in_layer=True), args.repeats) - base_s,
     }
     return {"sent": sent_bytes, "naive": naive_bytes, "alone": alone, "in a layer": in_layer}
 

@@ -35,7 +35,7 @@ import torch.distributed as dist
 from accel_moe.dispatch import kinds, memory, rows
 from accel_moe.dispatch.base import NO_OVERLAP, Dispatched, Overlap, RoutedTokens
 from accel_moe.dispatch.collectives import Started, gather_rows, sum_rows
-from accel_moe.dispatch.host_all_gather import LARGEST, Board, board_of
+from accel_moe.dispatch.host_all_gather import LARGEST, HostAllGather, host_all_gather_of
 from accel_moe.dispatch.replay import replayed
 from accel_moe.dispatch.rows import RowLayout, Rows
 from accel_moe.kernels.deferred_count import DeferredCount, copied_to_host
@@ -98,9 +98,9 @@ class AllGatherDispatcher:
         self._num_local_experts = num_experts // dist.get_world_size(group)
 
     @staticmethod
-    def board(group: dist.ProcessGroup) -> Board | None:
+    def board(group: dist.ProcessGroup) -> HostAllGather | None:
         """Of the group; None where its ranks share no memory. A collective over the group."""
-        return board_of(group, 4, default_timeout() or _HALF_AN_HOUR)
+        return host_all_gather_of(group, 4, default_timeout() or _HALF_AN_HOUR)
 
     def dispatch(self, tokens: RoutedTokens, work: Overlap = NO_OVERLAP) -> Dispatched:
         kind = kinds.kind_of(*tokens)

@@ -151,7 +151,7 @@ def _send_back(
         kept = Rows(values[own], weights[own])
     returned = layout.empty(route.num_sent, values.device)
     exchange_rows(layout.wire(sent), layout.wire(returned), route.receive_counts, route.send_counts, route.group)
-    return rows.sum_home(layout.view(returned), kept, route.slot, route.index, route.experts_per_rank)
+    return rows.combine(layout.view(returned), kept, route.slot, route.index, route.experts_per_rank)
 
 
 class _SendOut(torch.autograd.Function):

@@ -32,7 +32,7 @@ class _Experts(torch.autograd.Function):
         parameters, casts, keep_h = (w1, w2, b1, b2), hints.casts, not hints.recompute_up
         later = hints.num_pairs if isinstance(hints.num_pairs, DeferredCount) else None
         pairs, likely = _rows_of(hints.num_pairs, index)
-        forward = ops.direct(ops.experts_forward, x)
+        forward = ops.bypass_dispatcher(ops.experts_forward, x)
         sizes = pairs, likely, likely if keep_h else 0
         out, h, *routing = forward(x, *_taken(casts, parameters), index, weights, *kind, *sizes)
         ctx.save_for_backward(x, *parameters, weights, h, *routing)
@@ -56,7 +56,7 @@ class _Experts(torch.autograd.Function):
         casts = _cast(parameters, x.dtype) if ctx.casts is None else _taken(ctx.casts, parameters)
         options = *ctx.kind, ctx.scale, dtype, ctx.filled, needs
         saved = _whole(ctx.later, ctx.keep_h, ctx.likely, ctx.kind, x, casts, *saved)
-        backward = ops.direct(ops.experts_backward, x)
+        backward = ops.bypass_dispatcher(ops.experts_backward, x)
         early = {} if backward is ops.experts_backward else {"on_input_grads": ctx.on_input_grads}
         gradients = backward(dout, x, *casts, *saved, *options, **early)
         *gradients, dweights = _where_needed(gradients, needs)
@@ -81,7 +81,7 @@ def _whole(
     pairs = row_slot.shape[0]
     if not keep_h or (later is not None and h.shape[0] < pairs):
         w1, w2, b1, _ = casts
-        again = ops.direct(ops.pre_activation, x)
+        again = ops.bypass_dispatcher(ops.pre_activation, x)
         h = again(x, w1, w2, b1, row_slot, slot_row, expert_offsets, *kind, likely)
     return weights, h[:pairs], row_slot, slot_row, expert_offsets
 
@@ -134,7 +134,7 @@ def experts(
     learns = (t for t in (x, *parameters, top_k_weights) if t is not None)
     if torch.is_grad_enabled() and any(t.requires_grad for t in learns):
         return _Experts.apply(x, *parameters, index, top_k_weights, kind, hints)
-    forward = ops.direct(ops.experts_forward, x)
+    forward = ops.bypass_dispatcher(ops.experts_forward, x)
     sizes = *_rows_of(hints.num_pairs, index), 0
     out, *_ = forward(x, *_taken(hints.casts, tuple(parameters)), index, top_k_weights, *kind, *sizes)
     return out

@@ -19,8 +19,8 @@ weight, the layer is
 
 `x[token]` and `dout[token]` are gathered by the GEMMs' own loads. Every sum has one owner and a fixed order:
 no atomics, so two runs give the same bits. One tile belongs to one expert; tiles are listed on the GPU
-(sort.list_tiles). Kernels that are launched carry `@entry`; the others are parts of them. Beside the GEMMs there are
-the sort (sort.py), the passes that move and add (passes.py), and the gate in the epilogues (activation.py).
+(sort.list_tiles). Kernels that are launched carry `@cached_launch`; the others are parts of them. Beside the GEMMs
+there are the sort (sort.py), the passes that move and add (passes.py), and the gate in the epilogues (activation.py).
 
 Operands named `*_src` are a TMA tensor descriptor where USE_TMA says so and a plain pointer elsewhere; one
 source serves both. Row numbers are widened to 64 bits before they are multiplied by a stride: T*K*H passes
@@ -35,7 +35,7 @@ import triton
 import triton.language as tl
 
 from .activation import activation, activation_backward, activation_backward_halves, glu, split_columns, split_pairs
-from .cached_launch import entry
+from .cached_launch import cached_launch
 
 # ------------------------------------------------------------------------------------------------------------
 # Parts that the GEMMs share.
@@ -218,7 +218,7 @@ def load_row_block(
 # ------------------------------------------------------------------------------------------------------------
 
 
-@entry
+@cached_launch
 @triton.jit(do_not_specialize=["h_rows"])
 def up_projection(
     x_src,
@@ -359,7 +359,7 @@ def up_projection(
         tl.store(a_ptr + first + (lane * intermediate + cols), activated.to(dtype), mask=mask)
 
 
-@entry
+@cached_launch
 @triton.jit
 def grouped_rows(
     a_src,
@@ -431,7 +431,7 @@ def grouped_rows(
     tl.store(y_tile, acc.to(y_ptr.dtype.element_ty), mask=mask)
 
 
-@entry
+@cached_launch
 @triton.jit(do_not_specialize=["num_rows"])
 def down_backward(
     dout_src,
@@ -600,7 +600,7 @@ def down_backward(
     tl.store(ds_ptr + col_tile.to(tl.int64) * num_rows + rows, ds, mask=in_expert)
 
 
-@entry
+@cached_launch
 @triton.jit
 def weight_grad(
     left_src,

@@ -23,16 +23,16 @@ from .launch import PAD, Layer, TileLists, Weight
 from .routing import Routing, sort_slots
 
 
-def _op(name: str, only_direct: str = "") -> Callable[[Callable[..., Any]], Any]:
-    """Register a function as a custom op. only_direct: a parameter, the last, that only the function itself takes: what
-    an op cannot be given."""
+def _op(name: str, only_bypassed: str = "") -> Callable[[Callable[..., Any]], Any]:
+    """Register a function as a custom op. only_bypassed: the last parameter, if only the function itself takes it:
+    an op cannot be given such a value."""
 
     def register(function):
         def traced(*arguments):
             return function(*arguments)
 
         signature = inspect.signature(function)
-        taken = [p for p in signature.parameters.values() if p.name != only_direct]
+        taken = [p for p in signature.parameters.values() if p.name != only_bypassed]
         traced.__signature__ = signature.replace(parameters=taken)  # pyright: ignore[reportFunctionMemberAccess]
         op = torch.library.custom_op(f"accel_moe::{name}", traced, mutates_args=())
         op.function = function
@@ -41,7 +41,7 @@ def _op(name: str, only_direct: str = "") -> Callable[[Callable[..., Any]], Any]
     return register
 
 
-def direct(op: Any, x: Tensor) -> Callable[..., Any]:
+def bypass_dispatcher(op: Any, x: Tensor) -> Callable[..., Any]:
     """The op's own function where nobody looks at ops: the way through torch's dispatcher costs the host a tenth of a
     millisecond. The op itself under torch.compile, for fake tensors, and in a dispatch mode."""
     watched = torch.compiler.is_compiling() or type(x) is not Tensor or torch._C._len_torch_dispatch_stack() > 0
@@ -153,7 +153,7 @@ def _up(
     return launch.tuned("up" if layer.gated else "up_plain", layer, likely, x, run)
 
 
-@_op("experts_backward", only_direct="on_input_grads")
+@_op("experts_backward", only_bypassed="on_input_grads")
 def experts_backward(
     dout: Tensor,
     x: Tensor,

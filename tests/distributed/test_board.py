@@ -16,11 +16,11 @@ HALF_A_MINUTE = datetime.timedelta(seconds=30)
 
 
 def turns(count: int, pause_s: float) -> list[list[tuple[int, ...]]]:
-    from accel_moe.dispatch.host_all_gather import LARGEST, board_of
+    from accel_moe.dispatch.host_all_gather import LARGEST, host_all_gather_of
 
     dist.init_process_group("gloo")
-    board = board_of(dist.group.WORLD, 2, HALF_A_MINUTE)
-    assert board is not None and board_of(dist.group.WORLD, 2, HALF_A_MINUTE) is board
+    board = host_all_gather_of(dist.group.WORLD, 2, HALF_A_MINUTE)
+    assert board is not None and host_all_gather_of(dist.group.WORLD, 2, HALF_A_MINUTE) is board
     rank, seen = dist.get_rank(), []
     for turn in range(count):
         if random.random() < 0.1:
@@ -50,7 +50,7 @@ def on_two_nodes(how: str) -> tuple[bool, str]:
         platform.node = lambda: f"node {dist.get_rank() // 2}"
     elif dist.get_rank() == 3:
         host_all_gather._mapped = lambda path, size: None
-    found = host_all_gather.board_of(dist.group.WORLD, 2, HALF_A_MINUTE) is None
+    found = host_all_gather.host_all_gather_of(dist.group.WORLD, 2, HALF_A_MINUTE) is None
     automatic = AutomaticDispatcher(dist.group.WORLD, 8)
     hidden = torch.ones(3, 4)
     sent = automatic.dispatch(RoutedTokens(hidden, torch.arange(24).view(3, 8) % 8, torch.ones(3, 8)))
@@ -117,10 +117,10 @@ def one_board_after_another() -> int:
 
     for _ in range(3):
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-        assert host_all_gather.board_of(dist.group.WORLD, 2, HALF_A_MINUTE) is not None
+        assert host_all_gather.host_all_gather_of(dist.group.WORLD, 2, HALF_A_MINUTE) is not None
         dist.destroy_process_group()
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    host_all_gather.board_of(dist.group.WORLD, 2, HALF_A_MINUTE)
+    host_all_gather.host_all_gather_of(dist.group.WORLD, 2, HALF_A_MINUTE)
     return len(host_all_gather._boards)
 
 

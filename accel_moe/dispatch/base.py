@@ -94,12 +94,12 @@ class Dispatcher(Protocol):
     """One experts layer's exchange with its ep group. Both methods are collectives over the group: each rank calls them
     once per forward (once per chunk, with moe_dispatch_chunk_tokens), whatever its own number of tokens (0 included),
     and their backwards likewise.
-
-    Attributes:
-        group: the ep group; None where there is no other rank.
     """
 
-    group: ProcessGroup | None
+    @property
+    def group(self) -> ProcessGroup | None:
+        """The ep group; None where there is no other rank."""
+        ...
 
     def dispatch(self, tokens: RoutedTokens, work: Overlap = NO_OVERLAP) -> Dispatched:
         """Send each token to the ranks that own its experts.

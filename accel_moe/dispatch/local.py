@@ -7,6 +7,7 @@ LocalTokenDispatcher).
 from __future__ import annotations
 
 import torch
+from torch.distributed import ProcessGroup
 
 from accel_moe.dispatch.base import NO_OVERLAP, Dispatched, Overlap, RoutedTokens
 
@@ -23,7 +24,7 @@ class LocalDispatcher:
         num_experts: numbers from here on are no expert's; None for a loop that knows larger ones.
     """
 
-    group = None
+    group: ProcessGroup | None = None
 
     def __init__(self, num_experts: int | None, skips_strays: bool):
         self._num_experts, self._skips_strays = num_experts, skips_strays
@@ -44,7 +45,7 @@ class LocalDispatcher:
 class NotSharded:
     """Holds the place of a dispatcher until `accelerator.prepare` has sharded the experts (ep > 1)."""
 
-    group = None
+    group: ProcessGroup | None = None
 
     def __init__(self, layer: str, ep: int):
         self._layer, self._ep = layer, ep

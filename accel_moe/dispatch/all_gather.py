@@ -1,24 +1,25 @@
 """Dispatch by all-gather, for few ranks of one node: every rank gets every token, and no host waits for a GPU.
 
-With K experts a token and few ranks nearly every token is needed on every rank (K 8: 99.6% of them at ep 2, 90% at ep
-4), so that sending all of them costs no more than sending those that are needed. Then nothing has to be counted,
-placed or packed, and every size is known before the router has run:
+With K experts a token and few ranks, nearly every rank needs nearly every token (K 8: 99.6% of them at ep 2, 90% at ep
+4). Sending all of them then costs no more than sending the needed ones, nothing has to be counted, placed or packed,
+and every size is known before the router has run:
 
-    1. agree      each rank's tokens, free memory and kind of rows      between hosts, in microseconds
-    2. out        all-gather of rows with their indices and weights     collective; the caller's other work meanwhile
-       ... each rank keeps the slots of its own experts; experts ...
-    3. home       reduce-scatter of the weighted sums                   collective
+    1. agree      each rank tells its tokens, free memory and kind of rows    between hosts, in microseconds
+    2. out        all-gather of rows with their indices and weights           collective, beside the caller's work
+                  each rank keeps the slots of its own experts; the experts function runs
+    3. combine    reduce-scatter of the weighted sums                         collective
 
-Each is the other's transpose, so each is the other's backward; the routing weights' gradients have a reduce-scatter of
-their own. In backward rows travel beside other work, too: out beside the caller's, home beside the experts' weight
-gradients, where the experts function says when it has those of its rows. Ranks with fewer tokens than the most fill up
-with rows without an expert. Sums over ranks are the collective's: in the rows' dtype, in the same order every time.
+Out and combine are each other's transpose, so each is the other's backward; the routing weights' gradients have a
+reduce-scatter of their own. Backward overlaps too: the all-gather of output gradients runs beside the caller's work,
+the reduce-scatter of input gradients beside the weight-gradient GEMMs, if the experts function calls `on_input_grads`.
+Ranks with fewer tokens than the most send rows without an expert in addition. The collective sums over ranks, in the
+rows' dtype and in the same order every time.
 
-How many (row, expert) pairs came is not known when the experts are launched: `Dispatched.num_pairs` is then what waits
-for the number, and an experts function has to make room for K of every row. In backward it is known, unless the forward
-was run again just before, exchange and all: then the host waits there.
+The host does not know how many (row, expert) pairs came when it launches the experts. `Dispatched.num_pairs` is then a
+DeferredCount, and an experts function makes room for K pairs of every row. In backward the number is known, unless the
+forward was run again just before, exchange included: then the host waits for it.
 
-After Megatron-LM's MoEAllGatherTokenDispatcher (megatron/core/transformer/moe/token_dispatcher.py), which advises it
+After Megatron-LM's MoEAllGatherTokenDispatcher (megatron/core/transformer/moe/token_dispatcher.py), which recommends it
 for a large K over few ranks.
 """
 
@@ -160,11 +161,11 @@ class AllGatherDispatcher:
             first = route.rank * self._num_local_experts
             local_index, local_weights, pairs = rows.own_slots(came, first, self._num_local_experts)
             num_pairs = replayed(lambda: DeferredCount(_summed_later(pairs), 1 / dist.get_world_size(self.group)))
-        home = _OnTheWayHome(route)
+        grads = _InputGrads(route)
         values, local_weights = _Gathered.apply(
-            hidden_states, top_k_weights, Rows(came.values, local_weights, local_index), self._num_local_experts, home
+            hidden_states, top_k_weights, Rows(came.values, local_weights, local_index), self._num_local_experts, grads
         )
-        return Dispatched(values, local_index, local_weights, num_pairs, route, home.start)
+        return Dispatched(values, local_index, local_weights, num_pairs, route, grads.start)
 
     def combine(self, rows: torch.Tensor, sent: Dispatched, work: Overlap = NO_OVERLAP) -> torch.Tensor:
         return _Combine.apply(rows, sent.handle, work.for_backward())
@@ -179,8 +180,8 @@ def _summed_later(parts: torch.Tensor) -> Callable[[], int]:
     return functools.cache(lambda: sum(wait()))
 
 
-class _OnTheWayHome:
-    """The gradients of a dispatch's rows and weights, sent home when they are ready, and picked up by its backward."""
+class _InputGrads:
+    """The gradients of a dispatch's rows and weights, reduce-scattered early and taken by its backward."""
 
     def __init__(self, route: GatherRoute):
         self._route = route
@@ -188,7 +189,7 @@ class _OnTheWayHome:
 
     def start(self, grad_values: torch.Tensor, grad_weights: torch.Tensor) -> None:
         """Dispatched.on_input_grads."""
-        # the small one first: behind the large one it would be awaited when that has come home already
+        # the small one first: behind the large one it would arrive after it
         self._started = [
             (gradient, *sum_rows(gradient, self._route.group))
             for gradient in (grad_weights, grad_values)
@@ -196,7 +197,7 @@ class _OnTheWayHome:
         ]
 
     def take(self, gradient: torch.Tensor, sentinels: Callable[[], torch.Tensor] | None = None) -> torch.Tensor:
-        """[R, ...] to [T, ...]: the sum over ranks, on its way already if `start` had this very tensor.
+        """[R, ...] to [T, ...]: the sum over ranks, started already if `start` got this very tensor.
 
         sentinels: slots whose gradient is not to be read, asked for where nobody said that they hold zeros.
         """
@@ -215,7 +216,7 @@ class _OnTheWayHome:
 
     def forget(self) -> None:
         for _, _, work in self._started:
-            work.wait()  # also for one that was not taken: what it reads may be freed now
+            work.wait()  # also for one that was not taken: its input may be freed now
         self._started = []
 
 
@@ -223,10 +224,10 @@ class _Gathered(torch.autograd.Function):
     """The rows and weights that came, as if computed from ours; the way back of their gradients."""
 
     @staticmethod
-    def forward(ctx, hidden_states, top_k_weights, came: Rows, sentinel: int, home: _OnTheWayHome):
+    def forward(ctx, hidden_states, top_k_weights, came: Rows, sentinel: int, grads: _InputGrads):
         values, weights, local_index = came
         assert weights is not None and local_index is not None
-        ctx.home, ctx.sentinel = home, sentinel
+        ctx.grads, ctx.sentinel = grads, sentinel
         ctx.zeros = [functools.partial(torch.zeros, t.shape, dtype=t.dtype, device=t.device) for t in (values, weights)]
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(local_index)
@@ -240,38 +241,38 @@ class _Gathered(torch.autograd.Function):
     def backward(ctx, grad_values: torch.Tensor | None, grad_weights: torch.Tensor | None):
         needs_values, needs_weights, *_ = ctx.needs_input_grad
         (local_index,) = ctx.saved_tensors
-        home: _OnTheWayHome = ctx.home
+        grads: _InputGrads = ctx.grads
         # A gradient that this rank's experts do not have is zero: the other ranks wait for it all the same.
         grad_values, grad_weights = (
             zeros() if g is None else g for g, zeros in zip((grad_values, grad_weights), ctx.zeros)
         )
         # in the order of `start`: another rank may have started its own, where this one's experts function did not
-        grad_top_k = home.take(grad_weights, lambda: local_index >= ctx.sentinel) if needs_weights else None
-        grad_hidden = home.take(grad_values) if needs_values else None
-        home.forget()
+        grad_top_k = grads.take(grad_weights, lambda: local_index >= ctx.sentinel) if needs_weights else None
+        grad_hidden = grads.take(grad_values) if needs_values else None
+        grads.forget()
         return grad_hidden, grad_top_k, None, None, None
 
 
 class _Combine(torch.autograd.Function):
-    """Each token's weighted sums of every rank, added up at home."""
+    """Each token's weighted sums of every rank, added up on the token's rank."""
 
     @staticmethod
     def forward(ctx, values: torch.Tensor, route: GatherRoute, overlap: Callable[[], None] | None) -> torch.Tensor:
         ctx.route, ctx.overlap = route, overlap
 
-        def home() -> torch.Tensor:
+        def summed() -> torch.Tensor:
             total, work = sum_rows(values.contiguous(), route.group)
             work.wait()
             # not a view: a model may change it in place
             return total if route.own == route.rows else total[: route.own].clone()
 
-        return replayed(home, handed_out=True)
+        return replayed(summed, handed_out=True)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_home: torch.Tensor):
+    def backward(ctx, grad_out: torch.Tensor):
         route: GatherRoute = ctx.route
-        own = grad_home.contiguous()
+        own = grad_out.contiguous()
         if route.own < route.rows:
             own = torch.cat([own, own.new_zeros(route.rows - route.own, own.shape[1])])
         gathered = own.new_empty(route.received, own.shape[1])

@@ -1,26 +1,26 @@
 """Dispatch by all-to-all, each row sent once per rank.
 
-A token whose top-k falls on one rank several times travels there once, together with its local indices and
-routing weights; the owning rank computes the weighted sum over its own experts and returns one row. So what
-travels is (token, rank) pairs, not (token, expert) pairs: about 0.27 of the bytes at ep 2 and K 8. Rows for our
-own experts do not travel at all: they are packed straight into their place among the received ones.
+A token whose top-k falls on one rank several times travels there once, together with its local indices and routing
+weights; the owning rank computes the weighted sum over its own experts and returns one row. So (token, rank) pairs
+travel, not (token, expert) pairs: about 0.27 of the bytes at ep 2 and K 8. Rows for our own experts do not travel: they
+are packed straight into their place among the received ones.
 
 One layer's forward, in numbered phases; local ones are functions of rows.py:
 
     1. count      rows and pairs for each rank                                     local, no sync
     2. counts     all-gather of them, of free memory and the rows' kind            collective, THE host sync
-       ... what the caller has to do meanwhile, and where each copy goes ...
+                  overlapped: the caller's own work, and placing the copies
     3. out        pack, then all-to-all of rows with their indices and weights     collective
-       ... experts ...
-    4. home       all-to-all of the weighted sums, then a sum over each token's copies      collective
+                  the experts function runs
+    4. combine    all-to-all of the weighted sums, then a sum over each token's copies      collective
 
-"Send out" (3) and "send back" (4) are each other's transpose, so each is the other's backward. On the way back in
-backward the routing weights' gradients travel beside the rows; for each slot the value from the rank that computed
-it is picked, and what an experts function left in its sentinel slots is never read.
+Out and combine are each other's transpose, so each is the other's backward. In the backward of out, the routing
+weights' gradients travel with the rows' gradients. Each slot takes the value of the rank that computed it; values that
+an experts function left in its sentinel slots are never read.
 
 Nothing here branches on a count around a collective: ranks with no token, or none received, run the same ops.
 
-One row per (token, rank) rather than per (token, expert), and top-k indices and weights beside the rows, follow
+One row per (token, rank) rather than per (token, expert), and top-k indices and weights sent with the rows, follow
 DeepEP (deepseek-ai/DeepEP, README, "dispatch").
 """
 
@@ -197,6 +197,6 @@ class _SendBack(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_home: torch.Tensor):
-        layout = RowLayout(grad_home.shape[1], grad_home.dtype)
-        return _send_out(grad_home.contiguous(), None, layout, ctx.route), None
+    def backward(ctx, grad_out: torch.Tensor):
+        layout = RowLayout(grad_out.shape[1], grad_out.dtype)
+        return _send_out(grad_out.contiguous(), None, layout, ctx.route), None

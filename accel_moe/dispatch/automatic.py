@@ -5,7 +5,7 @@ An all-gather (all_gather.py) makes no host wait for its GPU, and sends (ranks -
 the share (1 - 1/ranks)^K of the rows. Use all-gather when selective sending would save few rows, all ranks share a
 node, and the worst-case buffers fit in 1/16 of GPU memory.
 
-All ranks decide alike: from the group, K, and what they have just told each other.
+All ranks decide alike: from the group, K, and numbers that they have just told each other.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ _NEEDED = 0.75
 """Of the rows that an all-gather sends, the least share that an even routing needs. Measured at 0.996 (ep 2, K 8) and
 0.9 (ep 4, K 8)."""
 _OF_MEMORY = 1 / 16
-"""Of a GPU's whole memory, what buffers for every slot of every row may take. Not of what is free: a forward that
-activation checkpointing runs again must take the exchange that it took before."""
+"""The share of a GPU's whole memory that buffers for every slot of every row may take. Not of the free memory: a
+forward that activation checkpointing runs again must take the exchange that it took before."""
 
 
 class AutomaticDispatcher:

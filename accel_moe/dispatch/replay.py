@@ -2,7 +2,7 @@
 it unless somebody kept its result.
 
 `kept_exchanges` is a `context_fn` for torch.utils.checkpoint. Between its two contexts a function given to `replayed`
-runs the first time only; when the forward is run again, it is not called, and what it returned comes back. Everything
+runs the first time only; when the forward is run again, its first result comes back instead. Everything
 else of the layer (attention, norms, router, the experts' GEMMs) is computed again, as checkpointing wants it. What is
 kept belongs to the checkpoint's own frame, and goes with the autograd graph.
 
@@ -25,7 +25,7 @@ _thread = threading.local()  # backward, and so the second run, has a thread of 
 
 
 def replayed(compute: Callable[[], T], *, handed_out: bool = False) -> T:
-    """compute(); or, where checkpointing runs a kept forward again, what compute() returned the first time.
+    """compute(), or its first result when checkpointing runs a kept forward again.
 
     Tensors come back without the autograd history they got since: call it inside an autograd function's forward, or
     under no_grad. `handed_out`: the result leaves our hands, and may be changed in place there; a copy is kept.

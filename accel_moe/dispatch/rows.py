@@ -1,7 +1,7 @@
-"""What a rank does by itself before and after an exchange: count copies, place them, pack rows, sum them at home.
+"""The local halves of an exchange: count copies, place them, pack rows before it, sum rows after it.
 
 A *copy* is one (token, rank) pair: the row that token sends to that rank, however many of its experts live there.
-Copies are numbered by the rank they go to, the other ranks in order and our own last, so that what leaves comes
+Copies are numbered by the rank they go to, the other ranks in order and our own last, so that leaving copies come
 first; our own rows go straight to where the received ones lie, and no collective touches them.
 
 On a GPU each function is one kernel (rows_triton.py); here is the same in plain torch, for CPUs and to check

@@ -8,7 +8,7 @@ from accel_moe.experts.layer import ScatterMoE
 
 
 class WithIdentityExperts(ScatterMoE):
-    """Slots of identity experts become sentinels of weight 0; what they add to the output is added here."""
+    """Slots of identity experts become sentinels of weight 0. Their part of the output is added here."""
 
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor

@@ -1,4 +1,4 @@
-"""Which modules are experts, what of them we can run, and what we refuse and why.
+"""Finds a model's experts modules, chooses their kernel, and refuses what cannot be run, with the reason.
 
 Since v5 every MoE family of transformers calls its experts alike,
 
@@ -110,7 +110,7 @@ class Request:
 
     Attributes:
         own: the module itself.
-        view: the module, or a view of it that answers what the interface's decorator would have set.
+        view: the module, or a view of it that answers as the interface's decorator would.
     """
 
     own: nn.Module

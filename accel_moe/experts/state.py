@@ -59,7 +59,7 @@ class LayerState:
     cast_bytes: dict[torch.dtype, int] = field(default_factory=dict, repr=False)
     """What this rank's experts take in a dtype, where they are stored in another; read off them once."""
     deltas: dict[str, list[LowRank]] = field(default_factory=dict, repr=False)
-    """LoRA on the experts, under ep: by parameter, what its PEFT wrapper lends for the length of a forward."""
+    """LoRA on the experts, under ep: by parameter, the factors that its PEFT wrapper lends during a forward."""
 
     @property
     def ep(self) -> int:

@@ -21,7 +21,7 @@ KNOWN_PARAMETERS = {"gate_up_proj", "up_proj", "down_proj", "gate_up_proj_bias",
 
 @dataclass(frozen=True)
 class Shim:
-    """A family off the interface whose parameters and call fit it: what the decorator would have said.
+    """A family off the interface whose parameters and call fit it: the answers of the decorator that it lacks.
 
     Attributes:
         num_experts: the attribute with the number of experts that have weights.
@@ -89,7 +89,7 @@ def shim_of(module: nn.Module) -> Shim | None:
 
 
 def as_interface(module: nn.Module) -> nn.Module | ExpertsView:
-    """The module, or for a shimmed one a view of it that answers what the decorator would have set."""
+    """The module, or for a shimmed one a view of it with the decorator's answers."""
     shim = shim_of(module)
     if shim is None:
         return module

@@ -11,7 +11,6 @@ from accel_moe.experts.layer import ScatterMoE
 from accel_moe.experts.recognise import FoundExperts
 from accel_moe.experts.state import LayerState, PreparedState
 from accel_moe.experts.view import as_interface, shim_of
-from accel_moe.kernels import scattermoe
 from accel_moe.kernels.glu import gate_of
 
 
@@ -61,10 +60,3 @@ def _refuse_tied(modules: dict[str, nn.Module]) -> None:
 @functools.cache
 def _swapped_class(cls: type[nn.Module]) -> type[nn.Module]:
     return type(f"ScatterMoE{cls.__name__}", (ScatterMoE, cls), {"__module__": cls.__module__})
-
-
-def register_scattermoe() -> None:
-    """Register our kernels in transformers' experts interface under the name `scattermoe`."""
-    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
-
-    ALL_EXPERTS_FUNCTIONS.register("scattermoe", scattermoe.scattermoe_experts_forward)

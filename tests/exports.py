@@ -9,8 +9,9 @@ import torch.distributed.checkpoint as dist_cp
 from safetensors.torch import load_file
 
 from accel_moe import consolidate
-from accel_moe.checkpoint.dcp import TensorReader
-from accel_moe.checkpoint.manifest import FileEntry, Manifest, default_algorithm, file_digest, write_manifest
+from accel_moe.checkpoint.checksums import default_algorithm, file_digest
+from accel_moe.checkpoint.manifest import FileEntry, Manifest, write_manifest
+from accel_moe.checkpoint.tensor_reader import TensorReader
 from accel_moe.weights.hub_format import safetensors_files
 from tests.tiny import tiny_model
 

@@ -19,16 +19,16 @@ from pathlib import Path
 
 import torch
 
-from accel_moe.checkpoint.dcp import (
+from accel_moe.checkpoint.dcp_metadata import (
     METADATA_NAME,
     MODEL_FOLDER,
-    TensorReader,
     same_layout,
     tensors_of,
     was_written_with_manifest,
 )
 from accel_moe.checkpoint.folders import is_committed, numbered, refuse_unfinished
 from accel_moe.checkpoint.manifest import Manifest, check_files, known_paths, read_manifest
+from accel_moe.checkpoint.tensor_reader import TensorReader
 from accel_moe.checkpoint.transaction import recover
 from accel_moe.errors import CheckpointError
 

@@ -22,17 +22,17 @@ from typing import Any
 
 from accel_moe import ranks
 from accel_moe.checkpoint import folders
-from accel_moe.checkpoint.dcp import (
+from accel_moe.checkpoint.dcp_metadata import (
     METADATA_NAME,
     MODEL_FOLDER,
     MODEL_PREFIX,
     OPTIMIZER_FOLDER,
-    FolderReader,
     check_metadata,
     same_layout,
     tensors_of,
     was_written_with_manifest,
 )
+from accel_moe.checkpoint.dcp_read import FolderReader
 from accel_moe.checkpoint.manifest import MANIFEST_NAME, Manifest, check_files, known_paths, read_manifest
 from accel_moe.checkpoint.saving import option
 from accel_moe.errors import CheckpointError

@@ -125,7 +125,7 @@ def no_work(monkeypatch):
         raise AssertionError("work was done first")
 
     monkeypatch.setattr(manifest, "file_digest", read)
-    monkeypatch.setattr("accel_moe.checkpoint.dcp.TensorReader.read", read)
+    monkeypatch.setattr("accel_moe.checkpoint.tensor_reader.TensorReader.read", read)
 
 
 @pytest.mark.core

@@ -21,7 +21,8 @@ from pathlib import Path
 import pytest
 
 from accel_moe.checkpoint import advice, durable, folders, transaction
-from accel_moe.checkpoint.manifest import MANIFEST_NAME, FileEntry, Manifest, file_digest, read_manifest
+from accel_moe.checkpoint.checksums import file_digest
+from accel_moe.checkpoint.manifest import MANIFEST_NAME, FileEntry, Manifest, read_manifest
 from accel_moe.checkpoint.manifest import write_manifest as write
 from accel_moe.errors import CheckpointError
 from tests.kills import every_event

@@ -106,7 +106,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def consolidate(args: argparse.Namespace) -> int:
-    from accel_moe.checkpoint import export
+    from accel_moe.checkpoint import opened
     from accel_moe.checkpoint.base_model import open_base
     from accel_moe.checkpoint.export_out import check_room, check_writable, place_of
     from accel_moe.checkpoint.export_plan import plan_export
@@ -120,7 +120,7 @@ def consolidate(args: argparse.Namespace) -> int:
 
     place = place_of(Path(out))
     check_writable(place)
-    checkpoint = export.open_checkpoint(folders)
+    checkpoint = opened.open_checkpoint(folders)
     with _checking(checkpoint, checksums=not args.sizes_only) as check:  # while the base's classes are imported
         plan = plan_export(
             checkpoint,
@@ -184,7 +184,7 @@ def _checking(checkpoint: Any, checksums: bool) -> Iterator[Future[None]]:
 
 def _check(checkpoint: Any, checksums: bool, stopped: threading.Event) -> None:
     """Raises CheckpointError with everything that is wrong."""
-    from accel_moe.checkpoint import export
+    from accel_moe.checkpoint import opened
     from accel_moe.errors import CheckpointError
 
     manifest = checkpoint.manifest
@@ -193,9 +193,9 @@ def _check(checkpoint: Any, checksums: bool, stopped: threading.Event) -> None:
             f"warning: {checkpoint.name} has no manifest (stock accelerate wrote it): nothing vouches for its bytes.",
             file=sys.stderr,
         )
-        problems = export.check_checkpoint(checkpoint)
+        problems = opened.check_checkpoint(checkpoint)
     else:
-        total = sum(export.model_files(checkpoint).values())
+        total = sum(opened.model_files(checkpoint).values())
         with _progress("checking", total) as bar:
 
             def on_bytes(count: int) -> None:
@@ -203,7 +203,7 @@ def _check(checkpoint: Any, checksums: bool, stopped: threading.Event) -> None:
                     raise CheckpointError("the check was given up")  # nobody waits for it: another error is on its way
                 bar.update(count)
 
-            problems = export.check_checkpoint(checkpoint, checksums=checksums, on_bytes=on_bytes)
+            problems = opened.check_checkpoint(checkpoint, checksums=checksums, on_bytes=on_bytes)
     if problems:
         raise CheckpointError(
             f"{checkpoint.name} is damaged: {_list(problems)}. Use another checkpoint, or restore the files."
@@ -228,11 +228,11 @@ def _say_what_is_special(plan: Any) -> None:
 
 def inspect(args: argparse.Namespace) -> int:
     """Prints what a checkpoint holds: step, layout, sizes, largest tensors, what can be said of its state."""
-    from accel_moe.checkpoint import export
+    from accel_moe.checkpoint import opened
 
-    checkpoint = export.open_checkpoint(args.paths)
-    problems = export.check_checkpoint(checkpoint, checksums=False)
-    print("\n".join(export.describe(checkpoint)))
+    checkpoint = opened.open_checkpoint(args.paths)
+    problems = opened.check_checkpoint(checkpoint, checksums=False)
+    print("\n".join(opened.describe(checkpoint)))
     print("state        " + (f"damaged: {_list(problems)}" if problems else _state(checkpoint)))
     return EXIT_FAILED if problems else 0
 

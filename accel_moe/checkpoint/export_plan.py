@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from accel_moe.checkpoint.base_model import BaseModel
-from accel_moe.checkpoint.export import Checkpoint
+from accel_moe.checkpoint.opened import Checkpoint
 from accel_moe.checkpoint.quantised import refuse_quantised_tensors, refuse_scaled_tensors
 from accel_moe.checkpoint.tensor_reader import TensorReader
 from accel_moe.errors import CheckpointError, HubFormatError

@@ -15,7 +15,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from accel_moe import consolidate
-from accel_moe.checkpoint import export, export_out, export_write
+from accel_moe.checkpoint import export_out, export_write, opened
 from accel_moe.checkpoint.base_model import open_base
 from accel_moe.checkpoint.export_plan import plan_export
 from accel_moe.checkpoint.export_write import write_export
@@ -175,7 +175,7 @@ def test_a_base_saved_from_the_bare_model_keeps_its_keys_without_prefix(tmp_path
 
 def test_an_interrupted_export_goes_on_where_it_stopped(tmp_path, trained, monkeypatch):
     checkpoint, base, expected = trained
-    plan = plan_export(export.open_checkpoint([checkpoint]), open_base(str(base)))
+    plan = plan_export(opened.open_checkpoint([checkpoint]), open_base(str(base)))
     monkeypatch.setattr(export_write, "_SYNC_BYTES", 1)
     calls = []
     real = export_write._GroupWriter.write
@@ -200,7 +200,7 @@ def test_an_interrupted_export_goes_on_where_it_stopped(tmp_path, trained, monke
 
 def test_what_is_written_before_the_check_has_passed_does_not_count(tmp_path, trained, monkeypatch):
     checkpoint, base, _ = trained
-    plan = plan_export(export.open_checkpoint([checkpoint]), open_base(str(base)))
+    plan = plan_export(opened.open_checkpoint([checkpoint]), open_base(str(base)))
     monkeypatch.setattr(export_write, "_SYNC_BYTES", 1)  # note every group
     check = Future()
     write = export_write._GroupWriter.write
@@ -233,7 +233,7 @@ def test_an_interrupted_export_of_another_checkpoint_is_not_resumed(tmp_path, tr
 
 def test_two_exports_into_one_folder_do_not_mix(tmp_path, trained, capsys):
     checkpoint, base, _ = trained
-    plan = plan_export(export.open_checkpoint([checkpoint]), open_base(str(base)))
+    plan = plan_export(opened.open_checkpoint([checkpoint]), open_base(str(base)))
 
     def second(_):
         with pytest.raises(CheckpointError, match="another process"):
@@ -368,12 +368,12 @@ def test_a_quantised_base_is_refused(tmp_path, trained):
     config["quantization_config"] = {"quant_method": "fp8"}
     (base / "config.json").write_text(json.dumps(config))
     with pytest.raises(HubFormatError, match="quantised \\(fp8\\)"):
-        plan_export(export.open_checkpoint([checkpoint]), open_base(str(base)))
+        plan_export(opened.open_checkpoint([checkpoint]), open_base(str(base)))
 
 
 def test_inspect_tells_what_a_checkpoint_holds_without_reading_tensors(tmp_path, trained, capsys, monkeypatch):
     checkpoint, _, _ = trained
-    monkeypatch.setattr(export.TensorReader, "read", None)
+    monkeypatch.setattr(opened.TensorReader, "read", None)
     assert run("--inspect", checkpoint) == 0
     told = capsys.readouterr().out
     assert "model.embed_tokens.weight [64, 32]" in told and "no manifest" in told

@@ -29,12 +29,14 @@ _REFUSALS = {
 _told: set[str] = set()
 
 
-def fsync(descriptor: int) -> None:
+def fsync(
+    descriptor: int, kind: str = "a file", consequence: str = "a power failure may lose what was written last"
+) -> None:
     """Makes an open file's contents durable. Raises OSError when the disk fails."""
     try:
         os.fsync(descriptor)
     except OSError as error:
-        _weaker("fsync of a file", error, "a power failure may lose what was written last")
+        _weaker(f"fsync of {kind}", error, consequence)
 
 
 def fsync_path(path: str | os.PathLike) -> None:
@@ -48,16 +50,14 @@ def fsync_path(path: str | os.PathLike) -> None:
 
 def fsync_folder(folder: str | os.PathLike) -> None:
     """Makes the names in a folder durable: a rename or a new file is only safe after this."""
-    consequence = "a power failure may lose the newest checkpoint"
+    kind, consequence = "a folder", "a power failure may lose the newest checkpoint"
     try:
         descriptor = os.open(folder, os.O_RDONLY)
     except PermissionError as error:  # a folder that may be written and not read
-        _weaker("fsync of a folder", error, consequence)
+        _weaker(f"fsync of {kind}", error, consequence)
         return
     try:
-        os.fsync(descriptor)
-    except OSError as error:
-        _weaker("fsync of a folder", error, consequence)
+        fsync(descriptor, kind, consequence)
     finally:
         os.close(descriptor)
 

@@ -14,7 +14,7 @@ from accel_moe.checkpoint.base_model import BaseModel
 from accel_moe.checkpoint.opened import Checkpoint
 from accel_moe.checkpoint.quantised import refuse_quantised_tensors, refuse_scaled_tensors
 from accel_moe.checkpoint.tensor_reader import TensorReader
-from accel_moe.errors import CheckpointError, HubFormatError
+from accel_moe.errors import CheckpointError, HubFormatError, first_few
 from accel_moe.weights.hub_format import (
     DTYPE_NAMES,
     DTYPES,
@@ -237,7 +237,6 @@ def _match_checkpoint(checkpoint: Checkpoint, converter: HubConverter, base: Bas
     problems += [f"{name} is in the checkpoint and not in the base" for name in stored if name not in shapes]
     if not problems:
         return
-    more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
     rows = _rows_of_resized(converter.model, resized) if len(resized) == len(problems) else None
     fix = (
         f"The embeddings were resized to {rows} rows in training, and the result is written after the base: resize the "
@@ -249,8 +248,7 @@ def _match_checkpoint(checkpoint: Checkpoint, converter: HubConverter, base: Bas
         "head, layers, biases): build the model as the script does, model.save_pretrained(CHANGED), the tokenizer too, "
         "and give CHANGED as the base; its values do not matter."
     )
-    found = f"{'; '.join(problems[:3])}{more}"
-    raise CheckpointError(f"{checkpoint.name} is not a checkpoint of {base.name}: {found}. {fix}")
+    raise CheckpointError(f"{checkpoint.name} is not a checkpoint of {base.name}: {first_few(problems)}. {fix}")
 
 
 def _rows_of_resized(model: Any, differing: Iterable[tuple[str, tuple[int, ...], tuple[int, ...]]]) -> int | None:

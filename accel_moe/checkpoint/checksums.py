@@ -1,8 +1,9 @@
 """Checksums of files and of byte streams.
 
 A checksum is a two-level tree, so that several threads can hash one file while it is written or verified: leaves are
-the hashes of 4 MiB blocks, the root is the hash of the leaves and of the file's length. The leaf hash is blake2b from
-hashlib, or xxh3 where `xxhash` is importable; the manifest names which.
+the hashes of 4 MiB blocks, the root is the hash of the leaves and of the file's length. The leaf hash of a new
+checkpoint is blake2b, which every Python has. Older checkpoints may have xxh3_128 leaves, which need `xxhash` to be
+read; the manifest names the algorithm.
 """
 
 from __future__ import annotations
@@ -16,35 +17,25 @@ from typing import Any
 
 from accel_moe.errors import CheckpointError
 
+ALGORITHM = "blake2b"  # of new checkpoints
 BLOCK_BYTES = 4 * 1024 * 1024
 DIGEST_BYTES = 16
 
 
-def default_algorithm() -> str:
-    """The fastest checksum that this installation can compute: "xxh3_128" with xxhash, else "blake2b"."""
-    try:
-        import xxhash  # noqa: F401  # ty: ignore
-    except ImportError:
-        return "blake2b"
-    return "xxh3_128"
-
-
 def _block_hash(algorithm: str) -> Callable[[Any], bytes]:
-    if algorithm == "blake2b":
+    if algorithm == ALGORITHM:
         return lambda data: hashlib.blake2b(data, digest_size=DIGEST_BYTES).digest()
     if algorithm == "xxh3_128":
         try:
             import xxhash  # ty: ignore
         except ImportError:
             raise CheckpointError(
-                "the checkpoint's checksums are xxh3_128, and xxhash is not installed here. Install xxhash, "
-                "or set "
+                "the checkpoint's checksums are xxh3_128, and xxhash is not installed here. Install xxhash, or set "
                 "moe_verify: sizes to check sizes only."
             ) from None
         return lambda data: xxhash.xxh3_128(data).digest()
     raise CheckpointError(
-        f"the checkpoint's checksums are {algorithm!r}, expected blake2b or xxh3_128. Upgrade accel_moe, or "
-        f"set "
+        f"the checkpoint's checksums are {algorithm!r}, expected blake2b or xxh3_128. Upgrade accel_moe, or set "
         "moe_verify: sizes to check sizes only."
     )
 

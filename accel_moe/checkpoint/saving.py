@@ -40,7 +40,7 @@ from accel_moe import ranks
 from accel_moe.checkpoint import background, folders, transaction
 from accel_moe.checkpoint.advice import told_with_a_mend
 from accel_moe.checkpoint.background import ends_before_sigterm, wait_for_background
-from accel_moe.checkpoint.checksums import default_algorithm, file_digest, hashing_pool
+from accel_moe.checkpoint.checksums import ALGORITHM, file_digest, hashing_pool
 from accel_moe.checkpoint.dcp_metadata import METADATA_NAME, MODEL_FOLDER, OPTIMIZER_FOLDER, check_metadata, tensors_of
 from accel_moe.checkpoint.dcp_read import FolderReader
 from accel_moe.checkpoint.dcp_write import COPY_AHEAD_BYTES, ChecksumWriter, NodePlanner
@@ -85,7 +85,7 @@ class Save:
     node_metadata: dict[str, dict[int, bytes]] = field(default_factory=dict)
     after_commit: list[Callable[[], None]] = field(default_factory=list)
     must_stay: bool = False  # what was written counts, or may come to count
-    algorithm: str = field(default_factory=default_algorithm)
+    algorithm: str = ALGORITHM
 
     @property
     def is_leader(self) -> bool:

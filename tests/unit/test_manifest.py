@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -131,6 +132,21 @@ def test_a_checksum_does_not_depend_on_how_the_bytes_came_nor_on_threads(tmp_pat
     if size:
         (tmp_path / "file").write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
         assert file_digest(tmp_path / "file", "blake2b") != expected
+
+
+def test_a_checkpoint_with_the_other_checksum_is_still_verified(tmp_path):
+    pytest.importorskip("xxhash")
+    made = write(tmp_path, algorithm="xxh3_128")
+    assert not problems(tmp_path, made)
+    (tmp_path / "model/data.distcp").write_bytes(b"y" * 1000)
+    assert any("data.distcp does not match its checksum" in line for line in problems(tmp_path, made))
+
+
+def test_the_other_checksum_without_its_package_says_how_to_go_on(tmp_path, monkeypatch):
+    made = replace(write(tmp_path), digest_algorithm="xxh3_128")
+    monkeypatch.setitem(sys.modules, "xxhash", None)
+    with pytest.raises(m.CheckpointError, match="Install xxhash, or set moe_verify: sizes"):
+        problems(tmp_path, made)
 
 
 def test_an_unknown_checksum_says_how_to_go_on(tmp_path):

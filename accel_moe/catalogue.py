@@ -262,18 +262,6 @@ def describe_maths(module: nn.Module) -> str:
     return ", ".join(words)
 
 
-def kind_of_maths(module: nn.Module) -> str:
-    """A short name for the group of families that one kernel variant serves."""
-    layout = view.as_interface(module)
-    if not layout.has_gate:
-        return "no gate"
-    parts = ["gate" if has_default_gate(layout) else "own gate"]
-    parts += [word for flag, word in (("has_bias", "bias"), ("is_transposed", "transposed")) if getattr(layout, flag)]
-    parts += [] if layout.is_concatenated else ["interleaved"]
-    parts += ["norm"] if getattr(layout, "has_post_expert_norm", False) else []
-    return " ".join(parts)
-
-
 def hub_key_style(family: str) -> str:
     """How the Hub stores this family's experts, from transformers' own conversion mapping: "per expert (…)",
     "fused (…)" or "as in memory"."""

@@ -51,9 +51,8 @@ def _root(leaves: Iterable[bytes], size_bytes: int) -> str:
 class StreamDigest:
     """The checksum of a byte stream, computed beside the writing.
 
-    Whole blocks are hashed by `pool`'s threads where they lie, without a copy, while the caller's thread writes the
-    same bytes: hashlib lets other threads run meanwhile. Only the ends of a piece, less than a block each, are
-    copied.
+    `pool`'s threads hash whole blocks in place, without a copy, while the caller's thread writes the same bytes, since
+    hashlib lets other threads run. Only the ends of a piece, less than a block each, are copied.
     """
 
     def __init__(self, algorithm: str, pool: ThreadPoolExecutor | None = None) -> None:
@@ -64,7 +63,7 @@ class StreamDigest:
         self.size_bytes = 0
 
     def update(self, data: Any, meanwhile: Callable[[], Any] | None = None) -> Any:
-        """Takes the next bytes; returns what `meanwhile`, run while they are hashed, returned.
+        """Takes the next bytes. Runs `meanwhile` while they are hashed, and returns its result.
 
         `data` may be reused once this returns.
         """
@@ -117,7 +116,7 @@ def file_digest(path: str | os.PathLike, algorithm: str, pool: ThreadPoolExecuto
             while filled < len(block):
                 count = os.preadv(stream.fileno(), [block[filled:]], start + filled)
                 if count == 0:
-                    break  # the file shrank meanwhile: the checksum will differ
+                    break  # the file shrank: the checksum will differ
                 filled += count
             return block_hash(block[:filled])
 

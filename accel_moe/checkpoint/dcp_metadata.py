@@ -128,6 +128,5 @@ def was_written_with_manifest(metadata: Metadata) -> bool:
 
 
 def check_metadata(metadata: Metadata) -> list[str]:
-    """One line for each tensor whose chunks overlap, stick out, or leave values uninitialised. Empty when
-    all is well."""
+    """One line for each tensor whose chunks overlap, stick out, or leave values uninitialised."""
     return [line for name, entry in tensors_of(metadata).items() if (line := check_chunks(name, entry)) is not None]

@@ -37,8 +37,8 @@ class _SpreadFileSystem(FileSystem):
 class FolderReader(FileSystemReader):
     """Reads a DCP folder, or the parts of one that several folders hold.
 
-    A file that this rank's plan needs and that is in none of the folders is reported before anything is
-    read, with the node that wrote it (`manifest` knows). DCP turns the error into one raised on every rank.
+    A file that this rank's plan needs and that is in none of the folders is reported before anything is read, with the
+    node that wrote it (`manifest` knows). DCP turns the error into one raised on every rank.
     """
 
     def __init__(self, folders: Sequence[str | os.PathLike], manifest: Manifest | None = None) -> None:
@@ -57,8 +57,7 @@ class FolderReader(FileSystemReader):
             metadata = read_metadata(path, self._manifest)
         except FileNotFoundError:
             raise CheckpointError(
-                f"{path} is missing: the save that wrote this folder never finished, or the copy is "
-                f"incomplete. Use "
+                f"{path} is missing: the save that wrote this folder never finished, or the copy is incomplete. Use "
                 "another checkpoint."
             ) from None
         except CheckpointError as error:
@@ -90,7 +89,6 @@ class FolderReader(FileSystemReader):
         if self._manifest is not None and path in known_paths(self._manifest):
             writer = f" It was written by {writer_of(self._manifest, path)}."
         return (
-            f"{path} is not in {where}, and its values are needed here.{writer} Copy it from there, resume "
-            f"with the same "
-            "ranks on the same nodes, or save to a shared disk."
+            f"{path} is not in {where}, and its values are needed here.{writer} Copy it from there, resume with the "
+            "same ranks on the same nodes, or save to a shared disk."
         )

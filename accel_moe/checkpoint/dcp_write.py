@@ -81,7 +81,7 @@ class NodePlanner(DefaultSavePlanner):
     """DCP's planner, for nodes with disks of their own: what several ranks hold is written once on each node.
 
     DCP writes a replicated value (the optimizer's step counts, HSDP's second copy) on one rank of the world, and a
-    node without that rank could not resume from its own disk. `leaders[r]` tells the ranks of one node apart.
+    node without that rank could not resume from its own disk. Ranks of one node have one number in `leaders`.
     """
 
     def __init__(self, leaders: Sequence[int]) -> None:
@@ -111,11 +111,11 @@ def with_node_copies(wanted: Sequence[SavePlan], plans: Sequence[SavePlan], lead
 class ChecksumWriter(FileSystemWriter):
     """FileSystemWriter whose `file_entries()` says what this rank wrote: {file name: FileEntry}.
 
-    Files are fsynced before DCP's write step ends. The checksum is computed from the bytes on their way to the
-    disk, by `pool`'s threads, not by reading the file back: what it vouches for is what the program meant to write.
+    Files are fsynced before DCP's write step ends. `pool`'s threads compute the checksum from the bytes on their way to
+    the disk. The file is not read back, so the checksum is that of the bytes the program meant to write.
 
-    `leaders[r]` tells the ranks of one disk apart. With several disks the coordinator's `node_metadata` has, by
-    leader, the `.metadata` for each other disk: the same but for the files of values that each node wrote a copy of.
+    Ranks that write to one disk have one leader in `leaders`. With several disks the coordinator's `node_metadata` has
+    the `.metadata` for each other disk, by leader. It differs only in the files of values that each node copied.
     """
 
     def __init__(
@@ -147,7 +147,7 @@ class ChecksumWriter(FileSystemWriter):
             self.node_metadata[leader] = pickle.dumps(dataclasses.replace(metadata, storage_data=storage))
 
     def _own_last(self, leader: int, results: list[list[WriteResult]]) -> list[list[WriteResult]]:
-        """Of two results for one value DCP takes the later one: those of this disk's ranks are put last."""
+        """Of two results for one value DCP takes the later one, so this disk's ranks come last."""
         if len(set(self._leaders)) == 1:
             return results
         return [results[r] for r in sorted(range(len(results)), key=lambda r: self._leaders[r] == leader)]

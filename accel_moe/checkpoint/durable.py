@@ -1,8 +1,7 @@
 """fsync and flock, on file systems that may refuse them.
 
-Some NFS, CIFS and FUSE file systems know no fsync of a folder, or no flock. Such a refusal weakens a promise, and
-is told in one warning of the process. It never stops a save or an export. An error of the disk itself (EIO, ENOSPC)
-is raised.
+Some NFS, CIFS and FUSE file systems know no fsync of a folder, or no flock. Such a refusal weakens a promise. The
+process warns of it once, and no save or export stops. An error of the disk itself (EIO, ENOSPC) is raised.
 """
 
 from __future__ import annotations
@@ -85,7 +84,7 @@ def close(descriptor: int) -> None:
 
 
 def _weaker(call: str, error: OSError, consequence: str) -> None:
-    """Tells a refusal once; raises what is none."""
+    """Warns of a refusal once; raises any other error."""
     if error.errno not in _REFUSALS:
         raise error
     if call not in _told:

@@ -1,8 +1,10 @@
 """The writing of an export: a stream of groups, each read, converted, and written where its file has it.
 
-Output files are created at their final size with their header, and every tensor is written at its offset, so
-groups may come in any order and from several processes. What is done is noted in a journal in OUT.tmp, so an
-interrupted export goes on where it stopped. How OUT appears at the end: export_out.py.
+Memory is that of the largest group (one layer's experts, usually) and its copy, whatever the model's size.
+
+Output files are created at their final size with their header, and every tensor is written at its offset, so groups may
+come in any order and from several processes. A journal in OUT.tmp notes the finished groups, so an interrupted export
+goes on where it stopped. export_out.py makes OUT appear at the end.
 """
 
 from __future__ import annotations
@@ -30,8 +32,7 @@ _SYNC_BYTES = 1 << 30  # what an interrupted export may have to write again
 
 
 class _GroupWriter:
-    """Converts groups and writes their tensors at their offsets. One per process; files are opened when
-    first used."""
+    """Converts groups and writes their tensors at their offsets. One per process. Opens a file at its first use."""
 
     def __init__(self, plan: ExportPlan, folder: Path) -> None:
         self.plan, self.folder = plan, folder
@@ -42,8 +43,7 @@ class _GroupWriter:
         self._memory: dict[int, torch.Tensor] = {}
 
     def write(self, index: int) -> int:
-        """Reads, converts and writes group `index`; returns the bytes written. Raises CheckpointError,
-        OSError."""
+        """Reads, converts and writes group `index`; returns the bytes written. Raises CheckpointError, OSError."""
         group = self.plan.groups[index]
         tensors = {name: self._read(slot, name) for slot, name in enumerate(group.sources)}
         converted = self.plan.converter.convert(group, tensors)
@@ -211,8 +211,8 @@ def _sync_files(plan: ExportPlan, folder: Path) -> None:
 def _journal(place: Output, fingerprint: str) -> Iterator[tuple[set[int], Callable[[Sequence[int]], None]]]:
     """The groups that an earlier export of the same plan finished, and a function that notes more of them.
 
-    The journal is locked, so that two exports into one OUT do not mix. One of another plan is thrown away,
-    with all that was written.
+    The journal is locked, so that two exports into one OUT do not mix. A journal of another plan is thrown away, with
+    all that was written.
     """
     staging = place.staging
     descriptor = os.open(staging / JOURNAL, os.O_RDWR | os.O_CREAT, 0o644)
@@ -256,7 +256,7 @@ def _create_files(plan: ExportPlan, folder: Path, keep: bool) -> None:
 
 
 def _write_small_files(plan: ExportPlan, folder: Path) -> None:
-    """Config, tokenizer and the like from the base, and an index unless there is just model.safetensors."""
+    """Copies config, tokenizer and the like from the base; writes an index unless there is just model.safetensors."""
     plan.base.copy_small_files(folder)
     _write_config(plan, folder / "config.json")
     files = plan.files()
@@ -269,7 +269,7 @@ def _write_small_files(plan: ExportPlan, folder: Path) -> None:
 
 
 def _write_config(plan: ExportPlan, path: Path) -> None:
-    """The base's config, byte by byte unless the result's dtype or what it ties is another."""
+    """Changes the base's config, which was copied, if the result has another dtype or unties tensors."""
     main = main_dtype(plan.outputs.values())
     if plan.config is None and main == main_dtype(plan.base.tensors.values()):
         return

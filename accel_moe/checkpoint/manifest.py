@@ -1,18 +1,16 @@
 """The manifest: what a checkpoint holds, written last, and the checks that it makes possible.
 
-torch.distributed.checkpoint (DCP) does not notice a flipped byte, a chunk that its metadata forgot (the
-values stay uninitialised), or new data under an old metadata file. The manifest lists every file with its
-size and checksum, and every tensor with its shape, dtype and chunks, so that all three are seen before a
-model is touched.
+torch.distributed.checkpoint (DCP) does not notice a flipped byte, a chunk that its metadata forgot (the values stay
+uninitialised), or new data under an old metadata file. The manifest lists every file with its size and checksum, and
+every tensor with its shape, dtype and chunks, so that all three are seen before a model is touched.
 
 A manifest is one JSON file, `accel_moe_manifest.json`, at the top of the checkpoint folder:
 
-    {"digest": "<of the body>", "node": 0, "body": {"format_version": 1, "step": …, "files": […], "tensors":
-    {…}, …}}
+    {"digest": "<of the body>", "node": 0,
+     "body": {"format_version": 1, "step": …, "files": […], "tensors": {…}, …}}
 
-With a shared disk there is one folder, and node is 0. With node-local disks every node has a folder with the
-files that its ranks wrote; the body, the same in all of them, lists the files of each, and `node` says whose
-folder it is.
+With a shared disk there is one folder, and node is 0. With node-local disks every node has a folder with the files that
+its ranks wrote. The body is the same in all of them and lists the files of each; `node` says whose folder it is.
 
 Everything here is plain files and arithmetic: no process group, no torch tensors.
 """
@@ -66,8 +64,8 @@ class TensorEntry:
 class Manifest:
     """What a checkpoint holds. `tensors` is keyed by DCP folder, then by DCP key ("model.<parameter name>").
 
-    `nodes` are host names, one for each folder that took part in the save: one with a shared disk, one per
-    node with node-local disks. `step` is the trainer's global step, or the optimizer's step count, or None.
+    `nodes` are host names, one for each folder that took part in the save: one with a shared disk, one per node with
+    node-local disks. `step` is the trainer's global step, or the optimizer's step count, or None.
     """
 
     step: int | None
@@ -263,8 +261,7 @@ def _body_digest(body: dict[str, Any], node: int) -> str:
 
 
 def read_manifest(folder: str | os.PathLike) -> Manifest | None:
-    """The folder's manifest, or None when it has none (a stock accelerate checkpoint). Raises
-    CheckpointError."""
+    """The folder's manifest, or None when it has none (a stock accelerate checkpoint). Raises CheckpointError."""
     path = Path(folder) / MANIFEST_NAME
     try:
         text = path.read_text(encoding="utf-8")
@@ -287,7 +284,7 @@ def write_manifest(folder: str | os.PathLike, manifest: Manifest) -> None:
     fsync_folder(path.parent)
 
 
-# --- checks ---
+# --- checks ------------------------------------------------------------------------------------------------------
 
 
 def check_files(
@@ -300,8 +297,8 @@ def check_files(
 ) -> Iterator[str]:
     """Yields one line for each file that is missing, of another size, or (with `checksums`) has other bytes.
 
-    The folder's own files must be there. Files of other nodes need not be; where they are, they are checked
-    too. `paths` restricts the check. `on_bytes` hears how many bytes were verified.
+    The folder's own files must be there. Files of other nodes need not be there, and are checked if they are. `paths`
+    restricts the check. `on_bytes` hears how many bytes were verified.
     """
     root = Path(folder)
     with hashing_pool() as pool:
@@ -349,8 +346,8 @@ def _holds(manifest: Manifest, path: str) -> str:
 def check_chunks(name: str, entry: TensorEntry) -> str | None:
     """None when the chunks tile the tensor exactly; else one line that says what is wrong.
 
-    DCP leaves what no chunk covers uninitialised, and lets the last of two overlapping chunks win: neither
-    is an error there. Boxes that fit inside, do not overlap and add up to the tensor's volume cover it.
+    DCP leaves values that no chunk covers uninitialised, and lets the last of two overlapping chunks win: neither is an
+    error there. Boxes that fit inside, do not overlap and add up to the tensor's volume cover it.
     """
     rank = len(entry.shape)
     for chunk in entry.chunks:
@@ -369,8 +366,7 @@ def check_chunks(name: str, entry: TensorEntry) -> str | None:
 
 
 def _overlap(boxes: Sequence[Chunk]) -> tuple[Chunk, Chunk] | None:
-    """Two boxes that share a point, or None. Sweeps dim 0, comparing only boxes that are open at the same
-    time."""
+    """Two boxes that share a point, or None. Sweeps dim 0, and compares only boxes that are open at the same time."""
     open_boxes: list[Chunk] = []
     for box in sorted(boxes, key=lambda c: c.offsets):
         start = box.offsets[0] if box.offsets else 0

@@ -24,11 +24,10 @@ from accel_moe.names import plain_name
 
 
 class TensorReader:
-    """Whole tensors of a model's DCP folder, one at a time: no process group, no GPU, memory of one tensor
-    and a chunk.
+    """Whole tensors of a model's DCP folder, one at a time: no process group, no GPU, memory of a tensor and a chunk.
 
-    `folders` are the same DCP folder as each node left it (one folder with a shared disk). Names are the
-    model's own: "model." is taken off, and so is what wrappers put into names.
+    `folders` are the same DCP folder as each node left it (one folder with a shared disk). Names are the model's own,
+    without "model." and without what wrappers put into names.
 
     Raises CheckpointError when the folder is not a DCP folder, holds no model, or misses its metadata.
     """
@@ -51,11 +50,10 @@ class TensorReader:
                 self._dcp_names[name] = dcp_name
                 self.tensors[name] = entry
         if not self.tensors:
-            some = ", ".join(list(self.metadata.state_dict_metadata)[:3]) or "nothing"
+            found = ", ".join(list(self.metadata.state_dict_metadata)[:3]) or "nothing"
             raise CheckpointError(
-                f"{self.reader.folders[0]} holds no model: expected tensors named model.<parameter>, found "
-                f"{some}. Give "
-                "the checkpoint folder that save_state or Trainer wrote."
+                f"{self.reader.folders[0]} holds no model: expected tensors named model.<parameter>, found {found}. "
+                "Give the checkpoint folder that save_state or Trainer wrote."
             )
 
     def missing_files(self) -> list[str]:
@@ -102,8 +100,8 @@ class TensorReader:
     def _read_chunk(self, info: Any, box: torch.Tensor) -> None:
         """Fills `box`, a view of the whole tensor, with one chunk.
 
-        DCP stores a chunk with torch.save: a zip file, uncompressed, inside the data file. Where the tensor in it is
-        contiguous, its bytes are read straight to their place; torch.load would copy them twice.
+        DCP stores a chunk with torch.save: a zip file, uncompressed, inside the data file. The bytes of a contiguous
+        tensor are read straight to their place; torch.load would copy them twice.
         """
         path = self.reader.fs.concat_path(self.reader.path, info.relative_path)
         if not self.reader.fs.exists(path):
@@ -165,7 +163,7 @@ class _Piece(io.RawIOBase):
 
 @dataclass(frozen=True)
 class _Record:
-    """Where the one storage of a torch.save file lies in it, and zip's checksum of it (0: none was computed)."""
+    """The place of the one storage in a torch.save file, and zip's checksum of it (0: none was computed)."""
 
     offset: int
     size_bytes: int

@@ -4,8 +4,8 @@
     2. check      every file's size, and every checksum (`moe_verify`), shared out between ranks that see one folder
     3. fit        DCP's metadata is the one that was saved, its chunks tile every tensor, the tensors are the model's
 
-What one rank finds is raised on all. A folder without a manifest (stock accelerate wrote it) is loaded with a warning
-that nothing vouches for it.
+An error of one rank is raised on all. A folder without a manifest (stock accelerate wrote it) is loaded, with a warning
+that nothing vouches for its bytes.
 
 A verification holds for these bytes: `Verified` notes size, times and inode of every file before it is read, and
 `still_holds` compares them. Whatever changed since is verified anew.
@@ -178,8 +178,8 @@ def _damage(folder: Path, found: list[str]) -> str:
     if all(" is missing (" in line for line in found):
         thinned = " If you deleted them on purpose, set moe_verify: present to load what is left."
     return (
-        f"{folder} is damaged: {first_few(found)}. Nothing was loaded. Use another checkpoint, or restore "
-        f"the files.{thinned}"
+        f"{folder} is damaged: {first_few(found)}. Nothing was loaded. Use another checkpoint, or restore the files."
+        f"{thinned}"
     )
 
 
@@ -324,6 +324,6 @@ def _check_model(folder: Path, stored: dict[str, Any], model: Any, manifest: Man
     if manifest is not None and manifest.model_type:
         whose = f" ({manifest.model_type}, base {manifest.base_model or 'unknown'})"
     raise CheckpointError(
-        f"{folder} is a checkpoint of another model{whose}: {first_few(wrong)}. Build the model that was "
-        "trained there, or give another folder."
+        f"{folder} is a checkpoint of another model{whose}: {first_few(wrong)}. Build the model that was trained "
+        "there, or give another folder."
     )

@@ -133,13 +133,14 @@ def _check(checkpoint: Any, checksums: bool) -> None:
     """Raises CheckpointError with everything that is wrong."""
     from accel_moe.checkpoint import opened
 
-    manifest = checkpoint.manifest
-    if manifest is None:
+    total = 0
+    if checkpoint.manifest is not None:
+        total = sum(opened.model_files(checkpoint).values())
+    else:
         print(
             f"warning: {checkpoint.name} has no manifest (stock accelerate wrote it): nothing vouches for its bytes.",
             file=sys.stderr,
         )
-    total = sum(opened.model_files(checkpoint).values()) if manifest is not None else 0
     with _progress("checking", total) as bar:
         problems = opened.check_checkpoint(checkpoint, checksums=checksums, on_bytes=bar.update)
     if problems:
@@ -210,10 +211,10 @@ def _state(checkpoint: Any) -> str:
 
 @contextmanager
 def _progress(what: str, total_bytes: int) -> Iterator[Any]:
-    """A bar with bytes, speed and time left; nothing where the output is not a terminal."""
+    """A bar with bytes, speed and time left; nothing if the output is no terminal, or there is nothing to do."""
     from tqdm import tqdm
 
-    with tqdm(total=total_bytes, desc=what, unit="B", unit_scale=True, disable=None) as bar:
+    with tqdm(total=total_bytes, desc=what, unit="B", unit_scale=True, disable=None if total_bytes else True) as bar:
         yield bar
 
 

@@ -36,8 +36,6 @@ from accel_moe.launcher import (
 )
 
 ENVIRONMENT_PREFIX = "ACCEL_MOE_"
-# ACCEL_MOE_* names with another meaning than an option
-VARIABLES_NOT_OPTIONS: frozenset[str] = frozenset()
 # omegaconf's word for a value that is still to be given
 MISSING = "???"
 # what a variable says that asks for no expert parallelism
@@ -190,7 +188,7 @@ def _from_environment(environ: Mapping[str, str], referred: set[str]) -> dict[st
         if variable in known:
             given[known[variable]] = (value, f"{variable} in the environment")
             continue
-        if variable in VARIABLES_NOT_OPTIONS or variable in referred:
+        if variable in referred:
             continue
         ours = variable.startswith(ENVIRONMENT_PREFIX)
         if (meant := spelling.meant_in_environment(variable, option_names())) is not None or ours:

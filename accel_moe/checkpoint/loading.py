@@ -25,7 +25,8 @@ import torch.distributed.checkpoint as dist_cp
 from accel_moe import ranks
 from accel_moe.checkpoint import transaction
 from accel_moe.checkpoint.background import wait_for_background
-from accel_moe.checkpoint.dcp import MODEL_FOLDER, OPTIMIZER_FOLDER, FolderReader
+from accel_moe.checkpoint.dcp_metadata import MODEL_FOLDER, OPTIMIZER_FOLDER
+from accel_moe.checkpoint.dcp_read import FolderReader
 from accel_moe.checkpoint.manifest import Manifest
 from accel_moe.checkpoint.resume import newest_on_all_ranks
 from accel_moe.checkpoint.saving import prepared_models, sharded_options, state_of, takes_dcp

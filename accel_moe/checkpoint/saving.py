@@ -40,26 +40,12 @@ from accel_moe import ranks
 from accel_moe.checkpoint import background, folders, transaction
 from accel_moe.checkpoint.advice import told_with_a_mend
 from accel_moe.checkpoint.background import ends_before_sigterm, wait_for_background
-from accel_moe.checkpoint.dcp import (
-    COPY_AHEAD_BYTES,
-    METADATA_NAME,
-    MODEL_FOLDER,
-    OPTIMIZER_FOLDER,
-    ChecksumWriter,
-    FolderReader,
-    NodePlanner,
-    check_metadata,
-    tensors_of,
-)
+from accel_moe.checkpoint.checksums import ALGORITHM, file_digest, hashing_pool
+from accel_moe.checkpoint.dcp_metadata import METADATA_NAME, MODEL_FOLDER, OPTIMIZER_FOLDER, check_metadata, tensors_of
+from accel_moe.checkpoint.dcp_read import FolderReader
+from accel_moe.checkpoint.dcp_write import COPY_AHEAD_BYTES, ChecksumWriter, NodePlanner
 from accel_moe.checkpoint.durable import fsync_folder, fsync_path
-from accel_moe.checkpoint.manifest import (
-    FileEntry,
-    Manifest,
-    default_algorithm,
-    file_digest,
-    hashing_pool,
-    write_manifest,
-)
+from accel_moe.checkpoint.manifest import FileEntry, Manifest, write_manifest
 from accel_moe.errors import CheckpointError
 from accel_moe.experts.state import prepared_state
 from accel_moe.whereabouts import meet
@@ -99,7 +85,7 @@ class Save:
     node_metadata: dict[str, dict[int, bytes]] = field(default_factory=dict)
     after_commit: list[Callable[[], None]] = field(default_factory=list)
     must_stay: bool = False  # what was written counts, or may come to count
-    algorithm: str = field(default_factory=default_algorithm)
+    algorithm: str = ALGORITHM
 
     @property
     def is_leader(self) -> bool:

@@ -41,15 +41,14 @@ def resolved(folder: str | os.PathLike) -> Path:
     return Path(os.path.realpath(os.path.expanduser(folder)))
 
 
-# --- commit
-# ----------------------------------------------------------------------------------------------------------------
+# --- commit ------------------------------------------------------------------------------------------------------
 
 
 def prepare(work: Path, final: Path) -> Path:
     """Makes a sealed folder ready to be committed; returns where it is now. Not yet the commit.
 
-    `work` is the folder with the manifest, inside a staging folder. Raises CheckpointError when something foreign
-    stands where a file must go.
+    `work` is the folder with the manifest, inside a staging folder. Raises CheckpointError when something foreign is in
+    the place of a file.
     """
     if not final.is_dir():
         return work
@@ -61,8 +60,8 @@ def prepare(work: Path, final: Path) -> Path:
             if error.errno != errno.EXDEV:
                 raise
             raise CheckpointError(
-                f"{final} became a mount point while {work.parent} was filled beside it. Save again: the next save "
-                f"is prepared inside it."
+                f"{final} became a mount point while {work.parent} was filled beside it. Save again: the next save is "
+                "prepared inside it."
             ) from None
         work = moved / work.name
     _refuse_blockers(work, final)
@@ -142,13 +141,13 @@ def _refuse_blockers(work: Path, final: Path) -> None:
         if os.path.lexists(final / name) and not (final / name).is_dir():
             raise CheckpointError(
                 f"{final / name} is a file, and the save has a folder of that name. Move it away, or save under "
-                f"another name."
+                "another name."
             )
     for name in files:
         if (final / name).is_dir() and not (final / name).is_symlink():
             raise CheckpointError(
                 f"{final / name} is a folder, and the save has a file of that name. Move it away, or save under "
-                f"another name."
+                "another name."
             )
 
 
@@ -169,8 +168,7 @@ def _digest_of(manifest: Path) -> str | None:
         return None
 
 
-# --- recovery
-# ----------------------------------------------------------------------------------------------------------------
+# --- recovery ----------------------------------------------------------------------------------------------------
 
 
 def recover(folder: str | os.PathLike) -> None:
@@ -255,8 +253,8 @@ def _roll_forward(final: Path, journal: bytes) -> None:
         durable.fsync_folder(final)
     if _digest_of(final / MANIFEST_NAME) != digest:
         raise CheckpointError(
-            f"{final} was being replaced, and its new files in {staging} are gone. Use another checkpoint; this "
-            f"folder holds parts of two."
+            f"{final} was being replaced, and its new files in {staging} are gone. Use another checkpoint; this folder "
+            "holds parts of two."
         )
     (final / JOURNAL_NAME).unlink(missing_ok=True)
     durable.fsync_folder(final)
@@ -283,8 +281,7 @@ def _move(source: Path, target: Path) -> None:
 def _remove_surplus(final: Path, work: Path) -> set[str]:
     """Removes the old checkpoint's files that the new one lacks, by the manifests; returns their folders.
 
-    A manifest that cannot be read vouches for nothing, and one that is gone was moved by another process: then
-    nothing is removed.
+    Nothing is removed if a manifest cannot be read, which vouches for nothing, or is gone, moved by another process.
     """
     new = _own_files(work)
     old = _own_files(final)
@@ -312,8 +309,7 @@ def _own_files(folder: Path) -> set[str] | None:
         return None
 
 
-# --- on all nodes
-# ----------------------------------------------------------------------------------------------------------------
+# --- on all nodes ------------------------------------------------------------------------------------------------
 
 
 def recover_everywhere(final: Path | None, parent: Path | None = None) -> None:

@@ -14,7 +14,6 @@ from accel_moe.experts.layer import ScatterMoE
 from accel_moe.experts.recognise import FoundExperts
 from accel_moe.experts.state import LayerState, PreparedState
 from accel_moe.experts.view import as_interface, shim_of
-from accel_moe.kernels import scattermoe
 from accel_moe.kernels.glu import glu_of
 
 
@@ -71,10 +70,3 @@ def _refuse_tied(modules: dict[str, nn.Module]) -> None:
 @functools.cache
 def _swapped_class(cls: type[nn.Module], mixin: type[ScatterMoE]) -> type[nn.Module]:
     return type(f"ScatterMoE{cls.__name__}", (mixin, cls), {"__module__": cls.__module__})
-
-
-def register_scattermoe() -> None:
-    """Register our kernels in transformers' experts interface under the name `scattermoe`."""
-    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
-
-    ALL_EXPERTS_FUNCTIONS.register("scattermoe", scattermoe.scattermoe_experts_forward)

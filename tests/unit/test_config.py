@@ -210,11 +210,6 @@ def test_an_unknown_variable_names_the_nearest_variable():
     assert "ACCEL_MOE_EP_DEGRE='2'" in message and "Did you mean ACCEL_MOE_EP_DEGREE?" in message
 
 
-def test_a_variable_on_the_list_of_other_meanings_passes(monkeypatch):
-    monkeypatch.setattr(config, "VARIABLES_NOT_OPTIONS", frozenset({"ACCEL_MOE_INTERNAL"}))
-    assert resolve(environ={"ACCEL_MOE_INTERNAL": "x"}, yaml=NO_LAUNCHER).config == MoEConfig()
-
-
 @pytest.mark.parametrize(
     "key",
     [

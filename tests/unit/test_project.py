@@ -157,6 +157,70 @@ assert "scattermoe" in ALL_EXPERTS_FUNCTIONS.valid_keys()
     assert done.returncode == 0, done.stderr
 
 
+def _printed_by(code: str) -> list[str]:
+    """The words that a fresh Python prints."""
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.split()
+
+
+def test_the_help_of_consolidate_imports_nothing_that_only_training_needs():
+    probe = """
+import contextlib, runpy, sys
+sys.argv = ["consolidate", "--help"]
+with contextlib.redirect_stdout(None), contextlib.suppress(SystemExit):
+    runpy.run_module("accel_moe.consolidate", run_name="__main__")
+print(*sys.modules)
+"""
+    imported = _printed_by(probe)
+    assert "accel_moe.experts.registration" in imported
+    ours = [name for name in imported if name.startswith(("accel_moe.kernels", "accel_moe.hooks"))]
+    assert not ours
+    assert not {"torch.distributed.fsdp", "torch", "transformers", "accelerate"} & set(imported)
+
+
+@pytest.mark.parametrize("first, then", [("transformers.integrations.moe", "accel_moe"), ("accel_moe", "transformers")])
+def test_scattermoe_is_registered_whichever_is_imported_first(first, then):
+    probe = f"""
+import sys, {first}, {then}
+from transformers.integrations import moe
+assert moe.ALL_EXPERTS_FUNCTIONS["scattermoe"].__module__ == "accel_moe.kernels.scattermoe"
+assert "SourceFileLoader" in str(moe.__loader__), moe.__loader__
+assert moe.__spec__.loader is moe.__loader__
+print(*(type(finder).__module__ for finder in sys.meta_path))
+"""
+    assert "accel_moe.experts.registration" not in _printed_by(probe), "the import hook has done its work, and is gone"
+
+
+def test_scattermoe_is_registered_by_the_second_import_where_the_first_failed():
+    probe = """
+import sys, accel_moe
+sys.modules["transformers.integrations.sonicmoe"] = None  # the interface imports it
+try:
+    import transformers.integrations.moe
+except ImportError:
+    del sys.modules["transformers.integrations.sonicmoe"]
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+print("scattermoe" in ALL_EXPERTS_FUNCTIONS.valid_keys())
+"""
+    assert _printed_by(probe) == ["True"]
+
+
+def test_the_public_names_are_there_before_they_are_imported():
+    probe = """
+import sys, accel_moe
+assert set(accel_moe.__all__) <= set(dir(accel_moe)) and "torch" not in sys.modules
+from accel_moe import MoEConfig
+assert "torch" not in sys.modules
+from accel_moe import *
+import pickle
+assert pickle.loads(pickle.dumps((prepare, from_pretrained, expert_load, MoEConfig))) == (
+    accel_moe.prepare, accel_moe.from_pretrained, accel_moe.expert_load, MoEConfig)
+assert accel_moe.dispatch.DISPATCHERS and not hasattr(accel_moe, "no_such_name")
+"""
+    assert _printed_by(probe) == []
+
+
 def bring_readme_up_to_date():
     text = README.read_text()
     for begin, end, table in [

@@ -371,16 +371,6 @@ def test_the_table_has_a_row_with_help_for_every_option():
     assert all(entry.name.startswith("moe_") and entry.metadata["help"] for entry in dataclasses.fields(MoEConfig))
 
 
-def test_the_readme_has_the_table_as_generated():
-    readme = REPOSITORY / "README.md"
-    text = readme.read_text(encoding="utf-8") if readme.exists() else ""
-    if len(text.splitlines()) < 5:
-        pytest.skip("README.md is not written yet")
-    assert text.count(config.TABLE_BEGIN) == text.count(config.TABLE_END) == 1, "README.md needs the two markers"
-    block = text.split(config.TABLE_BEGIN)[1].split(config.TABLE_END)[0]
-    assert block.strip() == options_table(), "paste the output of `python -m accel_moe.config` into README.md"
-
-
 def test_the_module_and_plain_arguments_do_without_omegaconf():
     script = (
         "import sys; sys.modules['omegaconf'] = None\n"

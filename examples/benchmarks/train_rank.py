@@ -171,7 +171,7 @@ def work(way: str, scenario: Scenario, args: argparse.Namespace) -> None:
 
 @dataclass
 class Trained:
-    """Model, optimizer and accelerator of a training loop."""
+    """The parts of a training loop."""
 
     model: torch.nn.Module
     optimizer: torch.optim.Optimizer

@@ -4,9 +4,9 @@
     model = accel_moe.prepare(model)     # with moe_ep_degree: 8 in the accelerate YAML
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
 
-Importing the package does one thing: it registers the experts function `scattermoe` with transformers, so that
-`from_pretrained(..., experts_implementation="scattermoe")` works. The kernels are imported at its first call. No patch
-is installed, no CUDA context made, before `prepare`.
+Importing the package does one thing: it registers the experts function `scattermoe` with transformers, for
+`from_pretrained(..., experts_implementation="scattermoe")`. The function imports the kernels at its first call. Before
+`prepare` no patch is installed and no CUDA context exists.
 """
 
 from accel_moe.api import from_pretrained, prepare

@@ -33,7 +33,7 @@ MESH_DIM_NAMES = ("dp_replicate", "efsdp", "ep")
 
 @dataclass(frozen=True)
 class MeshPlan:
-    """The sizes of the three axes, checked by `plan_mesh`, which alone builds it."""
+    """The sizes of the three axes, checked by `plan_mesh`. Build it only there."""
 
     dp_replicate: int
     efsdp: int

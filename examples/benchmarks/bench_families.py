@@ -1,4 +1,4 @@
-"""Experts layers of families whose maths is not the plain one, as transformers defines them, beside grouped_mm.
+"""Experts layers with uncommon maths, as transformers defines them: scattermoe against grouped_mm.
 
     python examples/benchmarks/bench_families.py                      # on a GPU, bf16, 8192 tokens
     TRITON_INTERPRET=1 python examples/benchmarks/bench_families.py --tokens 16 --shrink 16     # on a CPU, to try it

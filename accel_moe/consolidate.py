@@ -107,13 +107,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def consolidate(args: argparse.Namespace) -> int:
     from accel_moe.checkpoint import export
-    from accel_moe.checkpoint.base_model import open_base
     from accel_moe.checkpoint.export_out import check_room, check_writable, place_of
     from accel_moe.checkpoint.export_plan import plan_export
     from accel_moe.checkpoint.export_verify import verify_export
     from accel_moe.checkpoint.export_write import write_export
     from accel_moe.errors import CheckpointError
-    from accel_moe.weights.hub_format import parse_size
+    from accel_moe.weights.base_model import open_base
+    from accel_moe.weights.transforms import parse_size
 
     *folders, out, base_name = args.paths
     import torch

@@ -15,8 +15,7 @@
     resume.py     which checkpoint a run resumes from: the newest that is whole everywhere
     loading.py    accelerate's and Trainer's loads, after verification
     export.py     DCP → Hub format, group by group, in bounded memory: opens and checks the checkpoint;
-                  export_plan.py, export_write.py, export_out.py and export_verify.py do the rest; base_model.py
-                  has the base, quantised.py refuses some
+                  export_plan.py, export_write.py, export_out.py and export_verify.py do the rest
 
 Nothing is imported here: consolidate runs on a login node and must not pay for what only training needs.
 """

@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 
-from accel_moe.checkpoint.base_model import BaseModel
 from accel_moe.checkpoint.dcp import TensorReader
 from accel_moe.checkpoint.export import Checkpoint
-from accel_moe.checkpoint.quantised import refuse_quantised_tensors, refuse_scaled_tensors
 from accel_moe.errors import CheckpointError, HubFormatError
-from accel_moe.weights.hub_format import (
+from accel_moe.weights.base_model import BaseModel
+from accel_moe.weights.quantised import refuse_quantised_tensors, refuse_scaled_tensors
+from accel_moe.weights.transforms import (
     DTYPE_NAMES,
     DTYPES,
     ConversionGroup,

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from accel_moe.checkpoint.export_plan import ExportPlan, stored_name
-from accel_moe.weights.hub_format import DTYPES, HubConverter, HubTensor, meta_model, read_header, read_hub_tensors
+from accel_moe.weights.transforms import DTYPES, HubConverter, HubTensor, meta_model, read_header, read_hub_tensors
 
 
 def verify_export(plan: ExportPlan, folder: Path, *, on_bytes: Callable[[int], None] | None = None) -> list[str]:

@@ -24,7 +24,7 @@ from accel_moe.checkpoint.durable import fsync, fsync_path, lock
 from accel_moe.checkpoint.export_out import JOURNAL, Output, appear, place_of, put_back
 from accel_moe.checkpoint.export_plan import ExportPlan, main_dtype, stored_name
 from accel_moe.errors import CheckpointError
-from accel_moe.weights.hub_format import DTYPES, INDEX_NAME, SINGLE_NAME, HubTensor, header_bytes
+from accel_moe.weights.transforms import DTYPES, INDEX_NAME, SINGLE_NAME, HubTensor, header_bytes
 
 _SYNC_BYTES = 1 << 30  # what an interrupted export may have to write again
 

@@ -36,8 +36,8 @@ from typing import Any
 
 from accel_moe.checkpoint.durable import fsync, fsync_folder
 from accel_moe.errors import CheckpointError
+from accel_moe.names import MANIFEST_NAME
 
-MANIFEST_NAME = "accel_moe_manifest.json"
 FORMAT_VERSION = 1
 BLOCK_BYTES = 4 * 1024 * 1024
 _DIGEST_BYTES = 16

@@ -133,7 +133,7 @@ def unreadable_on_rank_1(case: Case, how: Load, folder: str) -> str:
     import os
 
     import accel_moe.cpu
-    from accel_moe.weights import load as module
+    from accel_moe.weights import fill as module
     from tests.distributed.loading import load
     from tests.distributed.parity import accelerator_for, optimizer_of
 
@@ -213,7 +213,7 @@ def test_trainer_trains_it_like_a_model_of_plain_from_pretrained(case, tmp_path)
 
 def sabotaged(case: Case, how: Load, folder: str) -> list[str]:
     """The rows of a rank are off by one shard: the comparison must see it."""
-    from accel_moe.weights import load as module
+    from accel_moe.weights import fill as module
 
     original = module.own_rows
 

@@ -16,11 +16,11 @@ from safetensors.torch import load_file, save_file
 
 from accel_moe import consolidate
 from accel_moe.checkpoint import export, export_out, export_write
-from accel_moe.checkpoint.base_model import open_base
 from accel_moe.checkpoint.export_plan import plan_export
 from accel_moe.checkpoint.export_write import write_export
 from accel_moe.errors import CheckpointError, HubFormatError
-from accel_moe.weights.hub_format import safetensors_files
+from accel_moe.weights.base_model import open_base
+from accel_moe.weights.transforms import safetensors_files
 from tests.exports import assert_same_tensors, make_trained, one_line_error, read_weights, run, write_checkpoint
 from tests.tiny import tiny_model
 
@@ -345,7 +345,7 @@ def test_from_a_hub_id_only_small_files_and_headers_are_fetched(tmp_path, traine
     def metadata(repo):
         from huggingface_hub import utils
 
-        from accel_moe.weights.hub_format import read_header
+        from accel_moe.weights.transforms import read_header
 
         files = {}
         for file, path in local.items():

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from accel_moe.errors import HubFormatError
-from accel_moe.weights.hub_format import (
+from accel_moe.weights.transforms import (
     HubConverter,
     HubTensor,
     header_bytes,

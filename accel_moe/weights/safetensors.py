@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from accel_moe.weights.hub_loading import StoredTensor
+from accel_moe.weights.load_groups import StoredTensor
 
 STAGING_BYTES = 16 * 2**20
 """What one reading thread holds while it casts, or copies to a GPU."""

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from accel_moe.errors import HubFormatError
-from accel_moe.weights.hub_format import DTYPES, HubTensor
+from accel_moe.weights.transforms import DTYPES, HubTensor
 
 _PLAIN_FLOATS = {"F64", "F32", "F16", "BF16", "C64"}
 _CONFIG_KEYS = ("quantization_config", "compression_config", "quantization")

@@ -1,6 +1,6 @@
 """What loading needs of transformers' weight conversion: which stored tensors become which parameters, and how.
 
-Companion of hub_format.py, which goes the other way. Three questions are answered here, all from the safetensors
+Companion of transforms.py, which goes the other way. Three questions are answered here, all from the safetensors
 headers and transformers' own transforms, without a table of families:
 
 1. *Which stored tensors become which parameters?* `load_groups` asks transformers' renaming, key by key over the
@@ -29,7 +29,7 @@ from typing import Any
 import torch
 
 from accel_moe.errors import HubFormatError
-from accel_moe.weights.hub_format import DTYPES, _quiet, read_header
+from accel_moe.weights.transforms import DTYPES, _quiet, read_header
 
 ROWS = 4
 """Rows of the small tensors that a transform is tried on; the middle two are the part."""

@@ -1,7 +1,7 @@
 """The base model that a checkpoint is exported after: a local folder, or a Hub id of which only small files
 are fetched.
 
-The base says how the result looks (keys, shapes, dtypes, files: hub_format.py), and gives the files that are
+The base says how the result looks (keys, shapes, dtypes, files: transforms.py), and gives the files that are
 not weights: config, generation config, tokenizers, processors, chat templates, the model's own code, licence. From a
 Hub id those files and the safetensors headers are fetched, never the weights, unless extra keys are to be kept. Without
 a network a whole copy in the Hub's cache will do.
@@ -16,11 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from accel_moe.checkpoint.manifest import MANIFEST_NAME
-from accel_moe.checkpoint.quantised import refuse_quantised_config
 from accel_moe.errors import HubFormatError
+from accel_moe.names import MANIFEST_NAME
 from accel_moe.weights.hub_config import untied_config
-from accel_moe.weights.hub_format import (
+from accel_moe.weights.quantised import refuse_quantised_config
+from accel_moe.weights.transforms import (
     DTYPES,
     INDEX_NAME,
     SINGLE_NAME,

@@ -16,7 +16,7 @@ that its values follow it to wherever it is now; what has values of its own keep
 A rank reads in file order, with plain reads through the page cache: ranks of one node march through the file
 together, each taking its own bytes, so that the disk is asked for each byte about once. Where a parameter's rows lie
 in the file as they do in memory (renamed weights, stacked experts: nearly all bytes) they are read into the shard
-itself; the rest passes through transformers' transforms, one group at a time. hub_loading.py decides which.
+itself; the rest passes through transformers' transforms, one group at a time. load_groups.py decides which.
 
 The seam is the one torchtitan uses (meta model, shard, allocate, fill); a file's tensors are placed there by DCP's
 planner, here by transformers' renaming, so that every family it can load can be loaded.
@@ -40,10 +40,10 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from accel_moe.names import plain_name
-from accel_moe.weights import deferred_tensors, edits, hub_loading
+from accel_moe.weights import deferred_tensors, edits, load_groups
 from accel_moe.weights.deferred_tensors import Origin, defer, watch
-from accel_moe.weights.file_reader import STAGING_BYTES, Reader
-from accel_moe.weights.hub_loading import LoadGroup, StoredTensor
+from accel_moe.weights.load_groups import LoadGroup, StoredTensor
+from accel_moe.weights.safetensors import STAGING_BYTES, Reader
 
 logger = logging.getLogger("accel_moe")
 
@@ -214,10 +214,10 @@ def make_plan(
             "in parts. Load it with transformers' from_pretrained and save_pretrained() it once, or pass that model "
             "to accel_moe.prepare(model)."
         )
-    stored = hub_loading.stored_tensors([str(f) for f in files])
-    info, offload = hub_loading.plan_load(original, model, stored, load_config)
+    stored = load_groups.stored_tensors([str(f) for f in files])
+    info, offload = load_groups.plan_load(original, model, stored, load_config)
     _refuse_mismatched(name, info, load_config.ignore_mismatched_sizes)
-    groups = hub_loading.load_groups(model, stored, load_config.weight_mapping or [])
+    groups = load_groups.load_groups(model, stored, load_config.weight_mapping or [])
     _untie_different(model, groups, info)
     absent = set(info.missing_keys) | {mismatch[0] for mismatch in info.mismatched_keys}
     tensors = _named_tensors(model)
@@ -683,7 +683,7 @@ def _convert_into(
     dtype = plan.dtypes.get(group.name) or plan.dtypes[next(iter(group.targets))]
     chosen = _sources_to_read(group, places)
     tensors = {p: [reader.tensor(t, rows).to(dtype) for t, rows in ones] for p, ones in chosen.items()}
-    converted = hub_loading.convert(group, tensors, AsPlanned(model, plan))
+    converted = load_groups.convert(group, tensors, AsPlanned(model, plan))
     rows = _rows_to_read(group, places)
     for name in group.targets:
         place, value = places[name], converted[name]

@@ -113,7 +113,7 @@ def consolidate(args: argparse.Namespace) -> int:
     from accel_moe.checkpoint.export_write import write_export
     from accel_moe.errors import CheckpointError
     from accel_moe.weights.base_model import open_base
-    from accel_moe.weights.transforms import parse_size
+    from accel_moe.weights.safetensors import parse_size
 
     *folders, out, base_name = args.paths
     import torch

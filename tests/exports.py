@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from accel_moe import consolidate
 from accel_moe.checkpoint.dcp import TensorReader
 from accel_moe.checkpoint.manifest import FileEntry, Manifest, default_algorithm, file_digest, write_manifest
-from accel_moe.weights.transforms import safetensors_files
+from accel_moe.weights.safetensors import safetensors_files
 from tests.tiny import tiny_model
 
 

@@ -1,392 +1,62 @@
-"""Hub weights straight into the shards: every rank reads the bytes it owns, and no rank ever holds the model.
+"""Values read from the files into the shards of this rank.
 
-    from_pretrained (api.py)                 inside accelerator.prepare (hooks.py)
-    ------------------------                 -------------------------------------
-    config, class, generation config:        experts sharded over (efsdp, ep), on meta
-      transformers' own from_pretrained      the rest wrapped by accelerate, on meta
-    headers -> LoadPlan, model on meta       memory for the shards -> `fill`: bytes into the shards
-    missing weights and buffers: real        an optimizer made before gets its parameters back by name
-
-What the file lacks (a new head), and buffers that no file has, are made at once by transformers' own
-initialisation: they consume the random numbers that a plain from_pretrained would, and are sharded as any weight.
-
-Between the two a user may edit the model: each weight of the files is a tensor that knows it (deferred_tensors.py), so
-that its values follow it to wherever it is now; what has values of its own keeps them (edits.py).
-
-A rank reads in file order, with plain reads through the page cache: ranks of one node march through the file
-together, each taking its own bytes, so that the disk is asked for each byte about once. Where a parameter's rows lie
-in the file as they do in memory (renamed weights, stacked experts: nearly all bytes) they are read into the shard
-itself; the rest passes through transformers' transforms, one group at a time. load_groups.py decides which.
-
-The seam is the one torchtitan uses (meta model, shard, allocate, fill); a file's tensors are placed there by DCP's
-planner, here by transformers' renaming, so that every family it can load can be loaded.
+A rank reads in file order, with plain reads through the page cache. Ranks of one node march through the file together,
+each taking its own bytes, so that the disk is asked for each byte about once. Where a parameter's rows lie in the file
+as they do in memory (renamed weights, stacked experts: nearly all bytes) they are read into the shard itself (`Copy`).
+The rest passes through transformers' transforms, one group at a time (`Conversion`). load_groups.py decides which.
 """
 
 from __future__ import annotations
 
 import functools
 import logging
+import math
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.tensor import DTensor
 
+from accel_moe import ranks
 from accel_moe.names import plain_name
-from accel_moe.weights import deferred_tensors, edits, load_groups
-from accel_moe.weights.deferred_tensors import Origin, defer, watch
-from accel_moe.weights.load_groups import LoadGroup, StoredTensor
-from accel_moe.weights.safetensors import STAGING_BYTES, Reader
+from accel_moe.weights import edits
+from accel_moe.weights.load_groups import LoadGroup, convert
+from accel_moe.weights.place import Place, places_of
+from accel_moe.weights.plan import LoadPlan, named_tensors, pending, settle
+from accel_moe.weights.safetensors import STAGING_BYTES, HubTensor, Reader
 
 logger = logging.getLogger("accel_moe")
 
 AHEAD = 4
 """How many pieces before it is read the kernel is told of one."""
 
-REFUSED_ARGUMENTS = {
-    "gguf_file": "GGUF weights are quantised blocks that no rank can cut into shards",
-    "quantization_config": "quantised weights cannot be cut into shards and trained",
-    "load_in_4bit": "quantised weights cannot be cut into shards and trained",
-    "load_in_8bit": "quantised weights cannot be cut into shards and trained",
-    "device_map": "accelerator.prepare decides where each shard lives",
-    "state_dict": "there is no file to read the shards from",
-    "distributed_config": "transformers would shard the model itself",
-    "tp_plan": "transformers would shard the model itself",
-    "tp_size": "transformers would shard the model itself",
-    "device_mesh": "transformers would shard the model itself",
-}
-PLAIN_ROAD = (
-    "Load it with transformers' own from_pretrained and pass the model to accel_moe.prepare(model), or remove the "
-    "argument."
-)
-
-
-@dataclass(frozen=True)
-class LoadPlan:
-    """What a rank needs to fill the model that carries the plan.
-
-    Attributes:
-        name: as given to from_pretrained.
-        groups: what to read.
-        dtypes: parameter or buffer → the dtype that from_pretrained gives it.
-        missing: parameters that the checkpoint lacks; initialised, real.
-        files: path → bytes, when the headers were read.
-    """
-
-    name: str
-    groups: tuple[LoadGroup, ...]
-    dtypes: dict[str, torch.dtype]
-    missing: tuple[str, ...]
-    files: dict[str, int]
-
-    @property
-    def size_bytes(self) -> int:
-        return sum(t.size_bytes for g in self.groups for ts in g.sources.values() for t in ts)
-
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What `fill` did on this rank. `model._accel_moe_load_report` keeps it."""
+    """Counts of one `fill` on this rank; the model keeps it as `_accel_moe_load_report`."""
 
-    read_bytes: int
-    owned_bytes: int
+    read_bytes: int  # from the files
+    owned_bytes: int  # of the shards
     seconds: float
-
-
-@dataclass
-class PendingLoad:
-    """A plan on its model, and the hook that stops a forward before the weights are there.
-
-    `origins` is what `settle` found: the weight of the files that each name in the model stands for.
-    """
-
-    plan: LoadPlan
-    guard: Any
-    origins: dict[str, Origin] | None = None
-
-
-# --- deciding, before any rank exists -----------------------------------------------------------------------------
-
-
-def deferred(environ: Mapping[str, str]) -> bool:
-    """Whether weights wait for accelerator.prepare: in a launch that uses, or may come to use, FSDP2.
-
-    One process without FSDP loads at once, and so do DeepSpeed, Megatron and FSDP1, which want the whole model.
-    """
-    from accelerate.state import AcceleratorState, is_initialized
-
-    if is_initialized():
-        state = AcceleratorState()
-        plugin = getattr(state, "fsdp_plugin", None)
-        return plugin is not None and plugin.fsdp_version == 2
-    if environ.get("ACCELERATE_USE_DEEPSPEED", "") == "true" or environ.get("ACCELERATE_USE_MEGATRON_LM", "") == "true":
-        return False
-    if environ.get("ACCELERATE_USE_FSDP", "").lower() in ("true", "1"):
-        return environ.get("FSDP_VERSION", "2") == "2"  # the launcher always says; Trainer sets no version here
-    return int(environ.get("WORLD_SIZE", 1)) > 1  # the Accelerator may still be given an FSDP2 plugin
-
-
-def refuse_arguments(arguments: Mapping[str, Any]) -> None:
-    """Raises ValueError for a from_pretrained argument that a sharded load cannot honour."""
-    for name, why in REFUSED_ARGUMENTS.items():
-        if arguments.get(name) not in (None, False):
-            raise ValueError(
-                f"accel_moe.from_pretrained() cannot load into shards with {name}={arguments[name]!r}: {why}. "
-                f"{PLAIN_ROAD}"
-            )
-
-
-def refuse_quantised(name: str, config: Any) -> None:
-    """Raises ValueError for a checkpoint whose config says that it is quantised."""
-    found = getattr(config, "quantization_config", None)
-    if found is None:
-        return
-    method = found.get("quant_method", "?") if isinstance(found, dict) else getattr(found, "quant_method", "?")
-    raise ValueError(
-        f"{name} is quantised ({getattr(method, 'value', method)}): its weights are packed, and cannot be cut into "
-        "shards and trained. Give a dequantised copy of it, or load it with transformers' from_pretrained and its "
-        "quantization config's dequantize=True, and pass the model to accel_moe.prepare(model)."
-    )
-
-
-def read_config(name: str | os.PathLike, arguments: Mapping[str, Any]) -> Any:
-    """The config that from_pretrained will use, or None where only it can tell."""
-    from transformers import AutoConfig, PreTrainedConfig
-
-    config = arguments.get("config")
-    if isinstance(config, PreTrainedConfig):
-        return config
-    passed_on = (
-        "cache_dir",
-        "force_download",
-        "local_files_only",
-        "token",
-        "revision",
-        "subfolder",
-        "trust_remote_code",
-    )
-    try:
-        return AutoConfig.from_pretrained(config or name, **{k: arguments[k] for k in passed_on if k in arguments})
-    except (OSError, ValueError):  # an adapter's folder, or code that must be trusted: from_pretrained says it better
-        return None
-
-
-def saving(model: nn.Module) -> str:
-    """In words, what `from_pretrained` would have saved a model that is real on every rank; "" where nothing."""
-    ranks = int(os.environ.get("WORLD_SIZE", 1))
-    tensors = {id(p): p for p in model.parameters() if not p.is_meta}
-    held = sum(p.nbytes for p in tensors.values())
-    if ranks == 1 or pending(model) is not None or not held:
-        return ""
-    return (
-        f"each of {ranks} ranks holds the whole model in RAM ({held / 1e9:.1f} GB) until accelerator.prepare; "
-        f"accel_moe.from_pretrained() would read {held / ranks / 1e9:.1f} GB into the shards of each instead"
-    )
-
-
-def make_plan(
-    original: Callable[..., Any], model: Any, checkpoint_files: Sequence[str] | None, load_config: Any
-) -> Any:
-    """Stands in for transformers' `_load_pretrained_model`: reads headers only; `model` stays on meta, with a plan.
-
-    Returns what transformers' function returns. Not a collective; every rank checks every file.
-
-    Raises:
-        ValueError: the checkpoint is not safetensors, a file is missing or truncated, or a weight has another shape
-            than the config says.
-    """
-    name = str(load_config.pretrained_model_name_or_path)
-    if load_config.hf_quantizer is not None:
-        refuse_quantised(name, model.config)
-        raise ValueError(f"{name} would be quantised while loading, which shards cannot be. {PLAIN_ROAD}")
-    files = list(checkpoint_files or [])
-    if not files or not all(str(f).endswith(".safetensors") for f in files):
-        found = ", ".join(os.path.basename(str(f)) for f in files[:3]) or "no weight files"
-        raise ValueError(
-            f"{name} has {found}; accel_moe.from_pretrained() reads safetensors only, the one format that can be read "
-            "in parts. Load it with transformers' from_pretrained and save_pretrained() it once, or pass that model "
-            "to accel_moe.prepare(model)."
-        )
-    stored = load_groups.stored_tensors([str(f) for f in files])
-    info, offload = load_groups.plan_load(original, model, stored, load_config)
-    _refuse_mismatched(name, info, load_config.ignore_mismatched_sizes)
-    groups = load_groups.load_groups(model, stored, load_config.weight_mapping or [])
-    _untie_different(model, groups, info)
-    absent = set(info.missing_keys) | {mismatch[0] for mismatch in info.mismatched_keys}
-    tensors = _named_tensors(model)
-    kept = []
-    for group in groups:
-        targets = {target: shape for target, shape in group.targets.items() if target not in absent}
-        if targets:
-            kept.append(replace(group, targets=targets))
-    found = {target for group in kept for target in group.targets}
-    expected = {key for key in model.state_dict() if key not in absent}
-    if found != expected:
-        raise RuntimeError(
-            f"accel_moe and transformers match this checkpoint's keys differently ({sorted(found ^ expected)[:3]}). "
-            "Install a tested transformers, or load with its own from_pretrained and accel_moe.prepare(model)."
-        )
-    plan = LoadPlan(
-        name=name,
-        groups=tuple(kept),
-        dtypes={target: tensors[target].dtype for target in found},
-        missing=tuple(sorted(absent - set(getattr(model, "all_tied_weights_keys", {})))),
-        files={str(f): os.path.getsize(f) for f in files},
-    )
-    for name in found:
-        defer(tensors[name], name)
-    model._accel_moe_load = PendingLoad(plan, model.register_forward_pre_hook(_not_loaded))
-    return info, offload
-
-
-def _not_loaded(module: nn.Module, args: Any) -> None:
-    raise RuntimeError(
-        "This model came from accel_moe.from_pretrained() and has no weights yet: they are read inside "
-        "accelerator.prepare(model, optimizer). Call that before the first forward."
-    )
-
-
-def _refuse_mismatched(name: str, info: Any, ignore_mismatched_sizes: bool) -> None:
-    if info.conversion_errors:
-        key, error = next(iter(info.conversion_errors.items()))
-        raise ValueError(
-            f"{name}: the tensors of {key} cannot be put together: {str(error).strip().splitlines()[-1]}. The "
-            "checkpoint is incomplete, or belongs to another config."
-        )
-    lines = []
-    for key, found, wanted in sorted(info.mismatched_keys, key=lambda m: m[0])[:3]:
-        found, wanted = tuple(found), tuple(wanted)
-        if ".experts." in key and len(found) == len(wanted) and found[0] != wanted[0]:
-            lines.append(f"{key} has {found[0]} experts in the checkpoint, {wanted[0]} in the config")
-        else:
-            lines.append(f"{key} has shape {found} in the checkpoint, {wanted} by the config")
-    if lines and not ignore_mismatched_sizes:
-        more = len(info.mismatched_keys) - len(lines)
-        raise ValueError(
-            f"{name} does not fit its config: {'; '.join(lines)}{f' (and {more} more)' if more > 0 else ''}. Give the "
-            "config that belongs to it; ignore_mismatched_sizes=True would initialise these weights anew."
-        )
-
-
-def _untie_different(model: Any, groups: list[LoadGroup], info: Any) -> None:
-    """Weights that the config ties and the checkpoint has twice: tied if they are equal, as transformers does.
-
-    transformers compares values, which a model on meta does not have; here the file's are compared.
-    """
-    by_name = {group.name: group for group in groups if group.road == "copy"}
-    for target, source in list(getattr(model, "all_tied_weights_keys", {}).items()):
-        if target in info.missing_keys or source in info.missing_keys:
-            continue
-        pair = [by_name.get(target), by_name.get(source)]
-        if None not in pair and _same_values(*(next(iter(g.sources.values()))[0] for g in pair)):  # type: ignore
-            info.missing_keys.add(target)  # tie_weights then ties it to the one that is there
-        else:
-            logger.warning("%s and %s differ in the checkpoint, and are not tied as the config says", target, source)
-            del model.all_tied_weights_keys[target]
-
-
-def _same_values(one: StoredTensor, other: StoredTensor) -> bool:
-    if one.shape != other.shape or one.dtype != other.dtype:
-        return False
-    with Reader() as reader:
-        for first in range(0, one.size_bytes, STAGING_BYTES):
-            count = min(STAGING_BYTES, one.size_bytes - first)
-            a, b = (torch.empty(count, dtype=torch.uint8) for _ in range(2))
-            reader.into(a, one.file, one.start + first)
-            reader.into(b, other.file, other.start + first)
-            if not torch.equal(a, b):
-                return False
-    return True
-
-
-# --- finding the plan again -----------------------------------------------------------------------------------------
-
-
-def pending(model: nn.Module) -> PendingLoad | None:
-    """The plan that from_pretrained left on this model, however it was wrapped since; None once it is filled."""
-    return next((m.__dict__["_accel_moe_load"] for m in model.modules() if "_accel_moe_load" in m.__dict__), None)
-
-
-def watch_edits(loaded: Any) -> None:
-    """What from_pretrained returns, a model or a tuple with it, is the user's from here on."""
-    model = loaded[0] if isinstance(loaded, tuple) else loaded
-    for tensor in _named_tensors(model).values():
-        watch(tensor)
-
-
-def check_unchanged(model: nn.Module, plan: LoadPlan) -> dict[str, Origin]:
-    """By name in `model`: the weight of the files that it stands for. Not a collective.
-
-    Raises:
-        ValueError: an edit of the model cannot be kept, or a file has changed.
-    """
-    planned = {name: shape for group in plan.groups for name, shape in group.targets.items()}
-    found = edits.origins(plan.name, _named_tensors(model), planned)
-    for file, size_bytes in plan.files.items():
-        if not os.path.isfile(file) or os.path.getsize(file) != size_bytes:
-            raise ValueError(f"{file} is gone or has changed since accel_moe.from_pretrained() read its header.")
-    return found
-
-
-def check_together(models: Sequence[nn.Module], optimizers: Sequence[torch.optim.Optimizer]) -> None:
-    """`check_unchanged` on every rank, and the same edits on all of them. A collective over the world.
-
-    Raises:
-        ValueError: on every rank, if one of them has an error or another model, or if an optimizer holds a parameter
-            that its model does not have any more.
-    """
-    own = {id(parameter) for model in models for parameter in model.parameters()}
-    for model in models:
-        if (waiting := pending(model)) is None:
-            continue
-        error = None
-        try:
-            check_unchanged(model, waiting.plan)
-            edits.check_optimizers(optimizers, own)
-        except ValueError as problem:
-            error = problem
-        edits.check_ranks(_named_tensors(model), error)
-
-
-def settle(model: nn.Module) -> dict[str, Origin]:
-    """The same as `check_unchanged`, kept for `fill`; from here on the model's tensors are ordinary ones on meta."""
-    waiting = pending(model)
-    assert waiting is not None, "settle() needs a model with a load plan"
-    if waiting.origins is None:
-        waiting.origins = check_unchanged(model, waiting.plan)
-        for tensor in _named_tensors(model).values():
-            deferred_tensors.settle(tensor)
-    return waiting.origins
-
-
-def _named_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Parameters and buffers by clean name, a tied one under each of its names."""
-    named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
-    return {plain_name(name): tensor for name, tensor in named}
-
-
-# --- filling, on the ranks ------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
 def share_real(model: nn.Module, device: torch.device) -> None:
-    """Give every rank rank 0's values of what has values by now: seeds may differ between ranks.
+    """Give every rank rank 0's values of the tensors that are real by now: seeds may differ between ranks.
 
-    That is what the checkpoint lacks, and what a user put into the model. A collective over the world, if there is
-    one. Call it before anything is sharded.
+    Real are the weights that the checkpoint lacks, and those that a user put into the model. A collective over the
+    world, if there is one. Call it before anything is sharded.
     """
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+    if not ranks.distributed():
         return
     saved = {plain_name(key) for key in model.state_dict()}  # buffers that are not saved are each rank's own
     done: set[int] = set()
-    for name, tensor in sorted(_named_tensors(model).items()):
+    for name, tensor in sorted(named_tensors(model).items()):
         if name in saved and not tensor.is_meta and id(tensor) not in done:
             done.add(id(tensor))
             value = tensor.detach().to(device, copy=True).contiguous()
@@ -417,7 +87,7 @@ def fill(model: nn.Module, device: torch.device) -> LoadReport:
     for module in model.modules():
         if module.__dict__.pop("_accel_moe_load", None) is not None:
             module._accel_moe_load_report = report
-    if _rank() == 0:
+    if ranks.rank() == 0:
         logger.info(
             "%s: this rank read %.2f GB for its %.2f GB in %.1f s (%.2f GB/s)",
             waiting.plan.name,
@@ -433,51 +103,37 @@ def _fill(model: nn.Module, plan: LoadPlan, device: torch.device) -> LoadReport:
     started = time.perf_counter()
     origins = settle(model)
     _allocate(model, device)
-    read_bytes = sum(read_into(places, plan, model) for places in _rounds(model, origins))
+    read_bytes = sum(read_into(places, plan, model) for places in places_of(named_tensors(model), origins))
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    left = [name for name, tensor in _named_tensors(model).items() if tensor.is_meta]
+    left = [name for name, tensor in named_tensors(model).items() if tensor.is_meta]
     assert not left, f"no values for {left}"
-    places = (Place.of(tensor) for tensor in _named_tensors(model).values())
+    places = (Place.of(tensor) for tensor in named_tensors(model).values())
     owned = {place.local.data_ptr(): place.local.nbytes for place in places if place.local.numel()}
     return LoadReport(read_bytes, sum(owned.values()), time.perf_counter() - started)
 
 
-def _rounds(model: nn.Module, origins: Mapping[str, Origin]) -> list[dict[str, Place]]:
-    """Places by the weight's name in the files. One mapping, and another for each time that a weight was copied."""
-    places: dict[str, dict[int, Place]] = {}
-    for name, tensor in _named_tensors(model).items():
-        if (origin := origins.get(name)) is not None:
-            places.setdefault(origin.name, {})[id(tensor)] = replace(Place.of(tensor), casts=origin.casts)
-    count = max((len(of_one) for of_one in places.values()), default=0)
-    found: list[dict[str, Place]] = [{} for _ in range(count)]
-    for name, of_one in places.items():
-        for at, place in enumerate(of_one.values()):
-            found[at][name] = place
-    return found
-
-
 def read_into(places: Mapping[str, Place], plan: LoadPlan, model: nn.Module) -> int:
-    """Give the places their values, by the weights' names in the files; the bytes that were read.
+    """Give the places their values, by the weights' names in the files. Returns the bytes that were read.
 
     A weight without a place (of a layer that was dropped) is not read. `model` is only asked for its config.
     """
     copies: list[Copy] = []
-    conversions: list[LoadGroup] = []
+    conversions: list[Conversion] = []
     for group in (left for group in plan.groups if (left := _of_places(group, places)).targets):
         if group.road == "copy":
             copies += _copies_of_renamed(group, places[group.name], plan)
         elif group.road == "stack":
             copies += _copies_of_stack(group, places[group.name], plan)
-        else:
-            conversions.append(group)
+        elif any(places[name].local.numel() for name in group.targets):
+            conversions.append(Conversion.of(group, places))
     copies = _joined(sorted(copies, key=lambda c: (c.file, c.start)))
-    expected = sum(c.size_bytes for c in copies) + sum(_bytes_of_conversion(g, places) for g in conversions)
+    expected = sum(c.size_bytes for c in (*copies, *conversions))
     with Reader(expected) as reader, ThreadPoolExecutor(_threads(), initializer=_same_gpu(places)) as pool:
         running = [pool.submit(_run_one, reader, copies, i) for i in range(len(copies))]
         try:
-            for group in sorted(conversions, key=_first_byte):
-                _convert_into(group, places, plan, model, reader)
+            for conversion in sorted(conversions, key=lambda c: c.first_byte):
+                conversion.run(reader, places, plan, model)
             for future in running:
                 future.result()
         except BaseException:
@@ -491,59 +147,13 @@ def _of_places(group: LoadGroup, places: Mapping[str, Place]) -> LoadGroup:
 
 
 def _allocate(model: nn.Module, device: torch.device) -> None:
-    """Memory for what is on meta. Parameters stay the same objects: ties, optimizers and FSDP go on holding them."""
+    """Give tensors on meta memory. Parameters stay the same objects: ties, optimizers and FSDP go on holding them."""
     before = torch.__future__.get_swap_module_params_on_conversion()
     torch.__future__.set_swap_module_params_on_conversion(True)
     try:
         model._apply(lambda t: torch.empty_like(t, device=device) if t.is_meta else t)
     finally:
         torch.__future__.set_swap_module_params_on_conversion(before)
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a parameter's values go on this rank: `local` [count, ...] holds rows first .. first + count of it.
-
-    `casts` are the dtypes that they pass through on their way: a user cast the model before.
-    """
-
-    local: torch.Tensor
-    first: int
-    count: int
-    casts: tuple[torch.dtype, ...] = ()
-
-    @staticmethod
-    def of(tensor: torch.Tensor) -> Place:
-        if isinstance(tensor, DTensor):
-            first, count = own_rows(
-                tensor.shape[0], tensor.placements, tensor.device_mesh.shape, tensor.device_mesh.get_coordinate()
-            )
-            local = tensor._local_tensor
-            assert local.shape[0] == count, (local.shape, first, count)
-            return Place(local, first, count)
-        local = tensor.detach()
-        return Place(local, 0, local.shape[0] if local.dim() else 1)
-
-
-def own_rows(rows: int, placements: Sequence[Any], mesh_shape: Sequence[int], coordinate: Any) -> tuple[int, int]:
-    """(first, count) of the rows of dim 0 that a rank holds. Pure.
-
-    Plain shards cut first, left to right; a strided one (FSDP over what ep has cut) after them. Each cut is
-    torch.chunk's: ceil(rows / ranks) to each rank, the last ones less or none.
-    """
-    first = 0
-    strided = [type(p).__name__ == "_StridedShard" for p in placements]
-    assert sum(strided) <= 1, placements
-    for late in (False, True):
-        for placement, is_late, size, at in zip(placements, strided, mesh_shape, coordinate):
-            if placement.is_replicate() or is_late is not late:
-                continue
-            if placement.dim != 0:
-                raise ValueError(f"placements {tuple(placements)}: only dim 0 can be sharded while loading")
-            step = -(-rows // size)
-            first += min(at * step, rows)
-            rows = max(0, min(step, rows - at * step))
-    return first, rows
 
 
 @dataclass(frozen=True)
@@ -584,7 +194,7 @@ def _cast(tensor: torch.Tensor, dtypes: Sequence[torch.dtype]) -> torch.Tensor:
 
 
 def _run_one(reader: Reader, copies: Sequence[Copy], i: int) -> None:
-    """Read the i-th, and let the kernel fetch a later one meanwhile: a cold disk is kept busy by few threads."""
+    """Read the i-th, and let the kernel fetch a later one beside it: a cold disk is kept busy by few threads."""
     for ahead in copies[i + AHEAD : i + AHEAD + 1]:
         reader.will_need(ahead.file, ahead.start, ahead.size_bytes)
     copies[i].run(reader)
@@ -597,7 +207,7 @@ def _copies_of_renamed(group: LoadGroup, place: Place, plan: LoadPlan) -> list[C
     row_bytes = source.size_bytes // source.shape[0] if source.shape else 0
     start = source.start + place.first * row_bytes
     via = plan.dtypes[group.name], *place.casts
-    return [Copy(source.file, start, source.dtype, via, _flat(place.local))]
+    return [Copy(source.file, start, source.torch_dtype, via, _flat(place.local))]
 
 
 def _copies_of_stack(group: LoadGroup, place: Place, plan: LoadPlan) -> list[Copy]:
@@ -607,8 +217,8 @@ def _copies_of_stack(group: LoadGroup, place: Place, plan: LoadPlan) -> list[Cop
         to, at = _flat(place.local[row]), 0
         for tensors in group.sources.values():
             source = tensors[place.first + row]
-            count = torch.Size(source.shape).numel()
-            copies.append(Copy(source.file, source.start, source.dtype, via, to[at : at + count]))
+            count = math.prod(source.shape)
+            copies.append(Copy(source.file, source.start, source.torch_dtype, via, to[at : at + count]))
             at += count
         assert at == to.numel(), group.name
     return copies
@@ -620,7 +230,7 @@ def _flat(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _joined(copies: list[Copy]) -> list[Copy]:
-    """Neighbours in the file that are neighbours in memory, too, become one; large ones are cut for the threads."""
+    """The copies, in file order, with neighbours in file and memory joined, and large ones cut for the threads."""
     joined: list[Copy] = []
     for copy in copies:
         last = joined[-1] if joined else None
@@ -645,51 +255,51 @@ def _joined(copies: list[Copy]) -> list[Copy]:
     return pieces
 
 
-def _rows_to_read(group: LoadGroup, places: Mapping[str, Place]) -> tuple[int, int] | None:
-    """(first, count) of the rows to convert, or None for all."""
-    first = {(places[name].first, places[name].count) for name in group.targets}
-    return first.pop() if group.road == "rows" and len(first) == 1 else None
+@dataclass(frozen=True)
+class Conversion:
+    """A group that passes through its transform on its way to this rank.
 
+    Attributes:
+        rows: (first, count) of the rows to make, the same for all targets; None makes all.
+        sources: by pattern, the tensors to read, each whole (None) or (first, count) of its rows.
+    """
 
-def _sources_to_read(
-    group: LoadGroup, places: Mapping[str, Place]
-) -> dict[str, list[tuple[StoredTensor, tuple[int, int] | None]]]:
-    """By pattern: the tensors to read, each whole (None) or some of its rows."""
-    rows = _rows_to_read(group, places)
-    if rows is None:
-        return {pattern: [(t, None) for t in ts] for pattern, ts in group.sources.items()}
-    first, count = rows
-    total = next(iter(group.targets.values()))[0]
-    behind = len(next(iter(group.targets.values())))
-    chosen: dict[str, list[tuple[StoredTensor, tuple[int, int] | None]]] = {}
-    for pattern, ts in group.sources.items():
-        listed = len(ts) == total and len(ts[0].shape) == behind - 1
-        chosen[pattern] = [(t, None) for t in ts[first : first + count]] if listed else [(ts[0], rows)]
-    return chosen
+    group: LoadGroup
+    rows: tuple[int, int] | None
+    sources: dict[str, list[tuple[HubTensor, tuple[int, int] | None]]]
 
+    @staticmethod
+    def of(group: LoadGroup, places: Mapping[str, Place]) -> Conversion:
+        wanted = {(places[name].first, places[name].count) for name in group.targets}
+        if group.road != "rows" or len(wanted) != 1:
+            return Conversion(group, None, {pattern: [(t, None) for t in ts] for pattern, ts in group.sources.items()})
+        rows = first, count = wanted.pop()
+        shape = next(iter(group.targets.values()))
+        sources: dict[str, list[tuple[HubTensor, tuple[int, int] | None]]] = {}
+        for pattern, ts in group.sources.items():
+            listed = len(ts) == shape[0] and len(ts[0].shape) == len(shape) - 1
+            sources[pattern] = [(t, None) for t in ts[first : first + count]] if listed else [(ts[0], rows)]
+        return Conversion(group, rows, sources)
 
-def _bytes_of_conversion(group: LoadGroup, places: Mapping[str, Place]) -> int:
-    if all(places[name].local.numel() == 0 for name in group.targets):
-        return 0
-    chosen = [one for ones in _sources_to_read(group, places).values() for one in ones]
-    return sum(t.size_bytes if rows is None else t.size_bytes // t.shape[0] * rows[1] for t, rows in chosen)
+    @property
+    def size_bytes(self) -> int:
+        chosen = [one for ones in self.sources.values() for one in ones]
+        return sum(t.size_bytes if rows is None else t.size_bytes // t.shape[0] * rows[1] for t, rows in chosen)
 
+    @property
+    def first_byte(self) -> tuple[str, int]:
+        return min((t.file, t.start) for ts in self.group.sources.values() for t in ts)
 
-def _convert_into(
-    group: LoadGroup, places: Mapping[str, Place], plan: LoadPlan, model: nn.Module, reader: Reader
-) -> None:
-    if all(places[name].local.numel() == 0 for name in group.targets):
-        return
-    dtype = plan.dtypes.get(group.name) or plan.dtypes[next(iter(group.targets))]
-    chosen = _sources_to_read(group, places)
-    tensors = {p: [reader.tensor(t, rows).to(dtype) for t, rows in ones] for p, ones in chosen.items()}
-    converted = load_groups.convert(group, tensors, AsPlanned(model, plan))
-    rows = _rows_to_read(group, places)
-    for name in group.targets:
-        place, value = places[name], converted[name]
-        if rows is None and value.dim():
-            value = value.narrow(0, place.first, place.count)
-        place.local.copy_(_cast(value, (plan.dtypes[name], *place.casts)))
+    def run(self, reader: Reader, places: Mapping[str, Place], plan: LoadPlan, model: nn.Module) -> None:
+        group = self.group
+        dtype = plan.dtypes.get(group.name) or plan.dtypes[next(iter(group.targets))]
+        tensors = {p: [reader.tensor(t, rows).to(dtype) for t, rows in ones] for p, ones in self.sources.items()}
+        converted = convert(group, tensors, AsPlanned(model, plan))
+        for name in group.targets:
+            place, value = places[name], converted[name]
+            if self.rows is None and value.dim():
+                value = value.narrow(0, place.first, place.count)
+            place.local.copy_(_cast(value, (plan.dtypes[name], *place.casts)))
 
 
 class AsPlanned:
@@ -698,7 +308,7 @@ class AsPlanned:
     def __init__(self, model: nn.Module, plan: LoadPlan):
         self._model = model
         self._plan = plan
-        self._shapes = {name: shape for group in plan.groups for name, shape in group.targets.items()}
+        self._shapes = plan.shapes
 
     def get_parameter(self, name: str) -> torch.Tensor:
         if name not in self._shapes:
@@ -707,10 +317,6 @@ class AsPlanned:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._model, name)
-
-
-def _first_byte(group: LoadGroup) -> tuple[str, int]:
-    return min((t.file, t.start) for ts in group.sources.values() for t in ts)
 
 
 def _threads() -> int:
@@ -724,40 +330,14 @@ def _same_gpu(places: Mapping[str, Place]) -> Callable[[], None]:
     return functools.partial(torch.cuda.set_device, devices.pop()) if devices else lambda: None
 
 
-def _rank() -> int:
-    return int(os.environ.get("RANK", 0))
-
-
 def _raise_together(error: Exception | None) -> None:
     """One rank's failure is everyone's: the others would wait for it in the next collective."""
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+    if not ranks.distributed():
         if error is not None:
             raise error
         return
-    everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, None if error is None else f"{type(error).__name__}: {error}")
+    everyone = edits.gather(None if error is None else f"{type(error).__name__}: {error}")
     failed = {rank: message for rank, message in enumerate(everyone) if message is not None}
     if failed:
         rank, message = next(iter(failed.items()))
         raise RuntimeError(f"Loading the weights failed on rank(s) {list(failed)}; rank {rank}: {message}") from error
-
-
-@contextmanager
-def quiet_but_rank_0() -> Iterator[None]:
-    """Within it, transformers' load report comes from rank 0 alone, and no rank takes accelerate's short cut of
-    loading on rank 0 only."""
-    from transformers.utils import logging as transformers_logging
-
-    shortcut = os.environ.get("FSDP_CPU_RAM_EFFICIENT_LOADING")
-    verbosity = transformers_logging.get_verbosity()
-    os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
-    if _rank():
-        transformers_logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-        if shortcut is None:
-            del os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"]
-        else:
-            os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = shortcut

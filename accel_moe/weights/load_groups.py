@@ -1,16 +1,13 @@
-"""What loading needs of transformers' weight conversion: which stored tensors become which parameters, and how.
+"""Groups of stored tensors that become parameters together, and how a rank may read its rows of them.
 
-Companion of transforms.py, which goes the other way. Three questions are answered here, all from the safetensors
-headers and transformers' own transforms, without a table of families:
+All of it comes from the safetensors headers and transformers' own transforms (transforms.py), without a table of
+families. `load_groups` matches key by key over the whole checkpoint: a part of the keys would number the experts
+wrongly.
 
-1. *Which stored tensors become which parameters?* `load_groups` asks transformers' renaming, key by key over the
-   whole checkpoint (a part of the keys would number the experts wrongly), as its own loop does.
-2. *Would transformers load it?* `plan_load` runs its real loading function with meta tensors in place of the file's:
-   missing, unexpected and mismatched keys, and every parameter's final dtype, are then its own answers.
-3. *May a rank convert its own rows only?* FSDP and ep shard dim 0. A transform may be fed a rank's rows if it
-   commutes with taking rows: stacking experts does, cutting a fused qkv on dim 0 does not. Instead of a list of
-   transforms that we believe in, `road_of` asks the transform itself, on small random tensors: whole, then a few
-   rows. One that needs the model or its config to convert cannot be asked so, and gets whole tensors.
+May a rank convert only its own rows? FSDP and ep shard dim 0. A transform may be fed a rank's rows if it commutes with
+taking rows: stacking experts does, cutting a fused qkv on dim 0 does not. No list of transforms says so. `road_of` asks
+the transform itself, on small random tensors: whole, then a few rows. A transform that needs the model or its config to
+convert cannot be asked so, and gets whole tensors.
 
 transformers' own shard-on-read (DtensorShardOperation, 5.17 and 5.23) slices every source by its target's dim 0,
 whatever the transform; it fails on a rank whose shard is empty; and it casts a file in one step to the parameter's
@@ -19,35 +16,17 @@ dtype, which under mixed precision is already fp32. So its transforms are used h
 
 from __future__ import annotations
 
-import copy
-import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from accel_moe.errors import HubFormatError
-from accel_moe.weights.transforms import DTYPES, _quiet, read_header
+from accel_moe.weights.safetensors import HubTensor
+from accel_moe.weights.transforms import match_keys, on_meta, run_converter
 
 ROWS = 4
 """Rows of the small tensors that a transform is tried on; the middle two are the part."""
-
-
-@dataclass(frozen=True)
-class StoredTensor:
-    """One tensor of a safetensors file: `start` is the byte in `file` where its values begin, row-major."""
-
-    key: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    file: str
-    start: int
-
-    @property
-    def size_bytes(self) -> int:
-        return torch.Size(self.shape).numel() * self.dtype.itemsize
 
 
 @dataclass(frozen=True)
@@ -68,121 +47,50 @@ class LoadGroup:
 
     name: str
     targets: dict[str, tuple[int, ...]]
-    sources: dict[str, tuple[StoredTensor, ...]]
+    sources: dict[str, tuple[HubTensor, ...]]
     converter: Any
     road: str = "whole"
 
 
-def stored_tensors(files: Sequence[str]) -> dict[str, StoredTensor]:
-    """Every tensor of the safetensors `files`, from their headers. No tensor is read.
-
-    Raises:
-        HubFormatError: a file is missing, is shorter than its header says, or has a dtype that torch cannot hold.
-    """
-    tensors: dict[str, StoredTensor] = {}
-    for file in files:
-        if not os.path.isfile(file):
-            raise HubFormatError(f"{file} is missing, and the checkpoint's index names it. Download it again.")
-        header = read_header(Path(file))
-        data = header["__data_start__"]
-        end = data
-        for key, entry in header.items():
-            if key.startswith("__"):
-                continue
-            if entry["dtype"] not in DTYPES:
-                raise HubFormatError(f"{file}: {key} has dtype {entry['dtype']}, which torch cannot hold.")
-            start, stop = entry["data_offsets"]
-            tensor = StoredTensor(key, tuple(entry["shape"]), DTYPES[entry["dtype"]], str(file), data + start)
-            if tensor.size_bytes != stop - start:
-                raise HubFormatError(
-                    f"{file}: the header gives {key} {stop - start} bytes, its shape needs {tensor.size_bytes}. "
-                    "Download it again."
-                )
-            tensors[key] = tensor
-            end = max(end, data + stop)
-        if (size_bytes := os.path.getsize(file)) < end:
-            raise HubFormatError(
-                f"{file} is truncated: {size_bytes} bytes, and its header says {end}. Download it again."
-            )
-    return tensors
-
-
-def plan_load(
-    original: Callable[..., Any], model: Any, stored: Mapping[str, StoredTensor], load_config: Any
-) -> tuple[Any, Any]:
-    """transformers' `_load_pretrained_model` with meta tensors of the stored shapes and dtypes.
-
-    Every parameter that the checkpoint has ends on meta with its final dtype, and marked as initialised; what it
-    returns is what transformers reports (missing, unexpected, mismatched).
-    """
-    tensors = {t.key: torch.empty(t.shape, dtype=t.dtype, device="meta") for t in stored.values()}
-    with _quiet():
-        return original(model, tensors, None, replace(load_config, device_map={"": torch.device("meta")}))
-
-
-def load_groups(model: Any, stored: Mapping[str, StoredTensor], weight_mapping: Sequence[Any]) -> list[LoadGroup]:
+def load_groups(model: Any, stored: Mapping[str, HubTensor], weight_mapping: Sequence[Any]) -> list[LoadGroup]:
     """The checkpoint's tensors in groups, each with the parameters or buffers of `model` that it becomes.
 
-    Keys that match nothing (unexpected) are left out. The same steps as transformers'
-    `convert_and_load_state_dict_in_model`, without the tensors.
+    Keys that match nothing (unexpected) are left out.
     """
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
-
-    state = model.state_dict()
-    renamings = [t for t in weight_mapping if isinstance(t, WeightRenaming)]
-    converters = [t for t in weight_mapping if isinstance(t, WeightConverter)]
-    of_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
-    prefix = model.base_model_prefix
-    collected: dict[str, tuple[Any, dict[str, list[StoredTensor]]]] = {}
-    for key in sorted(stored, key=dot_natural_key):
-        name, pattern = rename_source_key(key, renamings, converters, prefix, state)
-        if name not in state and key in state:
-            name, pattern = rename_source_key(key, [], [], base_model_prefix=prefix, meta_state_dict=state)
-        if name not in state:
-            continue
-        converter = None if pattern is None else of_pattern[pattern]
+    collected: dict[str, tuple[Any, dict[str, list[HubTensor]]]] = {}
+    for key, name, pattern, converter in match_keys(model, stored, weight_mapping):
         _, sources = collected.setdefault(name, (converter, {}))
-        sources.setdefault(pattern or key, []).append(stored[key])
-    shapes = {key: tuple(value.shape) for key, value in state.items()}
+        sources.setdefault(pattern, []).append(stored[key])
+    shapes = {key: tuple(value.shape) for key, value in model.state_dict().items()}
     roads: dict[Any, str] = {}
-    return [_group(model, shapes, name, *found, roads) for name, found in collected.items()]
+    groups = []
+    for name, (converter, sources) in collected.items():
+        order = sources if converter is None else [p for p in converter.source_patterns if p in sources]
+        group = LoadGroup(name, {}, {pattern: tuple(sources[pattern]) for pattern in order}, converter)
+        groups.append(_with_targets(group, model, shapes, roads))
+    return groups
 
 
-def _group(
-    model: Any,
-    shapes: dict[str, tuple[int, ...]],
-    name: str,
-    converter: Any,
-    sources: dict[str, list[StoredTensor]],
-    roads: dict[Any, str],
+def _with_targets(
+    group: LoadGroup, model: Any, shapes: Mapping[str, tuple[int, ...]], roads: dict[Any, str]
 ) -> LoadGroup:
-    if converter is None:
-        tensors = next(iter(sources.values()))
-        frozen = {pattern: tuple(ts) for pattern, ts in sources.items()}
-        same = len(tensors) == 1 and tensors[0].shape == shapes[name]
-        return LoadGroup(name, {name: shapes[name]}, frozen, None, "copy" if same else "whole")
-    order = [p for p in converter.source_patterns if p in sources]
-    frozen = {pattern: tuple(sources[pattern]) for pattern in order}
-    group = LoadGroup(name, {}, frozen, converter)
-    meta = {p: [torch.empty(t.shape, dtype=t.dtype, device="meta") for t in ts] for p, ts in frozen.items()}
-    targets = {key: shapes[key] for key in convert(group, meta, model) if key in shapes}
-    group = replace(group, targets=targets)
+    if group.converter is None:
+        tensors = next(iter(group.sources.values()))
+        same = len(tensors) == 1 and tensors[0].shape == shapes[group.name]
+        return replace(group, targets={group.name: shapes[group.name]}, road="copy" if same else "whole")
+    meta = {pattern: [*on_meta(tensors).values()] for pattern, tensors in group.sources.items()}
+    group = replace(group, targets={key: shapes[key] for key in convert(group, meta, model) if key in shapes})
     return replace(group, road=road_of(group, roads))
 
 
 def convert(group: LoadGroup, tensors: Mapping[str, list[torch.Tensor]], model: Any) -> dict[str, torch.Tensor]:
-    """Parameter name → tensor: transformers' own transform of a group on the given tensors.
+    """Parameter → tensor: the group's transform on tensors by source pattern. The results may be views of the inputs.
 
-    The results may be views of the inputs.
+    `model` is None where the transform must do without.
     """
     if group.converter is None:
         return {group.name: next(iter(tensors.values()))[0]}
-    converter = copy.deepcopy(group.converter)
-    for pattern, values in tensors.items():
-        converter.collected_tensors[pattern] = list(values)
-    config = None if model is None else model.config
-    converted = converter.convert(group.name, model=model, config=config)
-    return {name: value[0] if isinstance(value, list) else value for name, value in converted.items()}
+    return run_converter(group.converter, group.name, tensors, model)
 
 
 def road_of(group: LoadGroup, known: dict[Any, str] | None = None) -> str:

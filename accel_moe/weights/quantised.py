@@ -1,4 +1,4 @@
-"""Bases that trained weights cannot be written after: their values mean something only together with scales.
+"""Refusals of quantised bases: trained weights cannot be written into tensors that mean something only with scales.
 
 A quantised base says so in its config, in the dtype of its tensors, or in the tensors that lie beside them.
 transformers loads some of them dequantised, and then a trained weight would be cast to the stored dtype while the scale
@@ -12,8 +12,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from accel_moe.errors import HubFormatError
-from accel_moe.weights.transforms import DTYPES, HubTensor
+from accel_moe.errors import HubFormatError, first_few
+from accel_moe.weights.safetensors import HubTensor
 
 _PLAIN_FLOATS = {"F64", "F32", "F16", "BF16", "C64"}
 _CONFIG_KEYS = ("quantization_config", "compression_config", "quantization")
@@ -89,11 +89,10 @@ def refuse_quantised_tensors(base: Mapping[str, HubTensor], trained: Mapping[str
     for key, floating in trained.items():
         if key not in base or is_plain_float(base[key].dtype):
             continue
-        if floating or key in scaled or DTYPES[base[key].dtype].is_floating_point:
+        if floating or key in scaled or base[key].torch_dtype.is_floating_point:
             wrong.append(_describe(base[key], scaled.get(key, [])))
     if wrong:
-        more = f" (and {len(wrong) - 3} more)" if len(wrong) > 3 else ""
-        raise HubFormatError(f"{name} is quantised: {'; '.join(wrong[:3])}{more}. {_FIX}")
+        raise HubFormatError(f"{name} is quantised: {first_few(wrong)}. {_FIX}")
 
 
 def refuse_scaled_tensors(base: Mapping[str, HubTensor], name: str) -> None:

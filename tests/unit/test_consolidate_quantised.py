@@ -10,7 +10,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from accel_moe.weights.quantised import scaled_tensors
-from accel_moe.weights.transforms import DTYPES, HubTensor
+from accel_moe.weights.safetensors import DTYPES, HubTensor
 from tests.exports import make_trained, one_line_error, run, write_checkpoint
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")

@@ -11,17 +11,17 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from accel_moe.errors import HubFormatError
-from accel_moe.weights.transforms import (
-    HubConverter,
+from accel_moe.weights.hub_config import meta_model
+from accel_moe.weights.safetensors import (
     HubTensor,
     header_bytes,
-    meta_model,
     parse_size,
     read_header,
     read_hub_tensors,
     safetensors_files,
     shard_names,
 )
+from accel_moe.weights.transforms import HubConverter
 from tests.tiny import tiny_model
 
 # Families whose keys, or whose way from keys to parameters, differ from each other; the sizes are as small as they go.
@@ -201,7 +201,7 @@ def test_a_header_is_laid_out_as_safetensors_lays_it_out(tmp_path):
     }
     save_file(tensors, tmp_path / "theirs.safetensors", metadata={"format": "pt"})
     theirs = read_header(tmp_path / "theirs.safetensors")
-    described = [HubTensor(k, theirs[k]["dtype"], tuple(t.shape), "f") for k, t in tensors.items()]
+    described = [HubTensor(k, theirs[k].dtype, tuple(t.shape), "f") for k, t in tensors.items()]
     header, offsets = header_bytes(described)
     content = bytearray(header)
     for key in sorted(offsets, key=offsets.get):
@@ -210,9 +210,8 @@ def test_a_header_is_laid_out_as_safetensors_lays_it_out(tmp_path):
     (tmp_path / "ours.safetensors").write_bytes(content)
     ours = load_file(tmp_path / "ours.safetensors")
     assert all(torch.equal(ours[k], t) and ours[k].dtype == t.dtype for k, t in tensors.items())
-    assert {k: v["data_offsets"] for k, v in theirs.items() if k in tensors} == {
-        k: v["data_offsets"] for k, v in read_header(tmp_path / "ours.safetensors").items() if k in tensors
-    }
+    ours = read_header(tmp_path / "ours.safetensors")
+    assert {key: tensor.start for key, tensor in ours.items()} == {key: tensor.start for key, tensor in theirs.items()}
 
 
 def test_shards_fill_in_order_and_one_file_has_the_plain_name():

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 import accel_moe
 from accel_moe import hooks
-from accel_moe.weights import fill
+from accel_moe.weights import fill, plan
 from tests.tiny import tiny_model
 
 NAME = r"(lm_head|model\.(embed_tokens|norm|layers\.\d))\.?\S*weight"
@@ -203,7 +203,7 @@ def all_of(model):
 def test_an_edit_is_kept_as_plain_from_pretrained_keeps_it(edit, tie, prepared, folders):
     plain = AutoModelForCausalLM.from_pretrained(folders[tie], dtype="float32")
     ours = accel_moe.from_pretrained(folders[tie], dtype="float32")
-    assert fill.pending(ours) is not None
+    assert plan.pending(ours) is not None
     if prepared:
         accel_moe.prepare(ours, moe_kernel="grouped_mm")
     with torch.no_grad():
@@ -337,7 +337,7 @@ def test_an_edit_whose_result_nobody_can_know_is_refused_by_the_tensors_name(edi
     model = accel_moe.from_pretrained(folders[tie], dtype="float32")
     with pytest.raises(ValueError, match=rf"^{NAME}.* after accel_moe\.from_pretrained\(\).*Load with transformers'"):
         edit(model)
-        fill.check_unchanged(model, fill.pending(model).plan)
+        plan.check_unchanged(model, plan.pending(model).plan)
 
 
 def test_an_untouched_model_loses_its_deferred_tensors_when_it_is_filled(folders):
@@ -369,16 +369,16 @@ def test_a_copy_of_the_whole_model_is_filled_like_the_model(folders):
 def test_an_optimizer_with_a_parameter_that_was_replaced_since_is_refused(folders):
     model = accel_moe.from_pretrained(folders[False], dtype="float32")
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    fill.check_together([model], [optimizer])
+    plan.check_together([model], [optimizer])
     new_head(model)
     with pytest.raises(
         ValueError, match=r"The optimizer holds lm_head\.weight, of shape \(64, 32\).*Make the optimizer"
     ):
-        fill.check_together([model], [optimizer])
+        plan.check_together([model], [optimizer])
 
 
 def test_the_message_says_how_to_give_values(folders):
     model = accel_moe.from_pretrained(folders[False], dtype="float32")
     zeroed(model)
     with pytest.raises(ValueError, match=re.escape("load_state_dict(..., assign=True)")):
-        fill.check_unchanged(model, fill.pending(model).plan)
+        plan.check_unchanged(model, plan.pending(model).plan)

@@ -19,7 +19,7 @@ import torch
 
 from accel_moe.errors import HubFormatError
 from accel_moe.names import MANIFEST_NAME
-from accel_moe.weights.hub_config import meta_model, untied_config
+from accel_moe.weights.hub_config import first_line, meta_model, untied_config
 from accel_moe.weights.quantised import refuse_quantised_config
 from accel_moe.weights.safetensors import (
     INDEX_NAME,
@@ -171,8 +171,8 @@ def _open_cached(repo: str, why: Exception, trust_remote_code: bool) -> BaseMode
     """The copy in the Hub's cache, with its weights, for when the Hub could not be asked. Raises HubFormatError."""
     import huggingface_hub
 
-    reason = str(why).strip().splitlines()[0] if str(why).strip() else type(why).__name__
-    not_asked = f"{repo} is not a local folder, and the Hub could not be asked ({type(why).__name__}: {reason})"
+    asked = f"{type(why).__name__}: {first_line(why)}"
+    not_asked = f"{repo} is not a local folder, and the Hub could not be asked ({asked})"
     try:
         folder = Path(huggingface_hub.snapshot_download(repo, local_files_only=True))
     except Exception:

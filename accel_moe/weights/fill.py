@@ -120,7 +120,7 @@ def read_into(places: Mapping[str, Place], plan: LoadPlan, model: nn.Module) -> 
     """
     copies: list[Copy] = []
     conversions: list[Conversion] = []
-    for group in (left for group in plan.groups if (left := _of_places(group, places)).targets):
+    for group in (left for group in plan.groups if (left := group.of(places.__contains__)).targets):
         if group.road == "copy":
             copies += _copies_of_renamed(group, places[group.name], plan)
         elif group.road == "stack":
@@ -140,10 +140,6 @@ def read_into(places: Mapping[str, Place], plan: LoadPlan, model: nn.Module) -> 
             pool.shutdown(cancel_futures=True)
             raise
     return reader.read_bytes
-
-
-def _of_places(group: LoadGroup, places: Mapping[str, Place]) -> LoadGroup:
-    return replace(group, targets={name: shape for name, shape in group.targets.items() if name in places})
 
 
 def _allocate(model: nn.Module, device: torch.device) -> None:

@@ -55,11 +55,12 @@ def read_config(folder: Path, trust_remote_code: bool) -> Any:
                 f"its own, {', '.join(_own_code(folder))}, which was not run. Read it, then add --trust-remote-code."
             ) from None
         raise HubFormatError(
-            f"transformers {transformers.__version__} cannot read {folder / 'config.json'}: {_first_line(error)}"
+            f"transformers {transformers.__version__} cannot read {folder / 'config.json'}: {first_line(error)}"
         ) from None
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """An error in a line; its type if it says nothing."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 

@@ -16,7 +16,7 @@ dtype, which under mixed precision is already fp32. So its transforms are used h
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -50,6 +50,10 @@ class LoadGroup:
     sources: dict[str, tuple[HubTensor, ...]]
     converter: Any
     road: str = "whole"
+
+    def of(self, wanted: Callable[[str], bool]) -> LoadGroup:
+        """The group with only the wanted targets."""
+        return replace(self, targets={name: shape for name, shape in self.targets.items() if wanted(name)})
 
 
 def load_groups(model: Any, stored: Mapping[str, HubTensor], weight_mapping: Sequence[Any]) -> list[LoadGroup]:

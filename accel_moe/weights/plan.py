@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,11 +25,11 @@ logger = logging.getLogger("accel_moe")
 
 @dataclass(frozen=True)
 class LoadPlan:
-    """What a rank needs to fill the model that carries the plan.
+    """The files' tensors, and the parameters of a model that they become.
 
     Attributes:
         name: as given to from_pretrained.
-        groups: what to read.
+        groups: the tensors to read, with the parameters or buffers that they become.
         dtypes: parameter or buffer → the dtype that from_pretrained gives it.
         missing: parameters that the checkpoint lacks; initialised, real.
         files: path → bytes, when the headers were read.
@@ -84,7 +84,7 @@ def make_plan(
     groups = load_groups(model, stored, load_config.weight_mapping or [])
     _untie_different(model, groups, info)
     absent = set(info.missing_keys) | {mismatch[0] for mismatch in info.mismatched_keys}
-    groups = [group for group in (_without(group, absent) for group in groups) if group.targets]
+    groups = [group for group in (group.of(lambda name: name not in absent) for group in groups) if group.targets]
     found = {target for group in groups for target in group.targets}
     _refuse_other_match(found, {key for key in model.state_dict() if key not in absent})
     tensors = named_tensors(model)
@@ -99,10 +99,6 @@ def make_plan(
         defer(tensors[target], target)
     model._accel_moe_load = PendingLoad(plan, model.register_forward_pre_hook(_not_loaded))
     return info, offload
-
-
-def _without(group: LoadGroup, absent: set[str]) -> LoadGroup:
-    return replace(group, targets={name: shape for name, shape in group.targets.items() if name not in absent})
 
 
 def _not_loaded(module: nn.Module, args: Any) -> None:

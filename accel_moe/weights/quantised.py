@@ -28,11 +28,6 @@ _FIX = (
 )
 
 
-def is_plain_float(dtype: str) -> bool:
-    """Whether safetensors' dtype holds values that stand for themselves."""
-    return dtype in _PLAIN_FLOATS
-
-
 def refuse_quantised_config(folder: Path, name: str) -> None:
     """Raises HubFormatError when the config says that the weights are quantised."""
     for file in _CONFIG_FILES:
@@ -62,7 +57,7 @@ def scaled_tensors(base: Mapping[str, HubTensor]) -> dict[str, list[str]]:
     """Key → the keys of its scales, for each tensor that is not made of plain floats and has some."""
     found = {}
     for key, tensor in base.items():
-        if is_plain_float(tensor.dtype):
+        if tensor.dtype in _PLAIN_FLOATS:
             continue
         if scales := [name for name in _scale_names(key) if name in base and name != key]:
             found[key] = scales
@@ -87,7 +82,7 @@ def refuse_quantised_tensors(base: Mapping[str, HubTensor], trained: Mapping[str
     scaled = scaled_tensors(base)
     wrong = []
     for key, floating in trained.items():
-        if key not in base or is_plain_float(base[key].dtype):
+        if key not in base or base[key].dtype in _PLAIN_FLOATS:
             continue
         if floating or key in scaled or base[key].torch_dtype.is_floating_point:
             wrong.append(_describe(base[key], scaled.get(key, [])))

@@ -92,21 +92,17 @@ def read_config(name: str | os.PathLike, arguments: Mapping[str, Any]) -> Any:
 @contextmanager
 def quiet_but_rank_0() -> Iterator[None]:
     """Only rank 0 prints transformers' load report, and no rank leaves loading to rank 0 (accelerate's short cut)."""
-    from transformers.utils import logging as transformers_logging
+    from accelerate.utils import patch_environment
+    from transformers.utils import logging
 
-    shortcut = os.environ.get("FSDP_CPU_RAM_EFFICIENT_LOADING")
-    verbosity = transformers_logging.get_verbosity()
-    os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
+    verbosity = logging.get_verbosity()
     if int(os.environ.get("RANK", 0)):
-        transformers_logging.set_verbosity_error()
+        logging.set_verbosity_error()
     try:
-        yield
+        with patch_environment(FSDP_CPU_RAM_EFFICIENT_LOADING="false"):
+            yield
     finally:
-        transformers_logging.set_verbosity(verbosity)
-        if shortcut is None:
-            del os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"]
-        else:
-            os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = shortcut
+        logging.set_verbosity(verbosity)
 
 
 def refuse_other_folders(name: str | os.PathLike, arguments: Mapping[str, Any]) -> None:

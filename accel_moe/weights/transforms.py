@@ -24,6 +24,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -123,19 +124,17 @@ def load_tensors(model: Any, tensors: Mapping[str, torch.Tensor], device: str) -
     return LoadingReport(tuple(sorted(missing)), tuple(sorted(info.unexpected_keys)), tuple(sorted(mismatched)))
 
 
-class _quiet:
-    """No progress bar and no load report while only headers are loaded."""
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bar while only headers are loaded."""
+    from transformers.utils import logging
 
-    def __enter__(self) -> None:
-        from transformers.utils import logging
-
-        self._was = logging.is_progress_bar_enabled()
-        logging.disable_progress_bar()
-
-    def __exit__(self, *_: object) -> None:
-        from transformers.utils import logging
-
-        if self._was:
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
             logging.enable_progress_bar()
 
 

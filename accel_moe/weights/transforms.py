@@ -33,6 +33,8 @@ import torch
 from accel_moe.errors import HubFormatError, first_few
 from accel_moe.weights.safetensors import HubTensor
 
+_META = torch.device("meta")
+
 # --- Hub tensors to parameters
 
 
@@ -51,9 +53,6 @@ def dry_load(
 def on_meta(tensors: Iterable[HubTensor]) -> dict[str, torch.Tensor]:
     """Key → a tensor on meta of the stored shape and dtype."""
     return {t.key: torch.empty(t.shape, dtype=t.torch_dtype, device=_META) for t in tensors}
-
-
-_META = torch.device("meta")
 
 
 def match_keys(model: Any, keys: Iterable[str], weight_mapping: Sequence[Any]) -> Iterator[tuple[str, str, str, Any]]:

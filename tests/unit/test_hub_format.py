@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import struct
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from accel_moe.errors import HubFormatError
+from accel_moe.weights import safetensors
 from accel_moe.weights.hub_config import meta_model
 from accel_moe.weights.safetensors import (
     HubTensor,
@@ -18,6 +20,7 @@ from accel_moe.weights.safetensors import (
     parse_size,
     read_header,
     read_hub_tensors,
+    read_range,
     safetensors_files,
     shard_names,
 )
@@ -170,6 +173,18 @@ def test_a_file_that_is_no_safetensors_file_is_told_apart(tmp_path, content):
     (tmp_path / "model.safetensors").write_bytes(content)
     with pytest.raises(HubFormatError, match="not a safetensors file"):
         read_header(tmp_path / "model.safetensors")
+
+
+@pytest.mark.parametrize("has_preadv", [True, False])
+def test_a_range_of_bytes_is_read_up_to_the_end_of_the_file(tmp_path, monkeypatch, has_preadv):
+    if not has_preadv:
+        monkeypatch.delattr(os, "preadv", raising=False)
+    monkeypatch.setattr(safetensors, "STAGING_BYTES", 7)
+    (tmp_path / "file").write_bytes(bytes(range(100)))
+    with open(tmp_path / "file", "rb") as stream:
+        inside, across = bytearray(50), bytearray(50)
+        assert read_range(stream.fileno(), memoryview(inside), 10) == 50 and inside == bytes(range(10, 60))
+        assert read_range(stream.fileno(), memoryview(across), 90) == 10 and across[:10] == bytes(range(90, 100))
 
 
 def test_a_folder_without_weights_or_config_says_what_was_expected(tmp_path):

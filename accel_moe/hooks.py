@@ -32,7 +32,7 @@ from accel_moe.experts.adapters import adopt_adapters, adopting
 from accel_moe.experts.recognise import find_experts
 from accel_moe.experts.state import PreparedState, prepared_state, swapped_layers
 from accel_moe.names import plain_name
-from accel_moe.weights import edits, load
+from accel_moe.weights import edits, fill, plan
 
 logger = logging.getLogger("accel_moe")
 
@@ -146,7 +146,7 @@ def gloo_when_no_accelerator(original):
 def plan_instead_of_reading(original):
     @functools.wraps(original)
     def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, expected_keys=None):
-        return load.make_plan(original, model, checkpoint_files, load_config)
+        return plan.make_plan(original, model, checkpoint_files, load_config)
 
     return staticmethod(_load_pretrained_model)
 
@@ -375,22 +375,22 @@ def _check_forwards(model: nn.Module) -> None:
 @contextmanager
 def _values_from_files(accelerator, model: nn.Module) -> Iterator[None]:
     """Around the sharding of a model with a load plan: everything is sharded on meta, then the values are read."""
-    waiting = load.pending(model)
+    waiting = plan.pending(model)
     if waiting is None:
         yield
         return
     from torch.distributed.fsdp import CPUOffloadPolicy
 
     plugin = accelerator.state.fsdp_plugin
-    load.settle(model)
-    load.share_real(model, accelerator.device)
+    plan.settle(model)
+    fill.share_real(model, accelerator.device)
     ram_efficient, plugin.cpu_ram_efficient_loading = plugin.cpu_ram_efficient_loading, False  # rank 0 has no values
     try:
         yield
     finally:
         plugin.cpu_ram_efficient_loading = ram_efficient
     offloaded = isinstance(plugin.cpu_offload, CPUOffloadPolicy)
-    load.fill(model, torch.device("cpu") if offloaded else accelerator.device)
+    fill.fill(model, torch.device("cpu") if offloaded else accelerator.device)
 
 
 @contextmanager
@@ -401,12 +401,12 @@ def _models_on_meta(accelerator, args: tuple[Any, ...]) -> Iterator[None]:
     back by name. Off the FSDP2 road a planned model is loaded whole, first.
     """
     models = [arg for arg in args if isinstance(arg, nn.Module)]
-    planned = [model for model in models if load.pending(model) is not None]
+    planned = [model for model in models if plan.pending(model) is not None]
     optimizers = [arg for arg in args if isinstance(arg, torch.optim.Optimizer)]
-    load.check_together(models, optimizers)
+    plan.check_together(models, optimizers)
     if not accelerator.is_fsdp2:
         for model in planned:
-            load.fill(model, torch.device("cpu"))
+            fill.fill(model, torch.device("cpu"))
     models = [m for m in models if accelerator.is_fsdp2 and any(p.is_meta for p in m.parameters())]
     names = {id(p): plain_name(name) for model in models for name, p in model.named_parameters()}
     optimizers = optimizers if models else []

@@ -1,10 +1,10 @@
-"""What a user did to a model between accel_moe.from_pretrained and accelerator.prepare: kept, or refused by name.
+"""Edits of a model between accel_moe.from_pretrained and accelerator.prepare: kept, or refused by name.
 
-    still stands for a weight of the files, wherever it is now    its values are read (`origins`)
-    has values of its own: a new head, load_state_dict(assign=True)   it keeps them
-    on meta, and neither                                          refused: nobody knows its values
+    a tensor stands for a weight of the files, wherever it is now       its values are read (`origins`)
+    it has its own values: a new head, load_state_dict(assign=True)     it keeps them
+    it is on meta, and neither                                          refused: nobody knows its values
 
-All ranks are to have made the same edits; `check_ranks` compares them before anything is sharded.
+All ranks must have made the same edits; `check_ranks` compares them before anything is sharded.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from accel_moe import ranks
 from accel_moe.weights.deferred_tensors import Origin, is_deferred, origin_of
 
 MEND = (
@@ -27,7 +28,7 @@ MEND = (
 def origins(
     name: str, tensors: Mapping[str, torch.Tensor], planned: Mapping[str, tuple[int, ...]]
 ) -> dict[str, Origin]:
-    """By name in the model: the weight of the files that each tensor on meta stands for. Pure.
+    """Name in the model → the weight of the files that a tensor on meta stands for. Pure.
 
     Args:
         name: the checkpoint's.
@@ -81,20 +82,20 @@ def check_optimizers(optimizers: Sequence[torch.optim.Optimizer], own: set[int])
 
 
 def check_ranks(tensors: Mapping[str, torch.Tensor], error: Exception | None) -> None:
-    """Raise `error`, or what another rank found, on every rank; and compare what the ranks hold.
+    """Raise `error`, or another rank's, on every rank; and compare the tensors of all ranks.
 
     A collective over the world, if there is one.
 
     Raises:
         ValueError: a rank has an error, or ranks edited their models differently.
     """
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+    if not ranks.distributed():
         if error is not None:
             raise error
         return
     lines = [_line(key, tensor) for key, tensor in sorted(tensors.items())]
     digest = hashlib.blake2b("\n".join(lines).encode()).hexdigest()
-    everyone = _gather((None if error is None else str(error), digest))
+    everyone = gather((None if error is None else str(error), digest))
     failed = {rank: message for rank, (message, _) in enumerate(everyone) if message is not None}
     if error is not None:
         raise error
@@ -102,7 +103,7 @@ def check_ranks(tensors: Mapping[str, torch.Tensor], error: Exception | None) ->
         rank, message = next(iter(failed.items()))
         raise ValueError(f"Rank {rank}: {message}")
     if len({digest for _, digest in everyone}) > 1:
-        _raise_difference(_gather(lines))
+        _raise_difference(gather(lines))
 
 
 def _raise_difference(everyone: list[list[str]]) -> None:
@@ -122,7 +123,8 @@ def _line(key: str, tensor: torch.Tensor) -> str:
     return f"{key} {tuple(tensor.shape)} {tensor.dtype} with {values}"
 
 
-def _gather(value: Any) -> list[Any]:
-    everyone: list[Any] = [None] * dist.get_world_size()
+def gather(value: Any) -> list[Any]:
+    """Every rank's value, over the default group: loading needs no gloo group of its own. A collective."""
+    everyone: list[Any] = [None] * ranks.world_size()
     dist.all_gather_object(everyone, value)
     return everyone

@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from accel_moe.errors import CheckpointError
+from accel_moe.file_ranges import read_range
 
 ALGORITHM = "blake2b"  # of new checkpoints
 BLOCK_BYTES = 4 * 1024 * 1024
@@ -62,8 +63,8 @@ class StreamDigest:
         self._leaves: list[bytes] = []
         self.size_bytes = 0
 
-    def update(self, data: Any, meanwhile: Callable[[], Any] | None = None) -> Any:
-        """Takes the next bytes. Runs `meanwhile` while they are hashed, and returns its result.
+    def update(self, data: Any, overlap: Callable[[], Any] | None = None) -> Any:
+        """Takes the next bytes. Runs `overlap` while they are hashed, and returns its result.
 
         `data` may be reused once this returns.
         """
@@ -79,13 +80,13 @@ class StreamDigest:
         whole = len(view) - len(view) % BLOCK_BYTES
         blocks += [view[start : start + BLOCK_BYTES] for start in range(0, whole, BLOCK_BYTES)]
         self._block += view[whole:]
-        if self._pool is None or len(blocks) + (meanwhile is not None) < 2:
-            result = meanwhile() if meanwhile is not None else None
+        if self._pool is None or len(blocks) + (overlap is not None) < 2:
+            result = overlap() if overlap is not None else None
             self._leaves += map(self._hash, blocks)
             return result
         hashing = [self._pool.submit(self._hash, block) for block in blocks]
         try:
-            return meanwhile() if meanwhile is not None else None
+            return overlap() if overlap is not None else None
         finally:
             self._leaves += [future.result() for future in hashing]  # wait here: `data` is the caller's again
 
@@ -112,12 +113,7 @@ def file_digest(path: str | os.PathLike, algorithm: str, pool: ThreadPoolExecuto
             if not hasattr(_thread, "block"):
                 _thread.block = bytearray(BLOCK_BYTES)  # fresh memory for every block would cost as much as the read
             block = memoryview(_thread.block)[: min(BLOCK_BYTES, size_bytes - start)]
-            filled = 0
-            while filled < len(block):
-                count = os.preadv(stream.fileno(), [block[filled:]], start + filled)
-                if count == 0:
-                    break  # the file shrank: the checksum will differ
-                filled += count
+            filled = read_range(stream.fileno(), block, start)  # fewer if the file shrank: the checksum will differ
             return block_hash(block[:filled])
 
         starts = range(0, size_bytes, BLOCK_BYTES)

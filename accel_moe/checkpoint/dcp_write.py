@@ -40,7 +40,7 @@ class _ChecksumStream(io.RawIOBase):
         return True
 
     def write(self, data: Any) -> int:
-        return self._digest.update(data, meanwhile=lambda: self._raw.write(data))
+        return self._digest.update(data, overlap=lambda: self._raw.write(data))
 
     def tell(self) -> int:
         return self._digest.size_bytes  # the stream is only appended to

@@ -20,6 +20,7 @@ from accel_moe.checkpoint.dcp_metadata import MODEL_PREFIX, tensors_of
 from accel_moe.checkpoint.dcp_read import FolderReader
 from accel_moe.checkpoint.manifest import Manifest, TensorEntry, check_chunks
 from accel_moe.errors import CheckpointError
+from accel_moe.file_ranges import read_range
 from accel_moe.names import plain_name
 
 
@@ -156,7 +157,7 @@ class _Piece(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         room = memoryview(buffer)[: max(0, self._length - self._position)]
-        count = os.preadv(self._descriptor, [room], self._start + self._position) if len(room) else 0
+        count = read_range(self._descriptor, room, self._start + self._position)
         self._position += count
         return count
 
@@ -186,8 +187,5 @@ def _only_record(piece: Any) -> _Record | None:
 
 
 def _read_exactly(stream: Any, offset: int, data: memoryview, path: Path) -> None:
-    while len(data):
-        count = os.preadv(stream.fileno(), [data[: 1 << 30]], offset)
-        if count == 0:
-            raise CheckpointError(f"{path} ends {len(data)} bytes too early: it was cut off. Restore the file.")
-        data, offset = data[count:], offset + count
+    if missing := len(data) - read_range(stream.fileno(), data, offset):
+        raise CheckpointError(f"{path} ends {missing} bytes too early: it was cut off. Restore the file.")

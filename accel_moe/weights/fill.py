@@ -121,9 +121,9 @@ def read_into(places: Mapping[str, Place], plan: LoadPlan, model: nn.Module) -> 
     copies: list[Copy] = []
     conversions: list[Conversion] = []
     for group in (left for group in plan.groups if (left := group.of(places.__contains__)).targets):
-        if group.road == "copy":
+        if group.method == "copy":
             copies += _copies_of_renamed(group, places[group.name], plan)
-        elif group.road == "stack":
+        elif group.method == "stack":
             copies += _copies_of_stack(group, places[group.name], plan)
         elif any(places[name].local.numel() for name in group.targets):
             conversions.append(Conversion.of(group, places))
@@ -267,7 +267,7 @@ class Conversion:
     @staticmethod
     def of(group: LoadGroup, places: Mapping[str, Place]) -> Conversion:
         wanted = {(places[name].first, places[name].count) for name in group.targets}
-        if group.road != "rows" or len(wanted) != 1:
+        if group.method != "rows" or len(wanted) != 1:
             return Conversion(group, None, {pattern: [(t, None) for t in ts] for pattern, ts in group.sources.items()})
         rows = first, count = wanted.pop()
         shape = next(iter(group.targets.values()))

@@ -5,9 +5,9 @@ families. `load_groups` matches key by key over the whole checkpoint: a part of 
 wrongly.
 
 May a rank convert only its own rows? FSDP and ep shard dim 0. A transform may be fed a rank's rows if it commutes with
-taking rows: stacking experts does, cutting a fused qkv on dim 0 does not. No list of transforms says so. `road_of` asks
-the transform itself, on small random tensors: whole, then a few rows. A transform that needs the model or its config to
-convert cannot be asked so, and gets whole tensors.
+taking rows: stacking experts does, cutting a fused qkv on dim 0 does not. No list of transforms says so. `method_of`
+asks the transform itself, on small random tensors: whole, then a few rows. A transform that needs the model or its
+config to convert cannot be asked so, and gets whole tensors.
 
 transformers' own shard-on-read (DtensorShardOperation, 5.17 and 5.23) slices every source by its target's dim 0,
 whatever the transform; it fails on a rank whose shard is empty; and it casts a file in one step to the parameter's
@@ -38,7 +38,7 @@ class LoadGroup:
         targets: the parameters, {name: shape}.
         sources: {source pattern: its tensors in order}, patterns in the transform's order.
         converter: transformers' WeightConverter, or None where a tensor is only renamed.
-        road: how a rank reads its rows of the targets.
+        method: how a rank reads its rows of the targets.
             "copy": they are the same rows of the one source.
             "stack": row i is the i-th source, or the i-th of each pattern one after the other on the next dim.
             "rows": converting the rows' sources gives the rows.
@@ -49,7 +49,7 @@ class LoadGroup:
     targets: dict[str, tuple[int, ...]]
     sources: dict[str, tuple[HubTensor, ...]]
     converter: Any
-    road: str = "whole"
+    method: str = "whole"
 
     def of(self, wanted: Callable[[str], bool]) -> LoadGroup:
         """The group with only the wanted targets."""
@@ -66,25 +66,25 @@ def load_groups(model: Any, stored: Mapping[str, HubTensor], weight_mapping: Seq
         _, sources = collected.setdefault(name, (converter, {}))
         sources.setdefault(pattern, []).append(stored[key])
     shapes = {key: tuple(value.shape) for key, value in model.state_dict().items()}
-    roads: dict[Any, str] = {}
+    methods: dict[Any, str] = {}
     groups = []
     for name, (converter, sources) in collected.items():
         order = sources if converter is None else [p for p in converter.source_patterns if p in sources]
         group = LoadGroup(name, {}, {pattern: tuple(sources[pattern]) for pattern in order}, converter)
-        groups.append(_with_targets(group, model, shapes, roads))
+        groups.append(_with_targets(group, model, shapes, methods))
     return groups
 
 
 def _with_targets(
-    group: LoadGroup, model: Any, shapes: Mapping[str, tuple[int, ...]], roads: dict[Any, str]
+    group: LoadGroup, model: Any, shapes: Mapping[str, tuple[int, ...]], methods: dict[Any, str]
 ) -> LoadGroup:
     if group.converter is None:
         tensors = next(iter(group.sources.values()))
         same = len(tensors) == 1 and tensors[0].shape == shapes[group.name]
-        return replace(group, targets={group.name: shapes[group.name]}, road="copy" if same else "whole")
+        return replace(group, targets={group.name: shapes[group.name]}, method="copy" if same else "whole")
     meta = {pattern: [*on_meta(tensors).values()] for pattern, tensors in group.sources.items()}
     group = replace(group, targets={key: shapes[key] for key in convert(group, meta, model) if key in shapes})
-    return replace(group, road=road_of(group, roads))
+    return replace(group, method=method_of(group, methods))
 
 
 def convert(group: LoadGroup, tensors: Mapping[str, list[torch.Tensor]], model: Any) -> dict[str, torch.Tensor]:
@@ -97,8 +97,8 @@ def convert(group: LoadGroup, tensors: Mapping[str, list[torch.Tensor]], model: 
     return run_converter(group.converter, group.name, tensors, model)
 
 
-def road_of(group: LoadGroup, known: dict[Any, str] | None = None) -> str:
-    """How a rank may read its rows of a converted group's targets; see `LoadGroup.road`. Pure.
+def method_of(group: LoadGroup, known: dict[Any, str] | None = None) -> str:
+    """How a rank may read its rows of a converted group's targets; see `LoadGroup.method`. Pure.
 
     `known` remembers the answer for groups that differ only in their layer.
     """

@@ -154,7 +154,7 @@ def _untie_different(model: Any, groups: list[LoadGroup], info: Any) -> None:
 
     transformers compares values, which a model on meta does not have; here the file's are compared.
     """
-    by_name = {group.name: group for group in groups if group.road == "copy"}
+    by_name = {group.name: group for group in groups if group.method == "copy"}
     for target, source in list(getattr(model, "all_tied_weights_keys", {}).items()):
         if target in info.missing_keys or source in info.missing_keys:
             continue

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from accel_moe.errors import HubFormatError
+from accel_moe.file_ranges import read_range
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -184,26 +185,6 @@ def refuse_unknown_dtypes(name: str, tensors: Iterable[HubTensor]) -> None:
 
 
 # --- bytes
-
-
-def read_range(descriptor: int, memory: memoryview, start: int) -> int:
-    """Fill `memory` with the bytes of an open file from `start` on.
-
-    Returns the number of bytes read, which is less than asked for only where the file ends.
-    """
-    done = 0
-    while done < len(memory):
-        room = memory[done : done + 2**30]
-        if hasattr(os, "preadv"):
-            count = os.preadv(descriptor, [room], start + done)
-        else:  # macOS's Python may lack it
-            data = os.pread(descriptor, min(len(room), STAGING_BYTES), start + done)
-            count = len(data)
-            room[:count] = data
-        if count <= 0:
-            break
-        done += count
-    return done
 
 
 class Reader:

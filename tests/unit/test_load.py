@@ -108,12 +108,12 @@ def test_a_forward_before_prepare_says_what_to_call(many_ranks, checkpoint):
 
 def test_loading_info_and_random_numbers_are_those_of_from_pretrained(many_ranks, checkpoint):
     found = []
-    for road in (AutoModelForSequenceClassification.from_pretrained, accel_moe.from_pretrained):
+    for method in (AutoModelForSequenceClassification.from_pretrained, accel_moe.from_pretrained):
         torch.manual_seed(3)
         options = {}
-        if road is accel_moe.from_pretrained:
+        if method is accel_moe.from_pretrained:
             options["model_class"] = AutoModelForSequenceClassification
-        model, info = road(checkpoint, num_labels=3, output_loading_info=True, **options)
+        model, info = method(checkpoint, num_labels=3, output_loading_info=True, **options)
         found.append((model.score.weight.detach().clone(), info, torch.rand(2)))
     assert torch.equal(found[0][0], found[1][0]) and torch.equal(found[0][2], found[1][2])
     assert found[0][1] == found[1][1] and found[0][1]["missing_keys"] == {"score.weight"}
@@ -348,25 +348,25 @@ def group_of(operations, sources, targets):
     return load_groups.LoadGroup(next(iter(targets)), targets, stored, converter)
 
 
-def road(operations, sources, targets):
-    return load_groups.road_of(group_of(operations, sources, targets))
+def method(operations, sources, targets):
+    return load_groups.method_of(group_of(operations, sources, targets))
 
 
 def test_stacked_experts_are_read_into_place_whichever_name_sorts_first():
     experts = [(6, 8)] * 16
     operations = [MergeModulelist(dim=0), Concatenate(dim=1)]
     sources = {"e.*.up.weight": experts, "e.*.gate.weight": experts}
-    assert road(operations, sources, {"e.gate_up": (16, 12, 8)}) == "stack"
-    assert road([MergeModulelist(dim=0)], {"e.*.down.weight": experts}, {"e.down": (16, 6, 8)}) == "stack"
+    assert method(operations, sources, {"e.gate_up": (16, 12, 8)}) == "stack"
+    assert method([MergeModulelist(dim=0)], {"e.*.down.weight": experts}, {"e.down": (16, 6, 8)}) == "stack"
 
 
 def test_experts_that_are_turned_or_interleaved_are_converted_by_rows():
     experts = [(6, 8)] * 16
     operations = [MergeModulelist(dim=0), Transpose(1, 2)]
-    assert road(operations, {"e.*.w.weight": experts}, {"e.w": (16, 8, 6)}) == "rows"
-    assert road([Transpose(1, 2)], {"e.w": [(16, 6, 8)]}, {"e.w_t": (16, 8, 6)}) == "rows"
-    assert road([Interleave(dim=1)], {"e.w": [(16, 6, 8)]}, {"e.v": (16, 6, 8)}) == "rows"
-    assert road([Chunk(dim=1)], {"e.w": [(16, 12, 8)]}, {"e.a": (16, 6, 8), "e.b": (16, 6, 8)}) == "rows"
+    assert method(operations, {"e.*.w.weight": experts}, {"e.w": (16, 8, 6)}) == "rows"
+    assert method([Transpose(1, 2)], {"e.w": [(16, 6, 8)]}, {"e.w_t": (16, 8, 6)}) == "rows"
+    assert method([Interleave(dim=1)], {"e.w": [(16, 6, 8)]}, {"e.v": (16, 6, 8)}) == "rows"
+    assert method([Chunk(dim=1)], {"e.w": [(16, 12, 8)]}, {"e.a": (16, 6, 8), "e.b": (16, 6, 8)}) == "rows"
 
 
 @pytest.mark.parametrize(
@@ -387,4 +387,4 @@ def test_experts_that_are_turned_or_interleaved_are_converted_by_rows():
     ids=["chunk 0", "concatenate 0", "transpose 0", "interleave 0", "stack 1", "asks the model", "stacks end to end"],
 )
 def test_a_transform_that_mixes_rows_gets_whole_tensors(operations, sources, targets):
-    assert road(operations, sources, targets) == "whole"
+    assert method(operations, sources, targets) == "whole"

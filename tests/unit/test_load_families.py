@@ -1,6 +1,6 @@
 """Every family's checkpoint, read into shards without ranks: the rows of each of four, against plain from_pretrained.
 
-Everything is compared at 0.0: the same bytes are read and cast once, on both roads.
+Everything is compared at 0.0: the same bytes are read and cast once, on both methods.
 """
 
 from pathlib import Path
@@ -85,6 +85,6 @@ def test_each_rank_s_rows_are_the_plain_model_s(family):
 def test_experts_are_read_by_the_rows_a_rank_owns(family):
     model_class, folder, _ = family
     plan = pending(planned(model_class, folder, dtype="float32")).plan
-    roads = {name: group.road for group in plan.groups for name in group.targets if ".experts." in name}
-    whole = {name for name, road in roads.items() if road == "whole"}
+    methods = {name: group.method for group in plan.groups for name in group.targets if ".experts." in name}
+    whole = {name for name, method in methods.items() if method == "whole"}
     assert not whole, f"{model_class.__name__} reads whole layers of experts: {sorted(whole)[:2]}"

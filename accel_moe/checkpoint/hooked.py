@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from accel_moe import supported
-from accel_moe.checkpoint import background, loading, resume, saving
+from accel_moe.checkpoint import background, for_accelerate, for_trainer
 
 
 class Hooked(NamedTuple):
@@ -49,7 +49,7 @@ HOOKED = (
     Hooked(
         "accelerate.Accelerator.save_state",
         ("self", "output_dir", "safe_serialization", "save_model_func_kwargs"),
-        saving.wrap_save_state,
+        for_accelerate.wrap_save_state,
         "A crash while saving must leave the last checkpoint as it was: the folder appears by a rename, and "
         "rotation, "
         "which accelerate does before it writes, comes after. Its hooks run in the middle of a save.",
@@ -58,14 +58,14 @@ HOOKED = (
     Hooked(
         "accelerate.Accelerator.load_state",
         ("self", "input_dir", "load_kwargs", "load_model_func_kwargs"),
-        loading.wrap_load_state,
+        for_accelerate.wrap_load_state,
         "The folder is verified before the model is touched, and the newest one may be unfinished.",
         _ACCELERATE,
     ),
     Hooked(
         "accelerate.Accelerator.end_training",
         ("self",),
-        background.wrap_end_training,
+        for_accelerate.wrap_end_training,
         "It destroys the process group that a save in the background still uses.",
         _ACCELERATE,
     ),
@@ -80,98 +80,98 @@ HOOKED = (
     Hooked(
         "accelerate.accelerator.save_fsdp_model",
         _SAVE_MODEL,
-        saving.wrap_save_fsdp_model,
+        for_accelerate.wrap_save_fsdp_model,
         "DCP with checksums, and in the background; accelerate builds DCP's writer itself.",
         _ACCELERATE,
     ),
     Hooked(
         "accelerate.accelerator.save_fsdp_optimizer",
         _SAVE_OPTIMIZER,
-        saving.wrap_save_fsdp_optimizer,
+        for_accelerate.wrap_save_fsdp_optimizer,
         "As for the model.",
         _ACCELERATE,
     ),
     Hooked(
         "accelerate.accelerator.load_fsdp_model",
         _LOAD_MODEL,
-        loading.wrap_load_fsdp_model,
+        for_accelerate.wrap_load_fsdp_model,
         "DCP leaves missing chunks uninitialised, and a missing file on one rank hangs the others.",
         _ACCELERATE,
     ),
     Hooked(
         "accelerate.accelerator.load_fsdp_optimizer",
         _LOAD_OPTIMIZER,
-        loading.wrap_load_fsdp_optimizer,
+        for_accelerate.wrap_load_fsdp_optimizer,
         "As for the model.",
         _ACCELERATE,
     ),
     Hooked(
         "transformers.trainer.save_fsdp_model",
         _SAVE_MODEL,
-        saving.wrap_save_fsdp_model,
+        for_accelerate.wrap_save_fsdp_model,
         "Trainer never calls save_state: it imports these four by name.",
         _TRAINER,
     ),
     Hooked(
         "transformers.trainer.save_fsdp_optimizer",
         _SAVE_OPTIMIZER,
-        saving.wrap_save_fsdp_optimizer,
+        for_accelerate.wrap_save_fsdp_optimizer,
         "As above.",
         _TRAINER,
     ),
     Hooked(
         "transformers.trainer.load_fsdp_model",
         _LOAD_MODEL,
-        loading.wrap_load_fsdp_model,
+        for_accelerate.wrap_load_fsdp_model,
         "As above.",
         _TRAINER,
     ),
     Hooked(
         "transformers.trainer.load_fsdp_optimizer",
         _LOAD_OPTIMIZER,
-        loading.wrap_load_fsdp_optimizer,
+        for_accelerate.wrap_load_fsdp_optimizer,
         "As above.",
         _TRAINER,
     ),
     Hooked(
         "transformers.Trainer._save_checkpoint",
         ("self", "model", "trial"),
-        saving.wrap_save_checkpoint,
+        for_trainer.wrap_save_checkpoint,
         "Model, optimizer, RNG and trainer state are one commit, and rotation follows it; on_save fires too late.",
         _TRAINER,
     ),
     Hooked(
         "transformers.Trainer._get_output_dir",
         ("self", "trial"),
-        saving.wrap_get_output_dir,
+        for_trainer.wrap_get_output_dir,
         "_save_checkpoint asks it where to write: into the temporary folder.",
         _TRAINER,
     ),
     Hooked(
         "transformers.Trainer._push_from_checkpoint",
         ("self", "checkpoint_folder"),
-        saving.wrap_push_from_checkpoint,
+        for_trainer.wrap_push_from_checkpoint,
         "It uploads the folder that _save_checkpoint filled, which is renamed afterwards.",
         _TRAINER,
     ),
     Hooked(
         "transformers.Trainer._load_optimizer_and_scheduler",
         ("self", "checkpoint"),
-        loading.wrap_load_optimizer_and_scheduler,
+        for_trainer.wrap_load_optimizer_and_scheduler,
         "The last step of a resume: what another world size could not restore is said there.",
         _TRAINER,
     ),
     Hooked(
         "transformers.Trainer.save_model",
         ("self", "output_dir", "_internal_call"),
-        saving.wrap_save_model,
+        for_trainer.wrap_save_model,
         "With SHARDED_STATE_DICT it writes no weights and says nothing.",
         _TRAINER,
     ),
     Hooked(
         "transformers.Trainer.train",
         ("self", "resume_from_checkpoint", "trial", "ignore_keys_for_eval"),
-        resume.wrap_train,
+        for_trainer.wrap_train,
         "All ranks resume from one checkpoint; and a save in the background ends, and its failure is raised, before "
         "train returns.",
         _TRAINER,
@@ -179,7 +179,7 @@ HOOKED = (
     Hooked(
         "transformers.Trainer._finalize_training",
         ("self", "trial", "num_train_samples", "start_time"),
-        background.wrap_finalize_training,
+        for_trainer.wrap_finalize_training,
         "It compares and deletes checkpoint folders, the last of which a save in the background may not have "
         "committed yet.",
         _TRAINER,
@@ -187,14 +187,14 @@ HOOKED = (
     Hooked(
         "transformers.trainer_callback.CallbackHandler.on_save",
         ("self", "args", "state", "control", "kwargs"),
-        background.wrap_on_save,
+        for_trainer.wrap_on_save,
         "Callbacks upload and add to the folder in on_save: it must be committed by then, in the background, too.",
         _TRAINER,
     ),
     Hooked(
         "transformers.trainer.get_last_checkpoint",
         ("folder",),
-        resume.wrap_get_last_checkpoint,
+        for_trainer.wrap_get_last_checkpoint,
         "resume_from_checkpoint=True takes the highest number, committed or not, and each rank its own.",
         _TRAINER,
     ),

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from accel_moe import ranks
-from accel_moe.checkpoint import folders
+from accel_moe.checkpoint import folders, node_local
 from accel_moe.checkpoint.dcp import (
     METADATA_NAME,
     MODEL_FOLDER,
@@ -75,7 +75,7 @@ def verify(folder: Path, models: list[Any]) -> Verified:
     """
     manifest = ranks.together(f"reading {folder}", lambda: _read(folder))
     _compare_ranks(folder, manifest)
-    share, shares = _shares_of(folder, manifest)
+    share, shares = node_local.shares_of(folder, manifest)
     gone: frozenset[str] = frozenset()
     if manifest is None:
         paths = sorted(f"{path.parent.name}/{path.name}" for path in folder.glob(f"*/{METADATA_NAME}"))
@@ -207,17 +207,6 @@ def _by_size(manifest: Manifest) -> list[str]:
     """Files largest first, so that dealing them out in turn gives each rank about the same number of bytes."""
     sizes = {path: entry.size_bytes for files in manifest.files for path, entry in files.items()}
     return sorted(known_paths(manifest), key=lambda path: (-sizes[path], path))
-
-
-def _shares_of(folder: Path, manifest: Manifest | None) -> tuple[int, int]:
-    """(this rank's share, number of shares) among the ranks that see the same folder. A collective."""
-    stat = folder.stat()
-    identity = (ranks.host(), stat.st_dev, stat.st_ino)
-    if len({node for node in ranks.gather(None if manifest is None else manifest.node)}) == 1:
-        identity = (str(folder), 0, 0)  # one folder on a shared disk, whose device number may differ between hosts
-    everyone = ranks.gather(identity)
-    sharing = [r for r, other in enumerate(everyone) if other == everyone[ranks.rank()]]
-    return sharing.index(ranks.rank()), len(sharing)
 
 
 # --- 3. fit ------------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import pytest
 
-from accel_moe.checkpoint import advice, durable, folders, transaction
+from accel_moe.checkpoint import advice, durable, folders, node_local, transaction
 from accel_moe.checkpoint.manifest import MANIFEST_NAME, FileEntry, Manifest, file_digest, read_manifest
 from accel_moe.checkpoint.manifest import write_manifest as write
 from accel_moe.errors import CheckpointError
@@ -62,7 +62,7 @@ def filled(final, names=NEW, content="new"):
 
 def save(final, names=NEW, content="new", prefix=None) -> None:
     """All that a save does, as saving.py does it."""
-    transaction.recover_everywhere(final, final.parent)
+    node_local.recover_everywhere(final, final.parent)
     folders.clean_abandoned(final.parent, final)
     work = filled(final, names, content)
     staging = work.parent

@@ -1,6 +1,6 @@
 """Whether the installed versions fit this package: `python -m accel_moe.families --check`, on any machine, in seconds.
 
-Three things can move under us. The versions themselves; the functions that hooks.py patches, whose parameters are
+Three things can move under us. The versions themselves; the functions that are patched, whose parameters are
 compared as at `prepare()`; and transformers' experts interface, of which a few families' layers, made small, are run
 through our forward, by the kernels that every machine has, and compared with the family's own loop: output and every
 gradient. Nothing is patched, and no GPU, network or process group is needed.
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from accel_moe import catalogue, hooks, supported
+from accel_moe import catalogue, hooks, patching, supported
 from accel_moe.config import MoEConfig, ResolvedConfig
 from accel_moe.experts import recognise, view
 
@@ -81,7 +81,7 @@ def _versions() -> Iterator[Finding]:
 
 def _patches() -> Iterator[Finding]:
     for patch in (*hooks.TABLE, *hooks.CPU_TABLE, *hooks.LOAD_TABLE):
-        why = hooks.off_leash(patch)
+        why = patching.off_leash(patch)
         yield Finding(patch.target, "moved" if why else "as expected", "", why or "ok", why is not None)
 
 

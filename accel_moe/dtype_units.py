@@ -22,7 +22,9 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+from accel_moe.experts.state import prepared_state
 from accel_moe.names import plain_name
+from accel_moe.patching import ACCELERATE, patch
 
 Policy = Callable[[nn.Module], bool]
 
@@ -134,3 +136,23 @@ def _tied_embeddings(model: nn.Module) -> nn.Module | None:
 
 def _names(counts: Counter[torch.dtype]) -> str:
     return " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in counts))
+
+
+@patch(
+    "accelerate.utils.fsdp_utils.fsdp2_prepare_auto_wrap_policy",
+    why="FSDP2 refuses trained parameters of two dtypes in one unit, such as fp32 routers in a bf16 model. The policy "
+    "is where accelerate decides on units; a policy of the user's own would replace that of the decoder layers.",
+    tested=ACCELERATE,
+)
+def fsdp2_prepare_auto_wrap_policy(original, fsdp2_plugin, model):
+    policy = original(fsdp2_plugin, model)
+    if prepared_state(model) is None:
+        return policy
+    return units_of_one_dtype(model, policy, _ignored_parameters(fsdp2_plugin, model))
+
+
+def _ignored_parameters(plugin, model: nn.Module) -> set[nn.Parameter]:
+    modules = plugin.ignored_modules or []
+    if isinstance(modules, str):
+        modules = [module for name, module in model.named_modules() if re.fullmatch(plugin.ignored_modules, name)]
+    return {parameter for module in modules for parameter in module.parameters()}

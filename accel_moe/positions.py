@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ import transformers
 from torch import nn
 
 from accel_moe.experts.state import holds_experts
+from accel_moe.patching import TRANSFORMERS, patch
 
 
 class _Running(threading.local):
@@ -81,19 +82,19 @@ def _leave(*_: Any) -> None:
         _running.plain = None
 
 
-def asking_once(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Of transformers' find_packed_sequence_indices."""
-
-    @functools.wraps(original)
-    def find_packed_sequence_indices(position_ids):
-        plain = None if torch.compiler.is_compiling() else _running.plain
-        if plain is None:
-            return original(position_ids)
-        if position_ids.shape in plain:
-            return None
-        packed = original(position_ids)
-        if packed is None:
-            plain.add(position_ids.shape)
-        return packed
-
-    return find_packed_sequence_indices
+@patch(
+    "transformers.masking_utils.find_packed_sequence_indices",
+    why="It asks the GPU in every forward whether the positions are those of packed sequences, also where the model "
+    "has just counted them; the host waits for the whole step before.",
+    tested=TRANSFORMERS,
+)
+def find_packed_sequence_indices(original, position_ids):
+    plain = None if torch.compiler.is_compiling() else _running.plain
+    if plain is None:
+        return original(position_ids)
+    if position_ids.shape in plain:
+        return None
+    packed = original(position_ids)
+    if packed is None:
+        plain.add(position_ids.shape)
+    return packed

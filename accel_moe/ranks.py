@@ -35,6 +35,11 @@ def rank() -> int:
     return dist.get_rank() if distributed() else 0
 
 
+def is_rank0() -> bool:
+    """Whether this rank speaks for all: for what is logged once, also before the process group is there."""
+    return (dist.get_rank() if distributed() else int(os.environ.get("RANK", "0"))) == 0
+
+
 def world_size() -> int:
     return dist.get_world_size() if distributed() else 1
 

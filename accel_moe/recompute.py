@@ -19,7 +19,8 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import Checkpoi
 from torch.utils.checkpoint import checkpoint
 
 from accel_moe.dispatch.replay import kept_exchanges
-from accel_moe.experts.state import holds_experts
+from accel_moe.experts.state import holds_experts, prepared_state
+from accel_moe.patching import ACCELERATE, patch
 
 
 def keep_random_numbers(model: nn.Module) -> None:
@@ -80,3 +81,17 @@ def _keeping(function: Callable[..., Any]) -> Callable[..., Any]:
     if function.keywords.get("use_reentrant") is not False or {"context_fn", "debug"} & set(function.keywords):
         return function
     return partial(function, context_fn=kept_exchanges)
+
+
+@patch(
+    "accelerate.accelerator.compile_regions_fsdp2",
+    why="It compiles a checkpointed layer from outside, where the graph cannot break for the exchange: such layers "
+    "would run uncompiled.",
+    tested=ACCELERATE,
+)
+def compile_regions_fsdp2(original, module, **compile_kwargs):
+    state = prepared_state(module)
+    if state is None or state.config.moe_ep_degree == 1:
+        return original(module, **compile_kwargs)
+    with compiled_inside(module):
+        return original(module, **compile_kwargs)

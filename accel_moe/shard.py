@@ -28,6 +28,7 @@ from accel_moe.experts.layer import ScatterMoE
 from accel_moe.experts.state import holds_experts, swapped_layers
 from accel_moe.mesh import MeshPlan
 from accel_moe.names import plain_name
+from accel_moe.patching import ACCELERATE, patch
 
 BROADCAST_BYTES = 256 * 2**20
 """How much of a weight travels from rank 0 at once under fsdp_cpu_ram_efficient_loading."""
@@ -167,3 +168,16 @@ class WithoutShardedExperts:
 
 def is_sharded(layer: ScatterMoE) -> bool:
     return layer._accel_moe_layer.dispatcher is not None
+
+
+@patch(
+    "accelerate.utils.fsdp_utils.fsdp2_load_full_state_dict",
+    why="fsdp_cpu_ram_efficient_loading distributes whole tensors over each parameter's mesh, and would shard a shard "
+    "again.",
+    tested=ACCELERATE,
+)
+def fsdp2_load_full_state_dict(original, accelerator, model, full_sd, cpu_offload=False):
+    if not any(is_sharded(layer) for _, layer in swapped_layers(model)):
+        return original(accelerator, model, full_sd, cpu_offload)
+    original(accelerator, WithoutShardedExperts(model, full_sd), full_sd, cpu_offload)
+    return model

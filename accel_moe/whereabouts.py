@@ -31,6 +31,7 @@ import torch
 import torch.distributed as dist
 
 from accel_moe.config import spell_ranks as listed
+from accel_moe.patching import ACCELERATE, patch
 
 logger = logging.getLogger("accel_moe")
 
@@ -267,37 +268,35 @@ def _note_the_end() -> None:
         _write(store, Record("the end of its script", 0, True, 0, 0, time.time()))
 
 
-# --- wrapper makers ----------------------------------------------------------------------------------------------
+# --- calls of accelerate -----------------------------------------------------------------------------------------
 
 
-def wrap_wait_for_everyone(original: Callable[..., Any]) -> Callable[..., Any]:
-    """For accelerate.Accelerator.wait_for_everyone: a rank that waits there is seen by those who wait elsewhere."""
+@patch(
+    "accelerate.Accelerator.wait_for_everyone",
+    why="A rank that skipped a call of all ranks often waits here: those that made the call are told so.",
+    tested=ACCELERATE,
+)
+def wait_for_everyone(original, self):
+    if (store := _store()) is None:
+        return original(self)
+    what = "Accelerator.wait_for_everyone"
+    _nth[what] += 1
+    record = Record(what, _nth[what], True, 0, dist.get_world_size(), time.time())
+    _write(store, record)
+    original(self)
+    _write(store, record._replace(nth=0, waits=False))
 
-    @functools.wraps(original)
-    def wait_for_everyone(self):
-        if (store := _store()) is None:
-            return original(self)
-        what = "Accelerator.wait_for_everyone"
-        _nth[what] += 1
-        record = Record(what, _nth[what], True, 0, dist.get_world_size(), time.time())
-        _write(store, record)
-        original(self)
-        _write(store, record._replace(nth=0, waits=False))
 
-    return wait_for_everyone
-
-
-def wrap_get_state_dict(original: Callable[..., Any]) -> Callable[..., Any]:
-    """For accelerate.Accelerator.get_state_dict, which gathers the weights of a sharded model."""
-
-    @functools.wraps(original)
-    def get_state_dict(self, model, unwrap=True):
-        if getattr(model, "_accel_moe_kind", None) is None:
-            return original(self, model, unwrap)
-        meet(
-            "Accelerator.get_state_dict",
-            "Call it, and save_model of Accelerator and Trainer, on every rank: the main one alone writes.",
-        )
-        return explaining(original)(self, model, unwrap)
-
-    return get_state_dict
+@patch(
+    "accelerate.Accelerator.get_state_dict",
+    why="It gathers a sharded model's weights, and hangs without a word where one rank alone calls it.",
+    tested=ACCELERATE,
+)
+def get_state_dict(original, self, model, unwrap=True):
+    if getattr(model, "_accel_moe_kind", None) is None:
+        return original(self, model, unwrap)
+    meet(
+        "Accelerator.get_state_dict",
+        "Call it, and save_model of Accelerator and Trainer, on every rank: the main one alone writes.",
+    )
+    return explaining(original)(self, model, unwrap)

@@ -30,6 +30,7 @@ from typing import Any
 
 from accel_moe import ranks
 from accel_moe.errors import CheckpointError
+from accel_moe.patching import patch
 
 logger = logging.getLogger("accel_moe")
 
@@ -147,15 +148,15 @@ def _at_exit() -> None:
         ranks.close_group()
 
 
-def wrap_shutdown(original: Callable[..., Any]) -> Callable[..., Any]:
-    """For torch.distributed.ProcessGroup.shutdown, which destroy_process_group calls before it forgets the group."""
-
-    @functools.wraps(original)
-    def shutdown(self):
-        _wait_in_silence()
-        return original(self)
-
-    return shutdown
+@patch(
+    "torch.distributed.ProcessGroup.shutdown",
+    why="destroy_process_group, which scripts import by name, ends the groups that a save in the background uses; it "
+    "calls this first.",
+    tested="torch 2.13",
+)
+def shutdown(original, self):
+    _wait_in_silence()
+    return original(self)
 
 
 # --- SIGTERM -----------------------------------------------------------------------------------------------------

@@ -1,20 +1,20 @@
 """accelerate's saves and loads of a model that accel_moe prepared.
 
     save_state    accelerate fills a folder as it always does; saving.py makes that folder one commit
-    load_state    verify.py checks the folder first; then accelerate loads it
-    the FSDP model and optimizer inside both go through DCP with checksums: another ep degree, efsdp, HSDP or world size
-    needs nothing special
+    load_state    verify.py checks the folder before the model is touched; then accelerate loads it
 
-Nothing changes for a model that accel_moe did not prepare.
+Inside, the FSDP model and optimizer go through DCP with checksums: another ep degree, efsdp, HSDP or world size needs
+nothing special. Trainer, which never calls save_state, imports these four functions by name: they are patched there,
+too. Nothing changes for a model that accel_moe did not prepare.
 """
 
 from __future__ import annotations
 
-import functools
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,48 +25,47 @@ from accel_moe.checkpoint.dcp import MODEL_FOLDER, OPTIMIZER_FOLDER
 from accel_moe.checkpoint.resume import newest_on_all_ranks
 from accel_moe.checkpoint.saving import prepared_models, state_of
 from accel_moe.checkpoint.verify import Verified, check_kind, verify
+from accel_moe.patching import ACCELERATE, TRAINER, patch
 from accel_moe.whereabouts import meet
 
 
-def wrap_save_state(original: Callable[..., Any]) -> Callable[..., Any]:
-    """For accelerate.Accelerator.save_state: the whole save is one commit, rotation follows it.
-
-    Hooks that the user registered with register_save_state_pre_hook are given the folder that is being filled.
-    """
-
-    @functools.wraps(original)
-    @ends_before_sigterm
-    def save_state(self, output_dir=None, safe_serialization=True, **save_model_func_kwargs):
-        models = prepared_models(self._models)
-        if not models:
-            return original(self, output_dir, safe_serialization, **save_model_func_kwargs)
-        meet("Accelerator.save_state")
-        wait_for_background()
-        project = self.project_configuration
-        naming = project.automatic_checkpoint_naming
-        if naming:
-            final = Path(self.project_dir) / "checkpoints" / f"checkpoint_{self.save_iteration}"
-            node_local.recover_everywhere(None, transaction.resolved(final.parent))
-            _refuse_a_number_in_use(final, self.save_iteration)
-        else:
-            final = Path(output_dir)
-        iteration = project.iteration
-        save = saving.begin(final, models)
-        save.step = _optimizer_step(self._optimizers)
-        if naming:
-            save.prefix, save.keep = "checkpoint_", project.total_limit
-        project.automatic_checkpoint_naming = False  # the original must write where it is told
-        try:
-            saving.fill(save, lambda: original(self, str(save.work), safe_serialization, **save_model_func_kwargs))
-        except Exception:
-            project.iteration = iteration  # the original counts on the ranks where it did not fail
-            raise
-        finally:
-            project.automatic_checkpoint_naming = naming
-        saving.complete(save)
-        return final
-
-    return save_state
+@patch(
+    "accelerate.Accelerator.save_state",
+    why="A crash while saving must leave the last checkpoint as it was: the folder appears by a rename, and rotation, "
+    "which accelerate does before it writes, comes after. Its hooks run in the middle of a save.",
+    tested=ACCELERATE,
+)
+@ends_before_sigterm
+def save_state(original, self, output_dir=None, safe_serialization=True, **save_model_func_kwargs):
+    """Hooks that the user registered with register_save_state_pre_hook are given the folder that is being filled."""
+    models = prepared_models(self._models)
+    if not models:
+        return original(self, output_dir, safe_serialization, **save_model_func_kwargs)
+    meet("Accelerator.save_state")
+    wait_for_background()
+    project = self.project_configuration
+    naming = project.automatic_checkpoint_naming
+    if naming:
+        final = Path(self.project_dir) / "checkpoints" / f"checkpoint_{self.save_iteration}"
+        node_local.recover_everywhere(None, transaction.resolved(final.parent))
+        _refuse_a_number_in_use(final, self.save_iteration)
+    else:
+        final = Path(output_dir)
+    iteration = project.iteration
+    save = saving.begin(final, models)
+    save.step = _optimizer_step(self._optimizers)
+    if naming:
+        save.prefix, save.keep = "checkpoint_", project.total_limit
+    project.automatic_checkpoint_naming = False  # the original must write where it is told
+    try:
+        saving.fill(save, lambda: original(self, str(save.work), safe_serialization, **save_model_func_kwargs))
+    except Exception:
+        project.iteration = iteration  # the original counts on the ranks where it did not fail
+        raise
+    finally:
+        project.automatic_checkpoint_naming = naming
+    saving.complete(save)
+    return final
 
 
 def _refuse_a_number_in_use(final: Path, number: int) -> None:
@@ -92,39 +91,35 @@ def _optimizer_step(optimizers: Iterable[Any]) -> int | None:
     return None
 
 
-def wrap_load_state(original: Callable[..., Any]) -> Callable[..., Any]:
-    """For accelerate.Accelerator.load_state: verifies, picks committed folders only, says what was not
-    restored."""
-
-    @functools.wraps(original)
-    def load_state(self, input_dir=None, load_kwargs=None, **load_model_func_kwargs):
-        models = prepared_models(self._models)
-        if not models:
-            return original(self, input_dir, load_kwargs, **load_model_func_kwargs)
-        meet("Accelerator.load_state")
-        wait_for_background()
-        if input_dir is not None:
-            folder = Path(os.path.abspath(os.path.expanduser(input_dir)))
-            node_local.recover_everywhere(transaction.resolved(folder))
-        elif self.project_configuration.automatic_checkpoint_naming:
-            folder = newest_on_all_ranks(Path(self.project_dir) / "checkpoints", "checkpoint_")
-        else:
-            return original(self, input_dir, load_kwargs, **load_model_func_kwargs)  # it raises
-        if self.distributed_type.value == "FSDP":
-            kinds = functools.partial(_check_kinds, folder, self.state.fsdp_plugin, len(self._models))
-            ranks.together(f"checking {folder}", kinds)
-        verified = verify(folder, list(self._models))
-        with loading.loading_from(verified), _without(self, verified):
-            # together: a file that only one rank misses (a scheduler's, on a node of its own) must not leave it alone
-            result = ranks.together(
-                f"loading {folder}", lambda: original(self, str(folder), load_kwargs, **load_model_func_kwargs)
-            )
-        # a rank that did not exist then has no file with its step count, and would accumulate out of turn
-        self.step = ranks.from_rank0(self.step)
-        loading.tell_what_is_lost(folder, verified.manifest)
-        return result
-
-    return load_state
+@patch(
+    "accelerate.Accelerator.load_state",
+    why="The folder is verified before the model is touched, and the newest one may be unfinished.",
+    tested=ACCELERATE,
+)
+def load_state(original, self, input_dir=None, load_kwargs=None, **load_model_func_kwargs):
+    models = prepared_models(self._models)
+    if not models:
+        return original(self, input_dir, load_kwargs, **load_model_func_kwargs)
+    meet("Accelerator.load_state")
+    wait_for_background()
+    if input_dir is not None:
+        folder = Path(os.path.abspath(os.path.expanduser(input_dir)))
+        node_local.recover_everywhere(transaction.resolved(folder))
+    elif self.project_configuration.automatic_checkpoint_naming:
+        folder = newest_on_all_ranks(Path(self.project_dir) / "checkpoints", "checkpoint_")
+    else:
+        return original(self, input_dir, load_kwargs, **load_model_func_kwargs)  # it raises
+    if self.distributed_type.value == "FSDP":
+        ranks.together(f"checking {folder}", partial(_check_kinds, folder, self.state.fsdp_plugin, len(self._models)))
+    verified = verify(folder, list(self._models))
+    load = partial(original, self, str(folder), load_kwargs, **load_model_func_kwargs)
+    with loading.loading_from(verified), _without(self, verified):
+        # a file that only one rank misses (a scheduler's, on a node of its own) must not leave the others waiting
+        result = ranks.together(f"loading {folder}", load)
+    # a rank that did not exist then has no file with its step count, and would accumulate out of turn
+    self.step = ranks.from_rank0(self.step)
+    loading.tell_what_is_lost(folder, verified.manifest)
+    return result
 
 
 def _check_kinds(folder: Path, plugin: Any, models: int) -> None:
@@ -134,7 +129,7 @@ def _check_kinds(folder: Path, plugin: Any, models: int) -> None:
 
 @contextmanager
 def _without(accelerator: Any, verified: Verified) -> Iterator[None]:
-    """Within it, load_state asks for nothing that was thinned away: what is gone keeps the value it has."""
+    """Within it, load_state leaves out the objects whose files were thinned away; they keep the values they have."""
     gone = verified.gone
     absent = {
         "_optimizers": any(re.fullmatch(r"optimizer(_\d+)?\.bin", name) for name in gone),
@@ -152,59 +147,57 @@ def _without(accelerator: Any, verified: Verified) -> Iterator[None]:
             setattr(accelerator, name, value)
 
 
-def wrap_save_fsdp_model(original: Callable[..., Any]) -> Callable[..., Any]:
-    """For save_fsdp_model, where accelerate and Trainer call it: DCP with checksums, staged when async."""
+@patch(
+    "accelerate.accelerator.save_fsdp_model",
+    "transformers.trainer.save_fsdp_model",
+    why="DCP with checksums, and in the background; accelerate builds DCP's writer itself.",
+    tested=TRAINER,
+)
+def save_fsdp_model(
+    original, fsdp_plugin, accelerator, model, output_dir, model_index=0, adapter_only=False, use_dcp=True
+):
+    save = saving.under_way()
+    plain = partial(original, fsdp_plugin, accelerator, model, output_dir, model_index, adapter_only, use_dcp)
+    if save is None or state_of(model) is None:
+        return plain()
+    if not (use_dcp and _takes_dcp(fsdp_plugin, model, adapter_only)):
+        return save.run(f"saving {save.named}", plain)
+    from torch.distributed.checkpoint.state_dict import get_model_state_dict
 
-    @functools.wraps(original)
-    def save_fsdp_model(fsdp_plugin, accelerator, model, output_dir, model_index=0, adapter_only=False, use_dcp=True):
-        save = saving.under_way()
-        if save is None or state_of(model) is None:
-            return original(fsdp_plugin, accelerator, model, output_dir, model_index, adapter_only, use_dcp)
-        if not (use_dcp and takes_dcp(fsdp_plugin, model, adapter_only)):
-
-            def plain() -> Any:
-                return original(fsdp_plugin, accelerator, model, output_dir, model_index, adapter_only, use_dcp)
-
-            return save.run(f"saving {save.named}", plain)
-        from torch.distributed.checkpoint.state_dict import get_model_state_dict
-
-        state_dict = get_model_state_dict(model, options=sharded_options())
-        saving.write_dcp(save, f"{MODEL_FOLDER}_{model_index}", {"model": state_dict})
-
-    return save_fsdp_model
-
-
-def wrap_save_fsdp_optimizer(original: Callable[..., Any]) -> Callable[..., Any]:
-    """For save_fsdp_optimizer, where accelerate and Trainer call it."""
-
-    @functools.wraps(original)
-    def save_fsdp_optimizer(fsdp_plugin, accelerator, optimizer, model, output_dir, optimizer_index=0, use_dcp=True):
-        save = saving.under_way()
-        if save is None or state_of(model) is None:
-            return original(fsdp_plugin, accelerator, optimizer, model, output_dir, optimizer_index, use_dcp)
-        if not (use_dcp and takes_dcp(fsdp_plugin, model, False)):
-
-            def plain() -> Any:
-                return original(fsdp_plugin, accelerator, optimizer, model, output_dir, optimizer_index, use_dcp)
-
-            return save.run(f"saving {save.named}", plain)
-        from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
-
-        state_dict = get_optimizer_state_dict(model, optimizer, options=sharded_options())
-        saving.write_dcp(save, f"{OPTIMIZER_FOLDER}_{optimizer_index}", {"optimizer": state_dict})
-
-    return save_fsdp_optimizer
+    state_dict = get_model_state_dict(model, options=_sharded_options())
+    saving.write_dcp(save, f"{MODEL_FOLDER}_{model_index}", {"model": state_dict})
 
 
-def takes_dcp(fsdp_plugin: Any, model: Any, adapter_only: bool) -> bool:
-    """Whether accelerate would save this with DCP from FSDP2, adapters aside: the road that is ours."""
+@patch(
+    "accelerate.accelerator.save_fsdp_optimizer",
+    "transformers.trainer.save_fsdp_optimizer",
+    why="DCP with checksums, and in the background, as for the model.",
+    tested=TRAINER,
+)
+def save_fsdp_optimizer(
+    original, fsdp_plugin, accelerator, optimizer, model, output_dir, optimizer_index=0, use_dcp=True
+):
+    save = saving.under_way()
+    plain = partial(original, fsdp_plugin, accelerator, optimizer, model, output_dir, optimizer_index, use_dcp)
+    if save is None or state_of(model) is None:
+        return plain()
+    if not (use_dcp and _takes_dcp(fsdp_plugin, model, False)):
+        return save.run(f"saving {save.named}", plain)
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+
+    state_dict = get_optimizer_state_dict(model, optimizer, options=_sharded_options())
+    saving.write_dcp(save, f"{OPTIMIZER_FOLDER}_{optimizer_index}", {"optimizer": state_dict})
+
+
+def _takes_dcp(fsdp_plugin: Any, model: Any, adapter_only: bool) -> bool:
+    """Whether accelerate would save this with DCP from FSDP2, adapters aside."""
     from accelerate.utils.modeling import is_peft_model
 
     sharded = "SHARDED_STATE_DICT" in str(fsdp_plugin.state_dict_type)
     return fsdp_plugin.fsdp_version == 2 and sharded and not (adapter_only and is_peft_model(model))
 
 
-def sharded_options() -> Any:
+def _sharded_options() -> Any:
     """State dicts of the shards where they are.
 
     accelerate asks for copies in host memory; DCP copies one tensor at a time without that, an asynchronous save
@@ -215,75 +208,72 @@ def sharded_options() -> Any:
     return StateDictOptions(full_state_dict=False, cpu_offload=False)
 
 
-def wrap_load_fsdp_model(original: Callable[..., Any]) -> Callable[..., Any]:
-    """For load_fsdp_model where accelerate and Trainer call it: verified first, read with errors that name
-    the node."""
-
-    @functools.wraps(original)
-    def load_fsdp_model(fsdp_plugin, accelerator, model, input_dir, model_index=0, adapter_only=False, use_dcp=True):
-        if state_of(model) is None:
-            return original(fsdp_plugin, accelerator, model, input_dir, model_index, adapter_only, use_dcp)
-        wait_for_background()
-        name = f"{MODEL_FOLDER}_{model_index}"
-        folder = _checkpoint_of(input_dir, name)
-        verified = loading.under_way()
-        if verified is None:  # Trainer
-            loading.remember(None)
-            if accelerator.distributed_type.value == "FSDP":
-                check = functools.partial(check_kind, folder, fsdp_plugin, model_index, use_dcp=use_dcp)
-                ranks.together(f"checking {folder}", check)
-            verified = verify(folder, [model])
-        if not (use_dcp and takes_dcp(fsdp_plugin, model, adapter_only)):
-
-            def plain() -> Any:
-                return original(fsdp_plugin, accelerator, model, input_dir, model_index, adapter_only, use_dcp)
-
-            result = ranks.together(f"loading {folder}", plain)
-        else:
-            from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
-
-            options = sharded_options()
-            state = {"model": get_model_state_dict(model, options=options)}
-            loading.read_dcp(folder, name, state, verified.manifest)
-            result = set_model_state_dict(model, state["model"], options=options)
-            ranks.barrier()
-        if loading.under_way() is None:
-            loading.remember(verified)
-        return result
-
-    return load_fsdp_model
-
-
-def wrap_load_fsdp_optimizer(original: Callable[..., Any]) -> Callable[..., Any]:
-    """For load_fsdp_optimizer where accelerate and Trainer call it."""
-
-    @functools.wraps(original)
-    def load_fsdp_optimizer(
-        fsdp_plugin, accelerator, optimizer, model, input_dir, optimizer_index=0, adapter_only=False, use_dcp=True
-    ):
-        ours = state_of(model) is not None
-        name = f"{OPTIMIZER_FOLDER}_{optimizer_index}"
-        folder = _checkpoint_of(input_dir, name)
-        if ours:
-            wait_for_background()
-            if (whole := loading.under_way()) is not None and name in whole.gone:
-                return
-            check = functools.partial(check_kind, folder, fsdp_plugin, optimizer_index, optimizer=True, use_dcp=use_dcp)
+@patch(
+    "accelerate.accelerator.load_fsdp_model",
+    "transformers.trainer.load_fsdp_model",
+    why="DCP leaves missing chunks uninitialised, and a missing file on one rank hangs the others.",
+    tested=TRAINER,
+)
+def load_fsdp_model(
+    original, fsdp_plugin, accelerator, model, input_dir, model_index=0, adapter_only=False, use_dcp=True
+):
+    plain = partial(original, fsdp_plugin, accelerator, model, input_dir, model_index, adapter_only, use_dcp)
+    if state_of(model) is None:
+        return plain()
+    wait_for_background()
+    name = f"{MODEL_FOLDER}_{model_index}"
+    folder = _checkpoint_of(input_dir, name)
+    verified = loading.under_way()
+    from_trainer = verified is None
+    if verified is None:
+        loading.remember(None)
+        if accelerator.distributed_type.value == "FSDP":
+            check = partial(check_kind, folder, fsdp_plugin, model_index, use_dcp=use_dcp)
             ranks.together(f"checking {folder}", check)
-        if not (ours and use_dcp and takes_dcp(fsdp_plugin, model, False)):
-            return original(
-                fsdp_plugin, accelerator, optimizer, model, input_dir, optimizer_index, adapter_only, use_dcp
-            )
-        verified = loading.under_way() or loading.still_verified(folder) or verify(folder, [model])
-        from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+        verified = verify(folder, [model])
+    if not (use_dcp and _takes_dcp(fsdp_plugin, model, adapter_only)):
+        result = ranks.together(f"loading {folder}", plain)
+    else:
+        from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 
-        options = sharded_options()
-        state = {"optimizer": get_optimizer_state_dict(model, optimizer, options=options)}
+        options = _sharded_options()
+        state = {"model": get_model_state_dict(model, options=options)}
         loading.read_dcp(folder, name, state, verified.manifest)
-        set_optimizer_state_dict(model, optimizer, state["optimizer"], options=options)
+        result = set_model_state_dict(model, state["model"], options=options)
         ranks.barrier()
+    if from_trainer:
+        loading.remember(verified)
+    return result
 
-    return load_fsdp_optimizer
+
+@patch(
+    "accelerate.accelerator.load_fsdp_optimizer",
+    "transformers.trainer.load_fsdp_optimizer",
+    why="DCP leaves missing chunks uninitialised, and a missing file on one rank hangs the others, as for the model.",
+    tested=TRAINER,
+)
+def load_fsdp_optimizer(
+    original, fsdp_plugin, accelerator, optimizer, model, input_dir, optimizer_index=0, adapter_only=False, use_dcp=True
+):
+    ours = state_of(model) is not None
+    name = f"{OPTIMIZER_FOLDER}_{optimizer_index}"
+    folder = _checkpoint_of(input_dir, name)
+    if ours:
+        wait_for_background()
+        if (whole := loading.under_way()) is not None and name in whole.gone:
+            return
+        check = partial(check_kind, folder, fsdp_plugin, optimizer_index, optimizer=True, use_dcp=use_dcp)
+        ranks.together(f"checking {folder}", check)
+    if not (ours and use_dcp and _takes_dcp(fsdp_plugin, model, False)):
+        return original(fsdp_plugin, accelerator, optimizer, model, input_dir, optimizer_index, adapter_only, use_dcp)
+    verified = loading.under_way() or loading.still_verified(folder) or verify(folder, [model])
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+
+    options = _sharded_options()
+    state = {"optimizer": get_optimizer_state_dict(model, optimizer, options=options)}
+    loading.read_dcp(folder, name, state, verified.manifest)
+    set_optimizer_state_dict(model, optimizer, state["optimizer"], options=options)
+    ranks.barrier()
 
 
 def _checkpoint_of(input_dir: Any, dcp_folder: str) -> Path:
@@ -292,12 +282,11 @@ def _checkpoint_of(input_dir: Any, dcp_folder: str) -> Path:
     return folder.parent if folder.name == dcp_folder else folder
 
 
-def wrap_end_training(original: Callable[..., Any]) -> Callable[..., Any]:
-    """For accelerate.Accelerator.end_training, which destroys the process group that a background save uses."""
-
-    @functools.wraps(original)
-    def end_training(self):
-        wait_for_background()
-        return original(self)
-
-    return end_training
+@patch(
+    "accelerate.Accelerator.end_training",
+    why="It destroys the process group that a save in the background still uses.",
+    tested=ACCELERATE,
+)
+def end_training(original, self):
+    wait_for_background()
+    return original(self)

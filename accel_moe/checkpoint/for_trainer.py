@@ -9,7 +9,6 @@ Nothing changes for a model that accel_moe did not prepare.
 
 from __future__ import annotations
 
-import functools
 import logging
 import os
 from collections.abc import Callable
@@ -20,6 +19,7 @@ from accel_moe import ranks
 from accel_moe.checkpoint import background, loading, resume, saving, transaction
 from accel_moe.checkpoint.background import ends_before_sigterm, wait_for_background
 from accel_moe.checkpoint.saving import Save, prepared_models
+from accel_moe.patching import TRAINER, patch
 from accel_moe.whereabouts import meet
 
 logger = logging.getLogger("accel_moe")
@@ -27,31 +27,30 @@ logger = logging.getLogger("accel_moe")
 _agreeing = False  # inside a train(resume_from_checkpoint=True) that all ranks called
 
 
-def wrap_save_checkpoint(original: Callable[..., Any]) -> Callable[..., Any]:
-    """For transformers.Trainer._save_checkpoint: one commit, and rotation after it."""
+@patch(
+    "transformers.Trainer._save_checkpoint",
+    why="Model, optimizer, RNG and trainer state are one commit, and rotation follows it; on_save fires too late.",
+    tested=TRAINER,
+)
+@ends_before_sigterm
+def _save_checkpoint(original, self, model, trial):
+    models = prepared_models([self.model])
+    if not models:
+        return original(self, model, trial)
+    meet("a checkpoint of Trainer")
+    wait_for_background()
+    run_dir = Path(self._get_output_dir(trial=trial))
+    save = saving.begin(run_dir / f"checkpoint-{self.state.global_step}", models)
+    save.step, save.prefix, save.keep = self.state.global_step, "checkpoint-", self.args.save_total_limit
 
-    @functools.wraps(original)
-    @ends_before_sigterm
-    def _save_checkpoint(self, model, trial):
-        models = prepared_models([self.model])
-        if not models:
-            return original(self, model, trial)
-        meet("a checkpoint of Trainer")
-        wait_for_background()
-        run_dir = Path(self._get_output_dir(trial=trial))
-        save = saving.begin(run_dir / f"checkpoint-{self.state.global_step}", models)
-        save.step, save.prefix, save.keep = self.state.global_step, "checkpoint-", self.args.save_total_limit
+    def write() -> None:
+        original(self, model, trial)
+        _rename_best(self, save)
 
-        def write() -> None:
-            original(self, model, trial)
-            _rename_best(self, save)
-
-        saving.fill(save, write)
-        if self.state.best_model_checkpoint is not None:
-            save.protected.append(Path(self.state.best_model_checkpoint))
-        saving.complete(save)
-
-    return _save_checkpoint
+    saving.fill(save, write)
+    if self.state.best_model_checkpoint is not None:
+        save.protected.append(Path(self.state.best_model_checkpoint))
+    saving.complete(save)
 
 
 def _rename_best(trainer: Any, save: Save) -> None:
@@ -70,138 +69,128 @@ def _rename_best(trainer: Any, save: Save) -> None:
             trainer.state.save_to_json(str(save.work / "trainer_state.json"))
 
 
-def wrap_get_output_dir(original: Callable[..., Any]) -> Callable[..., Any]:
-    """For transformers.Trainer._get_output_dir: while a save is under way, its temporary folder."""
-
-    @functools.wraps(original)
-    def _get_output_dir(self, trial):
-        return original(self, trial) if (save := saving.under_way()) is None else str(save.staging)
-
-    return _get_output_dir
-
-
-def wrap_push_from_checkpoint(original: Callable[..., Any]) -> Callable[..., Any]:
-    """For transformers.Trainer._push_from_checkpoint: after the commit, from the committed folder."""
-
-    @functools.wraps(original)
-    def _push_from_checkpoint(self, checkpoint_folder):
-        save = saving.under_way()
-        if save is None:
-            return original(self, checkpoint_folder)
-        save.after_commit.append(lambda: original(self, str(save.named)))
-
-    return _push_from_checkpoint
+@patch(
+    "transformers.Trainer._get_output_dir",
+    why="_save_checkpoint asks it where to write: into the temporary folder.",
+    tested=TRAINER,
+)
+def _get_output_dir(original, self, trial):
+    return original(self, trial) if (save := saving.under_way()) is None else str(save.staging)
 
 
-def wrap_save_model(original: Callable[..., Any]) -> Callable[..., Any]:
-    """For transformers.Trainer.save_model.
+@patch(
+    "transformers.Trainer._push_from_checkpoint",
+    why="It uploads the folder that _save_checkpoint filled, which is renamed afterwards.",
+    tested=TRAINER,
+)
+def _push_from_checkpoint(original, self, checkpoint_folder):
+    save = saving.under_way()
+    if save is None:
+        return original(self, checkpoint_folder)
+    save.after_commit.append(lambda: original(self, str(save.named)))
 
-    With SHARDED_STATE_DICT the original writes no weights and says nothing. A user who calls it wants them:
-    they are gathered to rank 0's host memory and saved whole. Inside a checkpoint nothing changes. A
-    collective.
+
+@patch(
+    "transformers.Trainer.save_model",
+    why="With SHARDED_STATE_DICT it writes no weights and says nothing.",
+    tested=TRAINER,
+)
+def save_model(original, self, output_dir=None, _internal_call=False):
+    """A user who calls it wants the weights: they are gathered to rank 0's host memory and saved whole. A collective.
+
+    Inside a checkpoint nothing changes.
     """
-
-    @functools.wraps(original)
-    def save_model(self, output_dir=None, _internal_call=False):
-        save = saving.under_way()
-        if save is not None:
-            return save.run(f"saving {save.named}", lambda: original(self, output_dir, _internal_call))
-        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
-        gathers = not _internal_call and prepared_models([self.model]) and self.is_fsdp_enabled and plugin is not None
-        if gathers:
-            meet(
-                "Trainer.save_model",
-                "It gathers the shards of all: call it outside of `if trainer.is_world_process_zero()`; the main rank "
-                "alone writes.",
-            )
-        if gathers and "FULL_STATE_DICT" not in str(plugin.state_dict_type):
-            folder = output_dir if output_dir is not None else self.args.output_dir
-            self._save(folder, state_dict=self.accelerator.get_state_dict(self.model))
-        return original(self, output_dir, _internal_call)
-
-    return save_model
+    save = saving.under_way()
+    if save is not None:
+        return save.run(f"saving {save.named}", lambda: original(self, output_dir, _internal_call))
+    plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+    gathers = not _internal_call and prepared_models([self.model]) and self.is_fsdp_enabled and plugin is not None
+    if gathers:
+        meet(
+            "Trainer.save_model",
+            "It gathers the shards of all: call it outside of `if trainer.is_world_process_zero()`; the main rank "
+            "alone writes.",
+        )
+    if gathers and "FULL_STATE_DICT" not in str(plugin.state_dict_type):
+        folder = output_dir if output_dir is not None else self.args.output_dir
+        self._save(folder, state_dict=self.accelerator.get_state_dict(self.model))
+    return original(self, output_dir, _internal_call)
 
 
-def wrap_get_last_checkpoint(original: Callable[..., Any]) -> Callable[..., Any]:
-    """For get_last_checkpoint where Trainer calls it: the newest whole folder; inside train(), of all ranks.
+@patch(
+    "transformers.trainer.get_last_checkpoint",
+    why="resume_from_checkpoint=True takes the highest number, committed or not, and each rank its own.",
+    tested=TRAINER,
+)
+def get_last_checkpoint(original, folder):
+    """The newest whole folder; inside train(), which is a collective, the newest that all ranks have.
 
-    A run none of whose folders is whole is left to the original. A collective only inside train().
+    Where no folder is whole the original answers.
     """
-
-    @functools.wraps(original)
-    def get_last_checkpoint(folder):
-        parent = Path(folder)
-        transaction.recover_beside(parent)
-        newest = resume.newest_whole(parent, "checkpoint-", ranks.gather if _agreeing else lambda value: [value])
-        return original(folder) if newest is None else os.path.join(folder, newest.name)
-
-    return get_last_checkpoint
+    parent = Path(folder)
+    transaction.recover_beside(parent)
+    newest = resume.newest_whole(parent, "checkpoint-", ranks.gather if _agreeing else lambda value: [value])
+    return original(folder) if newest is None else os.path.join(folder, newest.name)
 
 
-def wrap_train(original: Callable[..., Any]) -> Callable[..., Any]:
-    """For transformers.Trainer.train: all ranks resume from the same, and the last background save has ended, well or
-    with its error, when it returns."""
+@patch(
+    "transformers.Trainer.train",
+    why="All ranks resume from one checkpoint; and a save in the background ends, and its failure is raised, before "
+    "train returns.",
+    tested=TRAINER,
+)
+def train(original, self, resume_from_checkpoint=None, trial=None, ignore_keys_for_eval=None):
+    global _agreeing
+    if prepared_models([self.model]):
+        _agreeing = resume.all_resume_newest(resume_from_checkpoint, Path(self.args.output_dir))
+    try:
+        result = original(self, resume_from_checkpoint, trial, ignore_keys_for_eval)
+    finally:
+        _agreeing = False
+    wait_for_background()
+    return result
 
-    @functools.wraps(original)
-    def train(self, resume_from_checkpoint=None, *args, **kwargs):
-        global _agreeing
-        if prepared_models([self.model]):
-            _agreeing = resume.all_resume_newest(resume_from_checkpoint, Path(self.args.output_dir))
-        try:
-            result = original(self, resume_from_checkpoint, *args, **kwargs)
-        finally:
-            _agreeing = False
+
+@patch(
+    "transformers.Trainer._load_optimizer_and_scheduler",
+    why="The last step of a resume: what another world size could not restore is said there.",
+    tested=TRAINER,
+)
+def _load_optimizer_and_scheduler(original, self, checkpoint):
+    if checkpoint is None or not prepared_models([self.model]):
+        return original(self, checkpoint)
+    try:
+        result = ranks.together(f"loading {checkpoint}", lambda: original(self, checkpoint))
+        if (verified := loading.remembered(Path(os.path.abspath(checkpoint)))) is not None:
+            loading.tell_what_is_lost(verified.folder, verified.manifest)
+    finally:
+        loading.remember(None)
+    return result
+
+
+@patch(
+    "transformers.Trainer._finalize_training",
+    why="It compares and deletes checkpoint folders, the last of which a save in the background may not have "
+    "committed yet.",
+    tested=TRAINER,
+)
+def _finalize_training(original, self, trial, num_train_samples, start_time):
+    wait_for_background()
+    return original(self, trial, num_train_samples, start_time)
+
+
+@patch(
+    "transformers.trainer_callback.CallbackHandler.on_save",
+    why="Callbacks upload and add to the folder in on_save: it must be committed by then, in the background, too.",
+    tested=TRAINER,
+)
+def on_save(original, self, args, state, control, **kwargs):
+    """Not a collective: every rank waits for its own thread, and only where it has a callback that uses the folder."""
+    if background.exists() and (who := [type(c).__name__ for c in self.callbacks if uses_the_folder(c)]):
+        if background.under_way():
+            logger.info("on_save of %s is given the checkpoint: the save in the background ends first.", who[0])
         wait_for_background()
-        return result
-
-    return train
-
-
-def wrap_load_optimizer_and_scheduler(original: Callable[..., Any]) -> Callable[..., Any]:
-    """For transformers.Trainer._load_optimizer_and_scheduler: the last step of a resume; forgets what was
-    verified."""
-
-    @functools.wraps(original)
-    def _load_optimizer_and_scheduler(self, checkpoint):
-        if checkpoint is None or not prepared_models([self.model]):
-            return original(self, checkpoint)
-        try:
-            result = ranks.together(f"loading {checkpoint}", lambda: original(self, checkpoint))
-            if (verified := loading.remembered(Path(os.path.abspath(checkpoint)))) is not None:
-                loading.tell_what_is_lost(verified.folder, verified.manifest)
-        finally:
-            loading.remember(None)
-        return result
-
-    return _load_optimizer_and_scheduler
-
-
-def wrap_finalize_training(original: Callable[..., Any]) -> Callable[..., Any]:
-    """For transformers.Trainer._finalize_training, which lists, compares and deletes checkpoint folders."""
-
-    @functools.wraps(original)
-    def _finalize_training(self, trial, num_train_samples, start_time):
-        wait_for_background()
-        return original(self, trial, num_train_samples, start_time)
-
-    return _finalize_training
-
-
-def wrap_on_save(original: Callable[..., Any]) -> Callable[..., Any]:
-    """For transformers' CallbackHandler.on_save: a callback that looks at the checkpoint finds it committed.
-
-    Not a collective: every rank waits for its own thread, and only where it has such a callback.
-    """
-
-    @functools.wraps(original)
-    def on_save(self, args, state, control, **kwargs):
-        if background.exists() and (who := [type(c).__name__ for c in self.callbacks if uses_the_folder(c)]):
-            if background.under_way():
-                logger.info("on_save of %s is given the checkpoint: the save in the background ends first.", who[0])
-            wait_for_background()
-        return original(self, args, state, control, **kwargs)
-
-    return on_save
+    return original(self, args, state, control, **kwargs)
 
 
 _IDLE: dict[str, Callable[[Any], bool]] = {

@@ -101,5 +101,5 @@ def tell_what_is_lost(folder: Path, manifest: Manifest | None) -> None:
         f"exactly. Not restored: {lost}, and the position of the dataloader within the epoch, unless it keeps its own "
         "state (use_stateful_dataloader). The learning-rate schedule goes on after the same number of batches over all "
         "ranks.",
-        stacklevel=3,
+        stacklevel=4,
     )

@@ -83,7 +83,7 @@ def newest_whole(parent: Path, prefix: str, gather: Callable[[Any], list[Any]]) 
         if (passed_over or newer_stock) and ranks.rank() == 0:
             why = f" It has no manifest (stock accelerate wrote it), and is newer than {older}." if newer_stock else ""
             told = f" Passed over: {'; '.join(passed_over)}." if passed_over else ""
-            warnings.warn(f"resuming from {name}.{why}{told}", stacklevel=4)
+            warnings.warn(f"resuming from {name}.{why}{told}", stacklevel=5)
         return parent / name
     return None
 

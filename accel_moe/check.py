@@ -19,6 +19,8 @@ from torch import nn
 from accel_moe import catalogue, hooks, patching, supported
 from accel_moe.config import MoEConfig, ResolvedConfig
 from accel_moe.experts import recognise, view
+from accel_moe.experts.state import PreparedState
+from accel_moe.experts.swap import swap
 
 PROBED = ("qwen3_moe", "gpt_oss", "nemotron_h", "deepseek_v4")
 """A plain gate; bias, transposed and interleaved; no gate; a gate of the family's own."""
@@ -131,7 +133,7 @@ def _what_is_wrong(family: str, layer: nn.Module, kernel: str) -> str | None:
     resolved = ResolvedConfig(MoEConfig(moe_kernel=kernel), {})
     ours, own = copy.deepcopy(layer), copy.deepcopy(layer)
     try:
-        layer.swap({"experts": ours}, layer.PreparedState(resolved, kernel, None, family, 1))
+        swap({"experts": ours}, PreparedState(resolved, kernel, None, family, 1))
         found = _run(ours, ours)
         expected = _run(own, lambda *args: inspect.unwrap(type(own).forward)(own, *args))
     except Exception as error:  # whatever a new version does

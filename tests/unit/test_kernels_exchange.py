@@ -1,4 +1,4 @@
-"""The local halves of an rows_triton: the kernels give what plain torch gives, for every shape of routing.
+"""The local halves of an exchange: the kernels give what plain torch gives, for every shape of routing.
 
 In the interpreter, and compiled where there is a GPU. Bits are equal but where fp32 sums are added: those are too,
 since both add in rank order.

@@ -14,9 +14,11 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from accel_moe import mesh, positions, ranks, recompute, shard, whereabouts
@@ -27,7 +29,7 @@ from accel_moe.experts.recognise import find_experts
 from accel_moe.experts.state import PreparedState, prepared_state
 from accel_moe.names import plain_name
 from accel_moe.patching import ACCELERATE, patch
-from accel_moe.weights import edits, load
+from accel_moe.weights import load
 
 logger = logging.getLogger("accel_moe")
 
@@ -43,7 +45,8 @@ def prepare(original, self, *args, device_placement=None):
     for model in args:
         if isinstance(model, nn.Module) and (state := prepared_state(model)) is not None:
             compare_ranks(model, state)
-            _check_forwards(model)
+            look = partial(forwards.take_back, model)
+            ranks.run_or_raise_everywhere("accelerator.prepare", look, ValueError, over=dist.group.WORLD)
             if state.config.moe_ep_degree > 1:
                 _check_accelerator(self, state)
                 adopt_adapters(find_experts(model))  # PEFT may have wrapped the experts since prepare()
@@ -69,15 +72,6 @@ def fsdp2_prepare_model(original, accelerator, model):
     if state is not None:
         _watch(accelerator, model)
     return model
-
-
-def _check_forwards(model: nn.Module) -> None:
-    error = None
-    try:
-        forwards.take_back(model)
-    except ValueError as problem:
-        error = problem
-    edits.check_ranks({}, error)
 
 
 @contextmanager

@@ -24,7 +24,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -121,26 +121,32 @@ def meet(what: str, advice: str = "", members: range | None = None) -> None:
 
 
 def _all_came(store: Any, key: str, record: Record, members: range, advice: str) -> bool:
-    start = time.monotonic()
-    pause_s, look_at, lost = _PAUSES_S[0], LOOK_S, {}
-    while store.add(f"{key}{record.nth}", 0) < len(members):
-        waited = time.monotonic() - start
-        if waited >= look_at:
-            look_at = waited + _AGAIN_S
-            seen = _read(store, members)
-            missing = [rank for rank in members if not _is_here(seen.get(rank), record)]
-            never = {rank: seen[rank] for rank in missing if rank in seen and _never_comes(seen[rank], record)}
-            if never and never == lost:
-                raise RuntimeError(_told(record.what, missing, seen, advice, waited))
-            lost = never
-            if waited >= WARN_S:
-                if missing and min(rank for rank in members if rank not in missing) == dist.get_rank():
-                    told = _told(record.what, missing, seen, advice, waited)
-                    logger.warning("%s If it is only slow, nothing is wrong: it is waited for.", told)
-                return False
+    look_at, lost = LOOK_S, {}
+    for waited in waiting(lambda: store.add(f"{key}{record.nth}", 0) >= len(members)):
+        if waited < look_at:
+            continue
+        look_at = waited + _AGAIN_S
+        seen = _read(store, members)
+        missing = [rank for rank in members if not _is_here(seen.get(rank), record)]
+        never = {rank: seen[rank] for rank in missing if rank in seen and _never_comes(seen[rank], record)}
+        if never and never == lost:
+            raise RuntimeError(_told(record.what, missing, seen, advice, waited))
+        lost = never
+        if waited >= WARN_S:
+            if missing and min(rank for rank in members if rank not in missing) == dist.get_rank():
+                told = _told(record.what, missing, seen, advice, waited)
+                logger.warning("%s If it is only slow, nothing is wrong: it is waited for.", told)
+            return False
+    return True
+
+
+def waiting(until: Callable[[], bool]) -> Iterator[float]:
+    """The seconds waited so far, each time that `until` said no; it is asked at once, and then ever more rarely."""
+    since, pause_s = time.monotonic(), _PAUSES_S[0]
+    while not until():
+        yield time.monotonic() - since
         time.sleep(pause_s)
         pause_s = min(2 * pause_s, _PAUSES_S[1])
-    return True
 
 
 def _is_here(seen: Record | None, record: Record) -> bool:

@@ -39,13 +39,13 @@ def told_with_a_mend(final: Path) -> Iterator[None]:
 
 
 def run_advised(final: Path, what: str, step: Callable[[], T]) -> T:
-    """ranks.together, of a step that saves `final`: its OSErrors carry the sentence. A collective."""
+    """ranks.run_or_raise_everywhere, of a step that saves `final`: its OSErrors carry the sentence. A collective."""
 
     def advised() -> T:
         with told_with_a_mend(final):
             return step()
 
-    return ranks.together(what, advised)
+    return ranks.run_or_raise_everywhere(what, advised)
 
 
 def _errno_of(error: BaseException, final: Path) -> int | None:

@@ -110,12 +110,14 @@ def load_state(original, self, input_dir=None, load_kwargs=None, **load_model_fu
     else:
         return original(self, input_dir, load_kwargs, **load_model_func_kwargs)  # it raises
     if self.distributed_type.value == "FSDP":
-        ranks.together(f"checking {folder}", partial(_check_kinds, folder, self.state.fsdp_plugin, len(self._models)))
+        ranks.run_or_raise_everywhere(
+            f"checking {folder}", partial(_check_kinds, folder, self.state.fsdp_plugin, len(self._models))
+        )
     verified = verify(folder, list(self._models))
     load = partial(original, self, str(folder), load_kwargs, **load_model_func_kwargs)
     with loading.loading_from(verified), _without(self, verified):
         # a file that only one rank misses (a scheduler's, on a node of its own) must not leave the others waiting
-        result = ranks.together(f"loading {folder}", load)
+        result = ranks.run_or_raise_everywhere(f"loading {folder}", load)
     # a rank that did not exist then has no file with its step count, and would accumulate out of turn
     self.step = ranks.from_rank0(self.step)
     loading.tell_what_is_lost(folder, verified.manifest)
@@ -229,10 +231,10 @@ def load_fsdp_model(
         loading.remember(None)
         if accelerator.distributed_type.value == "FSDP":
             check = partial(check_kind, folder, fsdp_plugin, model_index, use_dcp=use_dcp)
-            ranks.together(f"checking {folder}", check)
+            ranks.run_or_raise_everywhere(f"checking {folder}", check)
         verified = verify(folder, [model])
     if not (use_dcp and _takes_dcp(fsdp_plugin, model, adapter_only)):
-        result = ranks.together(f"loading {folder}", plain)
+        result = ranks.run_or_raise_everywhere(f"loading {folder}", plain)
     else:
         from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 
@@ -263,7 +265,7 @@ def load_fsdp_optimizer(
         if (whole := loading.under_way()) is not None and name in whole.gone:
             return
         check = partial(check_kind, folder, fsdp_plugin, optimizer_index, optimizer=True, use_dcp=use_dcp)
-        ranks.together(f"checking {folder}", check)
+        ranks.run_or_raise_everywhere(f"checking {folder}", check)
     if not (ours and use_dcp and _takes_dcp(fsdp_plugin, model, False)):
         return original(fsdp_plugin, accelerator, optimizer, model, input_dir, optimizer_index, adapter_only, use_dcp)
     verified = loading.under_way() or loading.still_verified(folder) or verify(folder, [model])

@@ -160,7 +160,7 @@ def _load_optimizer_and_scheduler(original, self, checkpoint):
     if checkpoint is None or not prepared_models([self.model]):
         return original(self, checkpoint)
     try:
-        result = ranks.together(f"loading {checkpoint}", lambda: original(self, checkpoint))
+        result = ranks.run_or_raise_everywhere(f"loading {checkpoint}", lambda: original(self, checkpoint))
         if (verified := loading.remembered(Path(os.path.abspath(checkpoint)))) is not None:
             loading.tell_what_is_lost(verified.folder, verified.manifest)
     finally:

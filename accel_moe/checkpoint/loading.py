@@ -67,7 +67,7 @@ def still_verified(folder: Path) -> Verified | None:
 
 def read_dcp(folder: Path, dcp_folder: str, state: dict[str, Any], manifest: Manifest | None) -> None:
     """Reads into the state's tensors, in place. A collective. Raises CheckpointError on every rank."""
-    ranks.together(f"loading {folder}", lambda: read_checked(folder, dcp_folder, manifest))
+    ranks.run_or_raise_everywhere(f"loading {folder}", lambda: read_checked(folder, dcp_folder, manifest))
 
     def load() -> None:
         with warnings.catch_warnings(), torch.no_grad():
@@ -80,7 +80,7 @@ def read_dcp(folder: Path, dcp_folder: str, state: dict[str, Any], manifest: Man
                 no_dist=not ranks.distributed(),
             )
 
-    ranks.together(f"loading {folder}", load)
+    ranks.run_or_raise_everywhere(f"loading {folder}", load)
 
 
 def tell_what_is_lost(folder: Path, manifest: Manifest | None) -> None:
@@ -93,7 +93,7 @@ def tell_what_is_lost(folder: Path, manifest: Manifest | None) -> None:
             for path in folder.iterdir()
         )
     now = ranks.world_size()
-    if before in (0, now) or ranks.rank() != 0:
+    if before in (0, now) or not ranks.is_rank0():
         return
     lost = "the random state of the new ranks" if now > before else "the random state of the ranks that are gone"
     warnings.warn(

@@ -111,7 +111,7 @@ def recover_everywhere(final: Path | None, parent: Path | None = None) -> None:
             transaction.recover(final)
         return _sealed(final, parent)
 
-    mine = ranks.together(f"recovering {where}", act)
+    mine = ranks.run_or_raise_everywhere(f"recovering {where}", act)
     sealed = ranks.gather({name: sorted(by_generation) for name, by_generation in mine.items()})
     names = sorted({name for some in sealed for name in some})
     if not names:
@@ -123,7 +123,7 @@ def recover_everywhere(final: Path | None, parent: Path | None = None) -> None:
     def look() -> dict[str, str | None]:
         return {name: _generation(path) for name in names if (path := place(name)) is not None}
 
-    committed = ranks.gather(ranks.together(f"recovering {where}", look))
+    committed = ranks.gather(ranks.run_or_raise_everywhere(f"recovering {where}", look))
 
     def finish() -> None:
         for name, roots in mine.items():
@@ -134,7 +134,7 @@ def recover_everywhere(final: Path | None, parent: Path | None = None) -> None:
                 if path is not None and committed[ranks.rank()].get(name) != generation:
                     _commit_sealed(roots[generation], path)
 
-    ranks.together(f"recovering {where}", finish)
+    ranks.run_or_raise_everywhere(f"recovering {where}", finish)
 
 
 def acts_for(folder: Path) -> bool:

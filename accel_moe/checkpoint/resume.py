@@ -80,7 +80,7 @@ def newest_whole(parent: Path, prefix: str, gather: Callable[[Any], list[Any]]) 
             continue
         older = next((other for other in names[names.index(name) + 1 :] if here[other] == OURS), None)
         newer_stock = here[name] == STOCK and older is not None
-        if (passed_over or newer_stock) and ranks.rank() == 0:
+        if (passed_over or newer_stock) and ranks.is_rank0():
             why = f" It has no manifest (stock accelerate wrote it), and is newer than {older}." if newer_stock else ""
             told = f" Passed over: {'; '.join(passed_over)}." if passed_over else ""
             warnings.warn(f"resuming from {name}.{why}{told}", stacklevel=5)
@@ -122,7 +122,7 @@ def all_resume_newest(resume: Any, run: Path) -> bool:
             if not folder.is_dir():
                 raise CheckpointError(f"{folder} is not a folder. Give the folder that save_state or Trainer wrote.")
 
-        ranks.together(f"looking for {resume}", look)
+        ranks.run_or_raise_everywhere(f"looking for {resume}", look)
     elif asked == "True":
         node_local.recover_everywhere(None, transaction.resolved(run))
     return asked == "True"

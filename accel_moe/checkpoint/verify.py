@@ -73,14 +73,14 @@ def verify(folder: Path, models: list[Any]) -> Verified:
     Warns for a stock checkpoint, whose `manifest` is None. Raises CheckpointError on every rank: missing, never
     committed, another one on another rank, damaged, or of another model.
     """
-    manifest = ranks.together(f"reading {folder}", lambda: _read(folder))
+    manifest = ranks.run_or_raise_everywhere(f"reading {folder}", lambda: _read(folder))
     _compare_ranks(folder, manifest)
     share, shares = node_local.shares_of(folder, manifest)
     gone: frozenset[str] = frozenset()
     if manifest is None:
         paths = sorted(f"{path.parent.name}/{path.name}" for path in folder.glob(f"*/{METADATA_NAME}"))
         stamps = {path: _stamp(folder / path) for path in paths}
-        if ranks.rank() == 0:
+        if ranks.is_rank0():
             warnings.warn(
                 f"{folder} has no manifest (stock accelerate wrote it): nothing vouches for its bytes. It is loaded "
                 "as it is.",
@@ -90,7 +90,7 @@ def verify(folder: Path, models: list[Any]) -> Verified:
         mine = [path for i, path in enumerate(_by_size(manifest)) if i % shares == share]
         stamps = {path: _stamp(folder / path) for path in (MANIFEST_NAME, *mine)}
         gone = _check_bytes(folder, manifest, mine, str(option(models, "moe_verify")))
-    ranks.together(f"checking {folder}", lambda: _check_dcp(folder, manifest, models))
+    ranks.run_or_raise_everywhere(f"checking {folder}", lambda: _check_dcp(folder, manifest, models))
     return Verified(folder, manifest, gone, stamps)
 
 
@@ -155,7 +155,7 @@ def _check_bytes(folder: Path, manifest: Manifest, mine: list[str], level: str) 
         there = [path for path in mine if path not in absent]
         problems.extend(check_files(folder, manifest, paths=there, checksums=level != "sizes"))
 
-    ranks.together(f"verifying {folder}", check)
+    ranks.run_or_raise_everywhere(f"verifying {folder}", check)
     found = list(dict.fromkeys(line for lines in ranks.gather(problems) for line in lines))
     if found:
         raise CheckpointError(_damage(folder, found))
@@ -164,7 +164,7 @@ def _check_bytes(folder: Path, manifest: Manifest, mine: list[str], level: str) 
         return frozenset()
     _refuse_half(folder, manifest, everywhere)
     gone = frozenset(path.partition("/")[0] for path in everywhere)
-    if ranks.rank() == 0:
+    if ranks.is_rank0():
         warnings.warn(
             f"{folder} was thinned (moe_verify: present): {', '.join(sorted(gone))} {_is(gone)} gone and not restored. "
             "Everything that is still there was verified.",

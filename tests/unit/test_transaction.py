@@ -362,7 +362,7 @@ def test_every_error_of_the_operating_system_says_what_to_do(tmp_path, code, wor
             raise OSError(code, os.strerror(code), "some/file")
 
     with pytest.raises(CheckpointError) as told:
-        ranks.together("saving c", failing)
+        ranks.run_or_raise_everywhere("saving c", failing)
     assert os.strerror(code) in str(told.value) and "some/file" in str(told.value) and words in str(told.value)
 
 
@@ -390,7 +390,7 @@ def test_a_full_disk_that_torch_save_met_is_called_so(tmp_path, numbers):
                 torch.save(torch.zeros(numbers), tmp_path / "x")
 
         with pytest.raises(CheckpointError, match=rf"{tmp_path.parent} is full|{tmp_path} is full"):
-            ranks.together("saving c", failing)
+            ranks.run_or_raise_everywhere("saving c", failing)
         with pytest.raises(OSError, match="No space left"):
             folders.create_staging(folders.staging_name(tmp_path / "c", "abcdefghijkl"))
         assert not folders._held and not folders.unfinished(tmp_path)

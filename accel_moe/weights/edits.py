@@ -11,11 +11,11 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from accel_moe import ranks
 from accel_moe.weights.deferred_tensors import Origin, is_deferred, origin_of
 
 MEND = (
@@ -88,21 +88,11 @@ def check_ranks(tensors: Mapping[str, torch.Tensor], error: Exception | None) ->
     Raises:
         ValueError: a rank has an error, or ranks edited their models differently.
     """
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
-        if error is not None:
-            raise error
-        return
+    ranks.raise_everywhere("accelerator.prepare", error, ValueError, over=dist.group.WORLD)
     lines = [_line(key, tensor) for key, tensor in sorted(tensors.items())]
     digest = hashlib.blake2b("\n".join(lines).encode()).hexdigest()
-    everyone = _gather((None if error is None else str(error), digest))
-    failed = {rank: message for rank, (message, _) in enumerate(everyone) if message is not None}
-    if error is not None:
-        raise error
-    if failed:
-        rank, message = next(iter(failed.items()))
-        raise ValueError(f"Rank {rank}: {message}")
-    if len({digest for _, digest in everyone}) > 1:
-        _raise_difference(_gather(lines))
+    if len(set(ranks.gather(digest, over=dist.group.WORLD))) > 1:
+        _raise_difference(ranks.gather(lines, over=dist.group.WORLD))
 
 
 def _raise_difference(everyone: list[list[str]]) -> None:
@@ -120,9 +110,3 @@ def _line(key: str, tensor: torch.Tensor) -> str:
     origin = origin_of(tensor)
     values = "real values" if origin is None else f"the values of {origin.name}"
     return f"{key} {tuple(tensor.shape)} {tensor.dtype} with {values}"
-
-
-def _gather(value: Any) -> list[Any]:
-    everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, value)
-    return everyone

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from accel_moe import ranks
 from accel_moe.weights.hub_loading import StoredTensor
 
 STAGING_BYTES = 16 * 2**20
@@ -88,7 +89,7 @@ def _read_at(descriptor: int, memory: memoryview, start: int) -> int:
 def _progress_bar(total_bytes: int) -> Any:
     from transformers.utils import logging as transformers_logging
 
-    if int(os.environ.get("RANK", 0)) or not transformers_logging.is_progress_bar_enabled():
+    if not ranks.is_rank0() or not transformers_logging.is_progress_bar_enabled():
         return None
     from tqdm.auto import tqdm
 

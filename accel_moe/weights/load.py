@@ -39,6 +39,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from accel_moe import ranks
 from accel_moe.names import plain_name
 from accel_moe.patching import TRANSFORMERS, patch
 from accel_moe.weights import deferred_tensors, edits, hub_loading
@@ -423,13 +424,13 @@ def fill(model: nn.Module, device: torch.device) -> LoadReport:
         report = _fill(model, waiting.plan, device)
     except Exception as problem:
         error = problem
-    _raise_together(error)
+    ranks.raise_everywhere("Loading the weights", error, RuntimeError, over=dist.group.WORLD)
     assert report is not None
     waiting.guard.remove()
     for module in model.modules():
         if module.__dict__.pop("_accel_moe_load", None) is not None:
             module._accel_moe_load_report = report
-    if _rank() == 0:
+    if ranks.is_rank0():
         logger.info(
             "%s: this rank read %.2f GB for its %.2f GB in %.1f s (%.2f GB/s)",
             waiting.plan.name,
@@ -736,24 +737,6 @@ def _same_gpu(places: Mapping[str, Place]) -> Callable[[], None]:
     return functools.partial(torch.cuda.set_device, devices.pop()) if devices else lambda: None
 
 
-def _rank() -> int:
-    return int(os.environ.get("RANK", 0))
-
-
-def _raise_together(error: Exception | None) -> None:
-    """One rank's failure is everyone's: the others would wait for it in the next collective."""
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
-        if error is not None:
-            raise error
-        return
-    everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, None if error is None else f"{type(error).__name__}: {error}")
-    failed = {rank: message for rank, message in enumerate(everyone) if message is not None}
-    if failed:
-        rank, message = next(iter(failed.items()))
-        raise RuntimeError(f"Loading the weights failed on rank(s) {list(failed)}; rank {rank}: {message}") from error
-
-
 @contextmanager
 def quiet_but_rank_0() -> Iterator[None]:
     """Within it, transformers' load report comes from rank 0 alone, and no rank takes accelerate's short cut of
@@ -763,7 +746,7 @@ def quiet_but_rank_0() -> Iterator[None]:
     shortcut = os.environ.get("FSDP_CPU_RAM_EFFICIENT_LOADING")
     verbosity = transformers_logging.get_verbosity()
     os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
-    if _rank():
+    if not ranks.is_rank0():
         transformers_logging.set_verbosity_error()
     try:
         yield

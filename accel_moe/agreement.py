@@ -1,15 +1,15 @@
-"""Whether all ranks bring the same model with the same settings, asked at `accelerator.prepare` before anything else.
+"""`accelerator.prepare` first compares the ranks: all must bring the same model with the same settings.
 
-A rank with another degree, another number of layers or experts, another width would hang the others, end them by
-SIGABRT in a collective whose sizes differ, or train on without a word. So the first thing that ranks exchange is what
-they are about to prepare:
+A rank with another degree, another number of layers or experts, or another width would hang the others, end them by
+SIGABRT in a collective whose sizes differ, or train on without a word. So ranks exchange first what they are about to
+prepare:
 
     1. arrive     each rank says so in the job's key-value store, and waits until all have. A rank that never called
-                  accel_moe.prepare() has no patches and does not come: it is named, first in a warning, and at the
-                  process group's timeout in an error, instead of one collective pairing with another
+                  accel_moe.prepare() has no patches and does not come. A warning names it, and an error does at the
+                  process group's timeout; without this step one collective would pair with another
     2. compare    the options, and a digest of the model; only where digests differ, the models in words   collective
 
-The decisions are pure functions of what was gathered, so that every rank comes to the same.
+Every decision is a pure function of the gathered values, so all ranks decide alike.
 """
 
 from __future__ import annotations
@@ -33,20 +33,20 @@ from accel_moe.weights.deferred_tensors import DeferredTensor
 logger = logging.getLogger("accel_moe")
 
 _WARN_S = 20.0
-"""After so long the ranks that are missing are named, and then each time that it has doubled."""
+"""Seconds until the first warning names the missing ranks; each further warning comes after twice the time."""
 _NUMBERS = re.compile(r"top_?k|per_tok|expert|group|scal|norm|limit|alpha|hidden|intermediate|ffn")
-"""Attributes of routers and experts that no weight shows."""
+"""Names of the numbers of routers and experts that no weight shows."""
 _SHOWN = 4
 
 _comparisons = 0
 
 
 def compare_ranks(model: nn.Module, state: PreparedState) -> None:
-    """The first collective of all, of every rank; nothing in one process.
+    """Raise on every rank if the ranks differ. A collective over the world, the first of all; nothing in one process.
 
     Raises:
         ValueError: options or models differ; the same words on every rank.
-        RuntimeError: ranks did not come before the process group's timeout; on those that did.
+        RuntimeError: some ranks did not come before the process group's timeout; raised on the others.
     """
     global _comparisons
     if not ranks.distributed():
@@ -64,7 +64,7 @@ def compare_ranks(model: nn.Module, state: PreparedState) -> None:
 
 
 def describe(model: nn.Module, state: PreparedState) -> dict[str, str]:
-    """What must be the same on every rank, in words, by name: every parameter, and each experts layer's numbers."""
+    """By name, in words: every parameter, and each experts layer's numbers. All must be the same on every rank."""
     found = {"the kernel of the experts": state.kernel}
     for name, parameter in model.named_parameters():
         words = "trained" if parameter.requires_grad else "frozen"
@@ -91,7 +91,7 @@ def _numbers_of(module: nn.Module) -> Iterator[tuple[str, int | float | bool]]:
 
 
 def model_mismatch(per_rank: Sequence[Mapping[str, str]]) -> str:
-    """What differs between the ranks' models, of which some do, and on which ranks."""
+    """The message for models that differ: the first differences, and the ranks that have each value."""
     names = dict.fromkeys(name for found in per_rank for name in found)
     differences = []
     for name in names:
@@ -109,7 +109,7 @@ def model_mismatch(per_rank: Sequence[Mapping[str, str]]) -> str:
 
 
 def _arrive(place: str) -> None:
-    """Say in the job's store that this rank is there, and wait for the others."""
+    """Say in the job's store that this rank is there, and wait for the others. Raises RuntimeError."""
     store = dist.distributed_c10d._get_default_store()
     rank, world_size = dist.get_rank(), dist.get_world_size()
     timeout = default_timeout() or datetime.timedelta(minutes=30)
@@ -133,7 +133,7 @@ def _arrive(place: str) -> None:
 def wait_for_all(
     all_there: Callable[[], bool], missing: Callable[[], list[int]], rank: int, world_size: int, timeout_s: float
 ) -> None:
-    """Until all_there(). The first rank that is there warns of the `missing`.
+    """Return when all_there(). Until then the first rank that is there warns of the `missing`.
 
     Raises:
         RuntimeError: they did not come within timeout_s.

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
 
 from accel_moe import mesh, positions, ranks, recompute, shard, whereabouts
 from accel_moe.agreement import compare_ranks
@@ -76,13 +77,11 @@ def fsdp2_prepare_model(original, accelerator, model):
 
 @contextmanager
 def _values_from_files(accelerator, model: nn.Module) -> Iterator[None]:
-    """Around the sharding of a model with a load plan: everything is sharded on meta, then the values are read."""
+    """Around the sharding of a model with a load plan: it is sharded on meta, and then its values are read."""
     waiting = load.pending(model)
     if waiting is None:
         yield
         return
-    from torch.distributed.fsdp import CPUOffloadPolicy
-
     plugin = accelerator.state.fsdp_plugin
     load.settle(model)
     load.share_real(model, accelerator.device)
@@ -97,10 +96,10 @@ def _values_from_files(accelerator, model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _models_on_meta(accelerator, args: tuple[Any, ...]) -> Iterator[None]:
-    """Around Accelerator.prepare: models with a load plan are checked, and those on meta keep their optimizers.
+    """Around Accelerator.prepare: models with a load plan are checked, and optimizers find their new parameters.
 
     accelerate finds an optimizer's new parameters by data_ptr, which is 0 for everything on meta; here they are put
-    back by name. Off the FSDP2 road a planned model is loaded whole, first.
+    back by name. Without FSDP2 a model with a load plan is loaded whole, first.
     """
     models = [arg for arg in args if isinstance(arg, nn.Module)]
     planned = [model for model in models if load.pending(model) is not None]
@@ -166,7 +165,7 @@ def _plan(accelerator, state: PreparedState) -> mesh.MeshPlan:
 
 
 def _watch(accelerator, model: nn.Module) -> None:
-    """A forward is a collective of the ranks that share one replica."""
+    """Watch the model's forwards: each is a collective of the ranks that share one replica."""
     parallelism = accelerator.parallelism_config
     size = accelerator.num_processes // ((parallelism.dp_replicate_size or 1) if parallelism is not None else 1)
     first = accelerator.process_index // size * size
@@ -211,7 +210,7 @@ def _ignoring(accelerator, model: nn.Module, layers: list[nn.Module]) -> Iterato
 
 
 def _shard(accelerator, model: nn.Module, state: PreparedState) -> list[nn.Module]:
-    """Shard the experts; returns the layers that FSDP is to ignore."""
+    """Shard the experts; returns the layers that FSDP has to ignore."""
     plugin = accelerator.state.fsdp_plugin
     plan = _plan(accelerator, state)
     _log_plan(plan)
@@ -219,13 +218,11 @@ def _shard(accelerator, model: nn.Module, state: PreparedState) -> list[nn.Modul
     if state.config.moe_keep_exchanged:
         recompute.keep_exchanges(model)
     positions.trust_own_positions(model)
-    return shard.shard_experts(
-        model,
-        plan,
-        mesh.build_mesh(plan, accelerator.device.type),
-        mp_policy=plugin.mixed_precision_policy,
+    settings = shard.FsdpSettings(
+        mp_policy=plugin.mixed_precision_policy or MixedPrecisionPolicy(),
         offload_policy=plugin.cpu_offload,
         reshard_after_forward=plugin.reshard_after_forward,
         upcast=accelerator.mixed_precision != "no",
         from_rank0=plugin.cpu_ram_efficient_loading,
     )
+    return shard.shard_experts(model, plan, mesh.build_mesh(plan, accelerator.device.type), settings)

@@ -1,15 +1,16 @@
-"""What every rank is doing, told when a rank waits in vain: for the others before a call that all must make, or in a
-collective that fails.
+"""A rank that waits in vain says what the other ranks are doing.
 
-    note      this rank's last call or kind of forward, as a key of the job's store; written only when it changes
-    meet      before a call's first collective: waits for the other ranks' arrival at the same call
+It may wait for them before a call that every rank must make, or in a collective that fails.
 
-A rank that waits looks after `LOOK_S` where the missing ones are. One that waits in another call, or has reached the
-end of its script, will never come: that is an error at once. One that may only be slow is waited for; after `WARN_S` a
-warning says who is missing, and the call goes on into its collective, which fails at once for a rank that died, and at
-the process group's timeout for one that never comes.
+    note      writes this rank's last call or kind of forward under a key of the job's store, when it changes
+    meet      waits, before a call's first collective, until the other ranks have arrived at the same call
 
-The store is torch.distributed's own: sockets, no collective, no GPU. Nothing here runs in a layer or in backward; the
+A rank that waits reads after `LOOK_S` seconds where the missing ranks are. A rank that waits in another call, or has
+reached the end of its script, will never come: that is an error at once. A rank that may only be slow is waited for.
+After `WARN_S` seconds a warning names the missing ranks, and the call goes on into its collective. The collective fails
+at once if a rank died, and at the process group's timeout if one never comes.
+
+The store is torch.distributed's own: sockets, no collective, no GPU. Nothing here runs in a layer or in backward. The
 first forward after a change of kind costs a write, and two reads where kinds alternate.
 """
 
@@ -45,7 +46,10 @@ EVALUATION = "a forward of the model without gradients (evaluation, generation)"
 
 
 class Record(NamedTuple):
-    """What a rank was last seen at. `waits`: it is there until `count` ranks from `first` on are, for the nth time."""
+    """The place where a rank was last seen.
+
+    `waits`: it stays there until `count` ranks from `first` on have come, for the nth time.
+    """
 
     what: str
     nth: int
@@ -70,7 +74,7 @@ def _store() -> Any:
 
 
 def note(what: str) -> None:
-    """Says what this rank does from now on. Writes only when it is another thing than before."""
+    """Says what this rank does from now on. Writes only when that changes."""
     if what != _here and (store := _store()) is not None:
         _write(store, Record(what, 0, False, 0, 0, time.time()))
 
@@ -97,10 +101,13 @@ def _read(store: Any, members: range) -> dict[int, Record]:
 
 
 def meet(what: str, advice: str = "", members: range | None = None) -> None:
-    """Waits a while until all `members` (by default all ranks) are here. Called by each of them, before a collective.
+    """Waits a while until all `members` (by default all ranks) are here. Each of them calls it, before a collective.
 
-    Returns when all have come, or after `WARN_S`, with a warning: the collective itself then waits for one that is
-    slow, and fails for one that died. Raises RuntimeError when a missing rank waits elsewhere or has ended.
+    Returns when all have come, or with a warning after `WARN_S` seconds: the collective itself then waits for a slow
+    rank, and fails for a dead one.
+
+    Raises:
+        RuntimeError: a missing rank waits elsewhere, or has reached the end of its script.
     """
     store = _store()
     if store is None:
@@ -154,7 +161,7 @@ def _is_here(seen: Record | None, record: Record) -> bool:
 
 
 def _never_comes(seen: Record, record: Record) -> bool:
-    """Whether a missing rank waits for this one at a call that this one has not made: neither can go on."""
+    """Whether a missing rank waits for this one at a call that this one has not made, so that neither can go on."""
     if not seen.waits or seen.what == record.what:
         return False
     needs_us = seen.first <= dist.get_rank() < seen.first + seen.count
@@ -171,7 +178,7 @@ def _told(what: str, missing: list[int], seen: dict[int, Record], advice: str, w
 
 
 def _places(seen: dict[int, Record], members: list[int] | range) -> str:
-    """Where ranks were last seen, those at one place together."""
+    """The places where ranks were last seen, each with its ranks."""
     places: dict[str, list[int]] = {}
     now = time.time()
     for rank in members:
@@ -198,14 +205,14 @@ _MARK = "where every rank was last seen:"
 
 
 def explained(error: BaseException) -> BaseException:
-    """The error of a collective, its text extended by what every rank was doing, if that is known."""
+    """The error of a collective, its text extended by what every rank was doing, if the store knows it."""
     if _MARK not in str(error) and len(error.args) <= 1 and (told := everybody()):
         error.args = (f"{error}\n{told}",)
     return error
 
 
 def everybody() -> str:
-    """One line for a failure; empty where nothing is known."""
+    """One line on what every rank was doing; "" if the store knows nothing."""
     store = _store()
     if store is None:
         return ""
@@ -215,7 +222,7 @@ def everybody() -> str:
 
 
 def explaining(collective: Callable[..., Any]) -> Callable[..., Any]:
-    """Decorates a function that does a collective: its failure is explained."""
+    """Decorates a function that does a collective: its RuntimeErrors are `explained`."""
 
     @functools.wraps(collective)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
@@ -228,9 +235,9 @@ def explaining(collective: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def watch(model: torch.nn.Module, members: range) -> None:
-    """Notes the model's kind of forward; ranks meet where it changes, as a forward is a collective of `members`.
+    """Notes the model's kind of forward; where it changes, `members` meet, as a forward is a collective of theirs.
 
-    The kind is that of autograd: `model.eval()` on one rank alone changes no collective.
+    The kind is autograd's: `model.eval()` on a single rank changes no collective.
     """
     if getattr(model, "_accel_moe_kind", None) is None:
         model._accel_moe_kind = TRAINING  # type: ignore[assignment]
@@ -249,7 +256,7 @@ def _before_forward(members: range, module: Any, args: Any) -> None:
 
 
 def watch_the_end() -> None:
-    """Once: the end of this rank's script is noted, and an error of a collective that ends it is explained."""
+    """From now on, the end of this rank's script is noted, and a collective's error that ends it is `explained`."""
     global _watching
     if _watching:
         return

@@ -1,8 +1,8 @@
 """The versions that this package asks for, and those that it was tested with: the one place that says them.
 
 A newer version than was tested is no error. Whatever is patched is on a leash, and a target that moved is refused
-(hooks.py); all else is said in one warning, and `python -m accel_moe.families --check` looks at it. pyproject.toml has
-the floors, too, since pip must know them, and nothing that shuts out a version to come.
+(patching.py); one warning says all else, and `python -m accel_moe.families --check` looks at it. pyproject.toml has the
+floors, too, since pip must know them, and nothing that shuts out a version to come.
 """
 
 from __future__ import annotations

@@ -78,7 +78,7 @@ def _refuse_a_number_in_use(final: Path, number: int) -> None:
     raise ValueError(
         f"{final} exists, expected a checkpoint that is not there yet: accelerate counts from {number} in this "
         f"process, and an earlier run wrote that number. Set accelerator.project_configuration.iteration = {free} "
-        f"(after load_state, or before the first save_state), or use another project_dir."
+        "(after load_state, or before the first save_state), or use another project_dir."
     )
 
 

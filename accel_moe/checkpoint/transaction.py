@@ -59,7 +59,7 @@ def prepare(work: Path, final: Path) -> Path:
                 raise
             raise CheckpointError(
                 f"{final} became a mount point while {work.parent} was filled beside it. Save again: the next save "
-                f"is prepared inside it."
+                "is prepared inside it."
             ) from None
         work = moved / work.name
     _refuse_blockers(work, final)
@@ -139,13 +139,13 @@ def _refuse_blockers(work: Path, final: Path) -> None:
         if os.path.lexists(final / name) and not (final / name).is_dir():
             raise CheckpointError(
                 f"{final / name} is a file, and the save has a folder of that name. Move it away, or save under "
-                f"another name."
+                "another name."
             )
     for name in files:
         if (final / name).is_dir() and not (final / name).is_symlink():
             raise CheckpointError(
                 f"{final / name} is a folder, and the save has a file of that name. Move it away, or save under "
-                f"another name."
+                "another name."
             )
 
 
@@ -252,7 +252,7 @@ def _roll_forward(final: Path, journal: bytes) -> None:
     if _digest_of(final / MANIFEST_NAME) != digest:
         raise CheckpointError(
             f"{final} was being replaced, and its new files in {staging} are gone. Use another checkpoint; this "
-            f"folder holds parts of two."
+            "folder holds parts of two."
         )
     (final / JOURNAL_NAME).unlink(missing_ok=True)
     durable.fsync_folder(final)

@@ -1,7 +1,7 @@
 """Hub weights straight into the shards: every rank reads the bytes it owns, and no rank ever holds the model.
 
-    from_pretrained (api.py)                 inside accelerator.prepare (hooks.py)
-    ------------------------                 -------------------------------------
+    from_pretrained (api.py)                 inside accelerator.prepare (in_accelerator.py)
+    ------------------------                 -----------------------------------------------
     config, class, generation config:        experts sharded over (efsdp, ep), on meta
       transformers' own from_pretrained      the rest wrapped by accelerate, on meta
     headers -> LoadPlan, model on meta       memory for the shards -> `fill`: bytes into the shards

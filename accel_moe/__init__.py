@@ -5,16 +5,44 @@
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
 
 Importing the package does one thing: it registers the experts function `scattermoe` with transformers, so that
-`from_pretrained(..., experts_implementation="scattermoe")` works. The kernels are imported at its first call. No patch
-is installed, no CUDA context made, before `prepare`.
+`from_pretrained(..., experts_implementation="scattermoe")` works. A public name is imported at its first use, the
+kernels at their first call. No patch is installed, no CUDA context made, before `prepare`.
 """
 
-from accel_moe.api import from_pretrained, prepare
-from accel_moe.config import MoEConfig
-from accel_moe.experts.expert_counts import expert_load
-from accel_moe.experts.swap import register_scattermoe
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from accel_moe.experts.registration import register_scattermoe
 from accel_moe.version import __version__
+
+if TYPE_CHECKING:
+    from accel_moe.api import from_pretrained, prepare
+    from accel_moe.config import MoEConfig
+    from accel_moe.experts.expert_counts import expert_load, tokens_per_expert
+
+__all__ = ["MoEConfig", "__version__", "expert_load", "from_pretrained", "prepare", "tokens_per_expert"]
+
+_MODULE_OF = {
+    "MoEConfig": "accel_moe.config",
+    "expert_load": "accel_moe.experts.expert_counts",
+    "from_pretrained": "accel_moe.api",
+    "prepare": "accel_moe.api",
+    "tokens_per_expert": "accel_moe.experts.expert_counts",
+}
 
 register_scattermoe()
 
-__all__ = ["MoEConfig", "__version__", "expert_load", "from_pretrained", "prepare"]
+
+def __getattr__(name: str) -> Any:
+    if name == "dispatch":  # its table DISPATCHERS is open to dispatchers of the user's own
+        return importlib.import_module("accel_moe.dispatch")
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(importlib.import_module(_MODULE_OF[name]), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

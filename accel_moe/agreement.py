@@ -76,7 +76,7 @@ def describe(model: nn.Module, state: PreparedState) -> dict[str, str]:
     modules = {plain_name(name): module for name, module in model.named_modules()}
     for name, layer in swapped_layers(model):
         experts = layer._accel_moe_layer
-        gate = experts.gate.describe() if experts.gate is not None else "its own gate"
+        gate = experts.glu.describe() if experts.glu is not None else "its own gate"
         found[name] = f"{experts.num_experts} experts, {gate}"
         block = name.rpartition(".")[0]
         for near in [block, name, *(f"{block}.{child}" for child, _ in modules[block].named_children())]:

@@ -1,4 +1,4 @@
-"""`prepare` and `from_pretrained`. Read them as tables of contents; each line's story is in the module it names."""
+"""`prepare` and `from_pretrained`. Read them as tables of contents: each line names the module that does the work."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 def prepare(model: Model, **options: object) -> Model:
-    """Make the experts of `model` run as ScatterMoE layers, and under expert parallelism if it was asked for.
+    """Make the experts of `model` run as ScatterMoE layers, under expert parallelism if `moe_ep_degree` is above 1.
 
-    Call it before `accelerator.prepare`; before or after `Accelerator()` is the same. Not a collective: the ranks'
-    settings are compared, and the experts sharded, inside `accelerator.prepare`.
+    Call it before `accelerator.prepare`, and before or after `Accelerator()`. Not a collective: `accelerator.prepare`
+    compares the ranks' settings and shards the experts.
 
     Args:
         model: a transformers model whose experts are on transformers' experts interface, on any device.
-        options: fields of `MoEConfig` (`moe_ep_degree=2`); they win over the environment and the YAML.
+        options: fields of `MoEConfig` (`moe_ep_degree=2`). They win over the environment and the YAML.
 
     Returns:
-        The same object. Weights, names and shapes are untouched. A second call with the same settings does nothing.
+        The same object with the same weights, names and shapes. A second call with the same settings does nothing.
 
     Raises:
-        ValueError: an option is unknown or wrong; the model has no experts, has some that are refused, was
-            already prepared with other settings, or has been through `accelerator.prepare`.
+        ValueError: an option is unknown or wrong; the model has no experts, has unsupported experts, was already
+            prepared with other settings, or has been through `accelerator.prepare`.
     """
     resolved = config.resolve(options)
     dispatch.known_dispatcher(resolved.config.moe_dispatcher)
@@ -67,29 +67,29 @@ def prepare(model: Model, **options: object) -> Model:
 
 
 def from_pretrained(model_name_or_path: str | os.PathLike, *args: Any, model_class: Any = None, **kwargs: Any) -> Any:
-    """transformers' `from_pretrained`, whose weights are read straight into the shards, by `accelerator.prepare`.
+    """transformers' `from_pretrained`, but `accelerator.prepare` reads the weights, straight into the shards.
 
         model = accel_moe.from_pretrained("Qwen/Qwen3-30B-A3B", dtype=torch.bfloat16)
         model = accel_moe.prepare(model)
         model, optimizer = accelerator.prepare(model, optimizer)
 
-    In an FSDP2 launch the model comes back on meta, with the files checked and nothing read; each rank reads only
-    what it owns once the model is sharded. An optimizer may be built before that. Expert parallelism may be off. In
-    one process without FSDP, and where accelerate wants the whole model (DeepSpeed, FSDP1), it loads at once. Not a
-    collective.
+    In an FSDP2 launch the model is returned on the meta device: the files are checked, but not read. Each rank reads
+    only its own shards once the model is sharded. An optimizer may be built before that. Expert parallelism may be
+    off. In one process without FSDP, and under DeepSpeed or FSDP1, which need the whole model, it loads at once. Not
+    a collective.
 
     Args:
-        model_name_or_path: a Hub id or a folder, as there.
+        model_name_or_path: a Hub id or a folder.
         model_class: the (auto) class; AutoModelForCausalLM by default.
         args, kwargs: passed on (dtype, revision, attn_implementation, config, ignore_mismatched_sizes, ...).
 
     Returns:
-        What `model_class.from_pretrained` returns.
+        The return value of `model_class.from_pretrained`.
 
     Raises:
-        ValueError: it is an adapter, a training checkpoint or a run's folder; the checkpoint is quantised, not
+        ValueError: the path is an adapter, a training checkpoint or a run's folder; the checkpoint is quantised, not
             safetensors, truncated, lacks a file, or does not fit its config; or an argument (device_map, gguf_file,
-            ...) cannot be honoured with shards.
+            ...) does not work with shards.
     """
     if model_class is None:
         from transformers import AutoModelForCausalLM as model_class
@@ -110,7 +110,7 @@ def _already_prepared(model: Model, resolved: config.ResolvedConfig) -> Model:
     if before != resolved.config:
         raise ValueError(
             f"This model was already prepared with {before}; prepare() was called again with {resolved.config}. "
-            "Prepare a model once, or load it anew to change the settings."
+            "Prepare a model once. To change the settings, load the model again."
         )
     return model
 
@@ -120,8 +120,8 @@ def _refuse_wrapped(model: nn.Module) -> None:
     if wrapped or getattr(model, "_is_accelerate_prepared", False):
         raise ValueError(
             "accel_moe.prepare() was called on a model that has been through accelerator.prepare() "
-            f"({type(model).__name__}). Call accel_moe.prepare(model) first, accelerator.prepare(model, optimizer) "
-            "then."
+            f"({type(model).__name__}). Call accel_moe.prepare(model) first, then accelerator.prepare(model, "
+            "optimizer)."
         )
 
 
@@ -132,7 +132,7 @@ def _refuse_unsupported(
     recompute = settings.moe_recompute_up_projection
     for name, module in layers.items():
         why = recognise.refusal(module, kernel=kernel, ep_degree=settings.moe_ep_degree)
-        if why := why or (recompute_refusal(module, kernel) if recompute else None):
+        if why := why or (recompute_refusal(kernel) if recompute else None):
             raise ValueError(f"{family}: cannot prepare {name} ({type(module).__name__}): {why}.")
     trains = any(p.requires_grad for p in model.parameters())
     if found := probe.refusal(layers, kernel, ep_degree=settings.moe_ep_degree, trains=trains):

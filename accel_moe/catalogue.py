@@ -1,15 +1,16 @@
-"""Every Mixture-of-Experts family of the installed transformers, found by looking, not from a list.
+"""Every Mixture-of-Experts family of the installed transformers, found by reading transformers, not from a list.
 
-A family is a folder of `transformers.models` whose modeling file has a class that names itself experts or a
-Mixture-of-Experts block; or one that has a config and no modeling file, to which transformers' auto classes give the
-model of such a family (sarvam_moe: glm4_moe's). A model that only holds another family's text model (kimi_k25:
-deepseek_v3's) has no row of its own: its experts are that family's. A family is on the experts interface if a class
-carries `@use_experts_implementation`; then one of its experts modules is made on the meta device from the family's
-default config (no weight is allocated, no file downloaded), and the same `refusal` that `prepare()` calls says whether
-it can be run and how.
+A family is a folder of `transformers.models` whose modeling file has a class named like experts or a Mixture-of-Experts
+block. A folder with a config and no modeling file counts, too, if transformers' auto classes give it such a family's
+model (sarvam_moe gets glm4_moe's). A model that only contains another family's text model (kimi_k25: deepseek_v3's) has
+no row of its own.
 
-What is written by hand: why a family off the interface is off it (`recognise.OFF_INTERFACE`), and which families the
-tests of this package train over several ranks (`OVER_RANKS`, which is what those tests run).
+A family is on the experts interface if a class carries `@use_experts_implementation`. One of its experts modules is
+then made on the meta device from the family's default config: no weight is allocated, no file downloaded. The `refusal`
+that `prepare()` calls decides whether and how it runs.
+
+Two lists are written by hand: the reasons why a family is off the interface (`recognise.OFF_INTERFACE`), and the
+families that this package's tests train over several ranks (`OVER_RANKS`, which those tests read).
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ import torch
 from torch import nn
 
 from accel_moe.experts import recognise, view
-from accel_moe.kernels.glu import gate_of, has_default_gate
+from accel_moe.kernels.glu import glu_of, has_default_glu
 
 _DECORATED = re.compile(r"^@use_experts_implementation[^\n]*\n(?:@[^\n]*\n)*class (\w+)", re.MULTILINE)
 _CLASS = re.compile(r"^class (\w+)", re.MULTILINE)
@@ -36,7 +37,7 @@ _LOOKALIKE = re.compile(
 )
 
 TESTS = ("ep", "consolidate", "load")
-"""What a family can be tested for, in the order the table shows it."""
+"""The tests of a family, in the table's order."""
 
 OVER_RANKS = (
     "qwen3_moe", "mixtral", "olmoe", "granitemoe", "deepseek_v3", "glm4_moe",
@@ -51,13 +52,13 @@ ROUND_TRIP = ("qwen3_moe", "mixtral", "granitemoe", "gpt_oss", "nemotron_h", "qw
 
 @dataclass(frozen=True)
 class Source:
-    """One family as its modeling files show it: none of them imported yet.
+    """One family as its modeling files define it, before any is imported.
 
     Attributes:
         name: the folder under transformers.models, which is the model_type of most families.
         decorated: (module, class) of each class on the experts interface.
-        lookalikes: classes off it that are named like experts.
-        model_type: of a family that runs another's modeling file, what its own config is registered as; else "".
+        lookalikes: classes off the interface that are named like experts.
+        model_type: the registered name of the config, if the family runs another family's modeling file; else "".
     """
 
     name: str
@@ -71,12 +72,11 @@ class Family:
     """One row of the table.
 
     Attributes:
-        status: "supported", "own gate" (supported; the gate or activation is the module's own function, run between
-            two GEMMs), "shim" (supported, off the interface) or "refused".
-        maths: the kind, in words: gate, activation, layout.
-        kernel: what `moe_kernel: auto` takes on a GPU.
-        note: why it is refused, or why not scattermoe; "" if there is nothing to say.
-        hub_keys: how the Hub stores its experts: "per expert", "fused" or "as in memory".
+        status: "supported", "shim" (supported, off the interface) or "refused".
+        maths: gate, activation and layout in words.
+        kernel: the kernel that `moe_kernel: auto` takes on a GPU.
+        note: the reason for a refusal, or for a kernel other than scattermoe; else "".
+        hub_keys: the Hub's layout of the experts: "per expert", "fused" or "as in memory".
         tested: for each of `TESTS`, "yes", "slow" or "no"; empty for a refused family.
     """
 
@@ -91,7 +91,7 @@ class Family:
 
 
 def sources() -> list[Source]:
-    """Every family of the installed transformers that has experts, by name. Reads source text only."""
+    """Every family of the installed transformers that has experts, sorted by name. Reads source text only."""
     import transformers
 
     found, owners = [], {}
@@ -114,10 +114,10 @@ def sources() -> list[Source]:
 
 
 def _without_modeling_file(root: Path, owners: dict[str, Source]) -> list[Source]:
-    """Families that transformers' auto classes give another family's model.
+    """Families to which transformers' auto classes give another family's model.
 
     Args:
-        owners: a model class's name to the family whose modeling file has it.
+        owners: {model class name: the family whose modeling file has it}.
     """
     from transformers.models.auto import modeling_auto
     from transformers.models.auto.configuration_auto import model_type_to_module_name
@@ -134,7 +134,7 @@ def _without_modeling_file(root: Path, owners: dict[str, Source]) -> list[Source
 
 
 def config_classes(source: Source, module_name: str) -> list[type]:
-    """The config classes that a family makes the models of this modeling file from, in the file's order, each once."""
+    """The config classes of this modeling file's models, in the file's order, each once."""
     from transformers import CONFIG_MAPPING, PreTrainedModel
 
     if source.model_type:
@@ -149,10 +149,10 @@ def config_classes(source: Source, module_name: str) -> list[type]:
 
 
 def build_experts(module_name: str, class_name: str, configs: Iterable) -> nn.Module:
-    """One experts module alone, from the first of these configs that it accepts.
+    """One experts module, without its model, from the first of these configs that it accepts.
 
     Raises:
-        ValueError: no config fits; every attempt's error is in the message.
+        ValueError: no config fits; the message has the error of every attempt.
     """
     cls = getattr(importlib.import_module(module_name), class_name)
     failures = []
@@ -168,7 +168,7 @@ def build_experts(module_name: str, class_name: str, configs: Iterable) -> nn.Mo
 
 
 def _defaults(classes: list[type]) -> Iterator:
-    """Each class's default config; then, for those whose default is a dense model, the same with experts."""
+    """Each class's default config; then the same configs with experts, for defaults that are dense models."""
     for cls in classes:
         try:
             yield cls()
@@ -202,7 +202,7 @@ def tests_of(family: str, limited: bool = False) -> tuple[str, ...]:
 
 
 def families(names: Iterable[str] | None = None) -> list[Family]:
-    """The table, whole or of these families. Imports every modeling file that has experts (some seconds)."""
+    """The table of all or of these families. Imports their modeling files (some seconds for all)."""
     only = None if names is None else set(names)
     return [_row(source) for source in sources() if only is None or source.name in only]
 
@@ -229,8 +229,7 @@ def _row(source: Source) -> Family:
     keys = hub_key_style(source.name)
     if refusals:
         return Family(source.name, classes, "refused", maths, "", refusals[0], keys, ())
-    own_gate = any(gate_of(view.as_interface(m)) is None for m in layers)
-    status = "shim" if not source.decorated else "own gate" if own_gate else "supported"
+    status = "supported" if source.decorated else "shim"
     kernel = "grouped_mm" if not_ours else "scattermoe"
     limits = recognise.limits(layers[0])
     note = "; ".join(filter(None, [limits, not_ours[0] if not_ours else ""]))
@@ -243,11 +242,11 @@ def describe_maths(module: nn.Module) -> str:
     words = []
     activation = getattr(module, "act_fn", None)
     name = getattr(activation, "__name__", type(activation).__name__) if activation is not None else "swiglu"
-    if (gate := gate_of(layout)) is not None:
+    if (gate := glu_of(layout)) is not None:
         words.append(gate.describe())
     elif not layout.has_gate:
         words.append(f"{name}, no gate")
-    elif has_default_gate(layout):
+    elif has_default_glu(layout):
         words.append(f"{name} gate")
     else:
         words.append(f"{name}, own gate")
@@ -262,21 +261,11 @@ def describe_maths(module: nn.Module) -> str:
     return ", ".join(words)
 
 
-def kind_of_maths(module: nn.Module) -> str:
-    """A short name for the group of families that one kernel variant serves."""
-    layout = view.as_interface(module)
-    if not layout.has_gate:
-        return "no gate"
-    parts = ["gate" if has_default_gate(layout) else "own gate"]
-    parts += [word for flag, word in (("has_bias", "bias"), ("is_transposed", "transposed")) if getattr(layout, flag)]
-    parts += [] if layout.is_concatenated else ["interleaved"]
-    parts += ["norm"] if getattr(layout, "has_post_expert_norm", False) else []
-    return " ".join(parts)
-
-
 def hub_key_style(family: str) -> str:
-    """How the Hub stores this family's experts, from transformers' own conversion mapping: "per expert (…)",
-    "fused (…)" or "as in memory"."""
+    """The Hub's layout of this family's experts: "per expert (…)", "fused (…)" or "as in memory".
+
+    It comes from transformers' own conversion mapping.
+    """
     from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
     for name in (family, f"{family}_text"):

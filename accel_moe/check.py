@@ -1,9 +1,13 @@
 """Whether the installed versions fit this package: `python -m accel_moe.families --check`, on any machine, in seconds.
 
-Three things can move under us. The versions themselves; the functions that are patched, whose parameters are
-compared as at `prepare()`; and transformers' experts interface, of which a few families' layers, made small, are run
-through our forward, by the kernels that every machine has, and compared with the family's own loop: output and every
-gradient. Nothing is patched, and no GPU, network or process group is needed.
+Three things can change with an update. The check looks at each:
+
+1. the versions themselves;
+2. the functions that are patched: their parameters are compared, as at `prepare()`;
+3. transformers' experts interface: small layers of a few families run through our forward, with the kernels that every
+   machine has. Output and every gradient are compared with the family's own loop.
+
+Nothing is patched, and no GPU, network or process group is needed.
 """
 
 from __future__ import annotations
@@ -26,7 +30,7 @@ PROBED = ("qwen3_moe", "gpt_oss", "nemotron_h", "deepseek_v4")
 """A plain gate; bias, transposed and interleaved; no gate; a gate of the family's own."""
 
 KERNELS = ("eager", "grouped_mm")
-"""What runs without a GPU."""
+"""The kernels that run without a GPU."""
 
 SMALL = {
     "hidden_size": 32,
@@ -42,9 +46,9 @@ T, K, RELATIVE, ABSOLUTE = 17, 2, 2e-5, 1e-7
 
 @dataclass(frozen=True)
 class Finding:
-    """One line: what was looked at, what was found, what does, and "ok" or what is wrong."""
+    """One line: the subject, the value found, the value expected, and "ok" or the fault."""
 
-    what: str
+    subject: str
     found: str
     expected: str
     verdict: str
@@ -52,23 +56,23 @@ class Finding:
 
 
 def findings(families: Iterable[str] = PROBED) -> Iterator[Finding]:
-    """Every line of the check, as soon as it is known."""
+    """Yields every line of the check as soon as it is known."""
     yield from _versions()
     yield from _patches()
     yield from _interface(families)
 
 
 def report(families: Iterable[str] = PROBED, say: Callable[[str], None] = print) -> int:
-    """Says each line, and then the sum of them. 0 if all fits, else 1."""
+    """Say each line, then a summary. Returns 0 if everything fits, else 1."""
     off = 0
     for finding in findings(families):
         off += finding.is_off
-        say(f"{finding.what:<58} {finding.found:<14} {finding.expected:<20} {finding.verdict}".rstrip())
+        say(f"{finding.subject:<58} {finding.found:<14} {finding.expected:<20} {finding.verdict}".rstrip())
     say("")
     say(
         f"{off} of these do not fit accel_moe. Install the versions above, or update accel_moe."
         if off
-        else "What is installed fits accel_moe."
+        else "The installed versions fit accel_moe."
     )
     return 1 if off else 0
 
@@ -77,7 +81,7 @@ def _versions() -> Iterator[Finding]:
     for row in supported.VERSIONS:
         found = supported.installed(row.name)
         verdict = row.verdict(found)
-        words = {"untested": "ok so far: newer than was tested"}.get(verdict, verdict)
+        words = {"untested": "ok so far: newer than the tested versions"}.get(verdict, verdict)
         yield Finding(row.name, found or "none", str(row), words, verdict in ("missing", "too old"))
 
 
@@ -99,7 +103,7 @@ def _interface(families: Iterable[str]) -> Iterator[Finding]:
             yield _of_layer(family, "", "not built", f"{type(error).__name__}: {error}")
             continue
         for kernel in KERNELS:
-            wrong = _what_is_wrong(family, layer, kernel)
+            wrong = _difference(family, layer, kernel)
             yield _of_layer(family, kernel, "differs" if wrong else "as its own loop", wrong)
 
 
@@ -126,8 +130,8 @@ def _small(config_class: type) -> object:
     return config
 
 
-def _what_is_wrong(family: str, layer: nn.Module, kernel: str) -> str | None:
-    """What our forward with this kernel does that the family's own loop does not, or None."""
+def _difference(family: str, layer: nn.Module, kernel: str) -> str | None:
+    """The difference between our forward with this kernel and the family's own loop, in words; None if they agree."""
     if why := recognise.refusal(layer, kernel=kernel, ep_degree=1):
         return why
     resolved = ResolvedConfig(MoEConfig(moe_kernel=kernel), {})
@@ -141,7 +145,7 @@ def _what_is_wrong(family: str, layer: nn.Module, kernel: str) -> str | None:
     for name, right in expected.items():
         if (got := found[name]) is None or right is None:
             if got is not right:
-                return f"{name} is there in one of the two only"
+                return f"only one of the two has {name}"
             continue
         gap, largest = (got - right).abs().max().item(), right.abs().max().item()
         if not gap <= RELATIVE * largest + ABSOLUTE:
@@ -150,7 +154,7 @@ def _what_is_wrong(family: str, layer: nn.Module, kernel: str) -> str | None:
 
 
 def _run(layer: nn.Module, call: Callable[..., torch.Tensor]) -> dict[str, torch.Tensor | None]:
-    """Output and gradients, with the same tokens and routing for every layer of a shape; one expert gets no token."""
+    """Output and gradients. Layers of one shape get the same tokens and routing; one expert gets no token."""
     layout = view.as_interface(layer)
     generator = torch.Generator().manual_seed(1)
     width = layer.get_parameter("down_proj").shape[-1 if layout.is_transposed else 1]

@@ -1,19 +1,18 @@
-"""The options of accel_moe: what they are, where each value came from, and the mistakes a user can make.
+"""The options of accel_moe, the source of each value, and the mistakes that a user can make.
 
     in:   arguments to prepare()  >  ACCEL_MOE_<OPTION> in the environment  >  parallelism_config.moe_* of the
-          YAML that the accelerate launcher was given (launcher.py)  >  the default
+          accelerate launcher's YAML (launcher.py)  >  the default
     out:  ResolvedConfig: a MoEConfig, and for each option the place that set it
 
-MoEConfig is the one list of options. An option is one line there: its name is the YAML's key, its type and
-default are the schema, its help is a row of README's table (`python -m accel_moe.config` prints it). Text,
-from the environment and the YAML, is typed, merged and interpolated (`${oc.env:NAME,default}`) by omegaconf,
-in our keys only; the rest of the file belongs to accelerate. Arguments are Python values and taken as such.
+MoEConfig is the one list of options, one field each. The field's name is the YAML's key, its type and default are the
+schema, and its help is a row of docs/options.md (`python -m accel_moe.config` prints the table). omegaconf types,
+merges and interpolates (`${oc.env:NAME,default}`) text from the environment and the YAML, in our keys only; the rest
+of the file belongs to accelerate. Arguments are Python values and used unchanged.
 
-Every mistake is a ValueError that says what was found, what was expected and how to mend it; a name that is nearly
-one of ours, or another project's for the same thing, is such a mistake (spelling.py). This module sees
-one process and no model: whether a degree fits the mesh or the experts, and whether a kernel is registered,
-is decided on the floors above. config_mismatch() compares what the ranks resolved; gathering that from them
-is the caller's collective.
+Every mistake is a ValueError that names the value found, the value expected and the remedy. A misspelt option, and
+another project's name for expert parallelism, are such mistakes (spelling.py). This module sees one process and no
+model. The floors above decide whether a degree fits the mesh or the experts, and whether a kernel is registered.
+config_mismatch() compares the ranks' options; the caller gathers them, which is a collective.
 """
 
 from __future__ import annotations
@@ -36,20 +35,18 @@ from accel_moe.launcher import (
 )
 
 ENVIRONMENT_PREFIX = "ACCEL_MOE_"
-# ACCEL_MOE_* names with another meaning than an option
-VARIABLES_NOT_OPTIONS: frozenset[str] = frozenset()
-# omegaconf's word for a value that is still to be given
+# omegaconf's word for a missing value
 MISSING = "???"
-# what a variable says that asks for no expert parallelism
+# values of EP_SIZE and the like that turn expert parallelism off
 _OFF = ("", "0", "1", "false", "False", "no", "off")
-# the two sources that need no further address
+# the two sources without a path or a variable
 ARGUMENT, DEFAULT = "argument to prepare()", "default"
-# README keeps options_table() between these
+# docs/options.md keeps options_table() between these
 TABLE_BEGIN, TABLE_END = "<!-- options:begin -->", "<!-- options:end -->"
 
 
 def option(default: Any, help: str, *, minimum: int | None = None, choices: tuple[str, ...] = ()) -> Any:
-    """A field of MoEConfig: its default, its row in README's table, its least number, the words it may be."""
+    """A field of MoEConfig: its default, its help in docs/options.md, its minimum, the words it accepts."""
     return field(default=default, metadata={"help": help, "minimum": minimum, "choices": choices})
 
 
@@ -62,31 +59,31 @@ class MoEConfig:
     )
     moe_kernel: str = option(
         "auto",
-        "What computes the experts: `scattermoe`, or any other name in transformers' `ALL_EXPERTS_FUNCTIONS` "
-        "(`grouped_mm`, `batched_mm`, …), or `eager`. `auto` takes `scattermoe` on a GPU, and `grouped_mm` "
-        "where Triton cannot run.",
+        "The function that computes the experts: `scattermoe`, any other name in transformers' "
+        "`ALL_EXPERTS_FUNCTIONS` (`grouped_mm`, `batched_mm`, …), or `eager`. `auto` takes `scattermoe` on a GPU, and "
+        "`grouped_mm` if Triton cannot run.",
     )
     moe_dispatcher: str = option(
         "auto",
-        "How tokens reach the ranks of their experts: `all_gather` sends every token to every rank and makes no host "
-        "wait, `all_to_all` sends what is needed, `auto` chooses: the first within a node where most tokens are "
-        "needed on most ranks. Or any other name in `accel_moe.dispatch.DISPATCHERS`.",
+        "How tokens reach the ranks of their experts. `all_gather` sends every token to every rank and makes no host "
+        "wait. `all_to_all` sends each token only to the ranks that need it. `auto` takes `all_gather` within a node "
+        "if most ranks need most tokens. Any other name in `accel_moe.dispatch.DISPATCHERS` works, too.",
     )
     moe_dispatch_chunk_tokens: int = option(
         0,
-        "Dispatch at most so many tokens of a rank at a time, which bounds memory whatever the router does; each chunk "
-        "is sent and computed again in backward. 0: all at once.",
+        "Dispatch at most this many tokens of a rank at a time, which bounds memory for any routing. Backward sends "
+        "and computes each chunk again. 0: all at once.",
         minimum=0,
     )
     moe_recompute_up_projection: bool = option(
         False,
-        "Keep nothing of the experts' up-projection, and compute it again in backward. Saves 2 x intermediate size for "
-        "each (token, expert) pair of a layer (once, where there is no gate). Needs `scattermoe` and a gate that its "
+        "Do not keep the output of the experts' up-projection; compute it again in backward. Saves 2 x intermediate "
+        "size for each (token, expert) pair of a layer (1 x without a gate). Needs `scattermoe` and a gate that its "
         "kernels know. Of no use under activation checkpointing or in chunks, which compute it again anyway.",
     )
     moe_keep_exchanged: bool = option(
         True,
-        "Under activation checkpointing, keep what the exchange brought until backward, and do not exchange twice. "
+        "Under activation checkpointing, keep the received rows until backward instead of exchanging them twice. "
         "`false` saves that memory: (rows received + tokens) x hidden size a layer.",
     )
     moe_async_save: bool = option(
@@ -94,9 +91,9 @@ class MoEConfig:
     )
     moe_verify: str = option(
         "checksums",
-        "What is checked of a checkpoint before it is loaded: `checksums` of every file, or only their `sizes`; or "
-        "`present`, for a checkpoint that was thinned on purpose: checksums of what is still there, and a warning "
-        "names what is gone and not restored (the optimizer, say).",
+        "How a checkpoint is checked before it is loaded: the `checksums` of every file, only the `sizes`, or "
+        "`present` for a checkpoint that was thinned on purpose. `present` checks the remaining files, and a warning "
+        "names the missing parts, which are not restored (the optimizer, for example).",
         choices=("checksums", "sizes", "present"),
     )
 
@@ -107,7 +104,7 @@ class MoEConfig:
 
 @dataclass(frozen=True)
 class ResolvedConfig:
-    """A MoEConfig and, for each option, where its value came from ("default" when nobody set it)."""
+    """A MoEConfig and the source of each option's value ("default" if nothing set it)."""
 
     config: MoEConfig
     sources: dict[str, str]
@@ -119,7 +116,7 @@ class ResolvedConfig:
         )
 
     def for_comparison(self) -> dict[str, tuple[Any, str]]:
-        """{option: (value, source)}: plain and picklable, what each rank gives to config_mismatch()."""
+        """{option: (value, source)}, plain and picklable: each rank's entry for config_mismatch()."""
         return {name: (getattr(self.config, name), source) for name, source in self.sources.items()}
 
 
@@ -139,12 +136,17 @@ def resolve(
     environ: Mapping[str, str] = os.environ,
     yaml: LauncherYaml | None = None,
 ) -> ResolvedConfig:
-    """The options in force in this process: `options`, else `environ`, else `yaml`, else the defaults.
+    """The options in force: `options`, else `environ`, else `yaml`, else the defaults. Not a collective.
 
-    options: arguments to prepare(), only those that were given. yaml: asked of the launcher when None.
-    Raises ValueError for an unknown option, a misplaced key, a wrong type, a value out of range, or an
-    interpolation that cannot be resolved (`${oc.env:…}` reads os.environ, whatever `environ` is). Warns when
-    expert parallelism may be off unasked (missing_launcher_warning). Not a collective.
+    Args:
+        options: the arguments given to prepare().
+        yaml: the launcher's file; None asks the launcher.
+
+    Raises:
+        ValueError: an unknown option, a misplaced key, a wrong type, a value out of range, or an interpolation that
+            cannot be resolved (`${oc.env:…}` reads os.environ, never `environ`).
+
+    Warns if expert parallelism may be off by mistake (missing_launcher_warning).
     """
     yaml = find_launcher_yaml() if yaml is None else yaml
     arguments = _from_arguments(options or {})
@@ -169,8 +171,8 @@ def resolve(
     return ResolvedConfig(MoEConfig(**values), sources)
 
 
-# ---- The three places that a value can come from: each gives {option: (value, source)}, and refuses what it
-# ---- does not know. A source is the place in words, for errors and for the log.
+# ---- The three places that set a value: each gives {option: (value, source)} and refuses unknown names.
+# ---- A source is the place in words, for errors and for the log.
 
 
 def _from_arguments(options: Mapping[str, object]) -> dict[str, tuple[Any, str]]:
@@ -183,14 +185,14 @@ def _from_arguments(options: Mapping[str, object]) -> dict[str, tuple[Any, str]]
 
 
 def _from_environment(environ: Mapping[str, str], referred: set[str]) -> dict[str, tuple[Any, str]]:
-    """referred: variables that the YAML's values refer to, which somebody reads whatever they are called."""
+    """referred: variables that the YAML's values refer to. They may have any name."""
     known = {environment_variable(name): name for name in option_names()}
     given: dict[str, tuple[Any, str]] = {}
     for variable, value in environ.items():
         if variable in known:
             given[known[variable]] = (value, f"{variable} in the environment")
             continue
-        if variable in VARIABLES_NOT_OPTIONS or variable in referred:
+        if variable in referred:
             continue
         ours = variable.startswith(ENVIRONMENT_PREFIX)
         if (meant := spelling.meant_in_environment(variable, option_names())) is not None or ours:
@@ -221,35 +223,34 @@ def _from_yaml(yaml: LauncherYaml) -> dict[str, tuple[Any, str]]:
 
 
 def _refuse_repeated_keys(yaml: LauncherYaml) -> None:
-    """Raise for a key that is given twice, where the one that is dropped in silence may be ours."""
+    """Raise for a key that is given twice, if it may be ours: the first would be dropped in silence."""
     for path in yaml.repeated:
         section, _, key = path.rpartition(".")
         ours = section == "parallelism_config" or path == "parallelism_config"
         if ours or spelling.meant_elsewhere(section, key, option_names()) is not None:
             raise ValueError(
-                f"{path} is given twice in {yaml.path}, of which only the last would count. Expected each key once. "
+                f"{path} is given twice in {yaml.path}; only the last would count. Expected each key once. "
                 "Remove one of them."
             )
 
 
 def _refuse_misplaced_keys(yaml: LauncherYaml) -> None:
-    """Raise for a key of ours at the top level (accelerate refuses it, too) or inside fsdp_config and such."""
+    """Raise for a key of ours at the top level (accelerate refuses it, too) or inside another section."""
     for section, key in _keys_elsewhere(yaml.content):
         if key in option_names():
             meant, unknown = key, ""
         else:
             meant = spelling.meant_elsewhere(section, key, option_names())
-            unknown = f" (It is no option, either. {_nearest(meant)})" if meant is not None else ""
+            unknown = f" ({key} is not an option, either. {_nearest(meant)})" if meant is not None else ""
         if meant is not None:
             place = f"inside {section}" if section else "at the top level"
             raise ValueError(
-                f"{key} stands {place} of {yaml.path}, where it has no effect. "
-                f"Move it into parallelism_config.{unknown}"
+                f"{key} is {place} of {yaml.path}, where it has no effect. Move it into parallelism_config.{unknown}"
             )
 
 
 def _keys_elsewhere(content: Mapping[Any, Any]) -> Iterator[tuple[str, str]]:
-    """(section, key) of every key that is neither in parallelism_config nor one that accelerate reads there."""
+    """(section, key) of every key outside parallelism_config that accelerate does not read in its place."""
     for section, body in content.items():
         if section == "parallelism_config":
             continue
@@ -268,11 +269,11 @@ def _keys_elsewhere(content: Mapping[Any, Any]) -> Iterator[tuple[str, str]]:
 
 
 def _refuse_key_that_nobody_reads(key: str, value: object, yaml: LauncherYaml) -> None:
-    """Raise for a key of parallelism_config that is meant for us or for accelerate, and reaches neither.
+    """Raise for a key of parallelism_config that is meant for us or for accelerate, and that neither reads.
 
     For us: moe_epdegree, mo_ep_degree, MOE_EP_DEGREE, moe-ep-degree, ep_degree, ep_size, parallelism_config_ep_size.
-    For accelerate: `dp_shard_size: 2`, which it ignores in silence, to train on another mesh than was asked for. A key
-    of neither (another library's) passes.
+    For accelerate: `dp_shard_size: 2`, which it ignores in silence, and then trains on the wrong mesh. Another
+    library's key passes.
     """
     if key in accelerate_parallelism_keys():
         return
@@ -287,13 +288,13 @@ def _refuse_key_that_nobody_reads(key: str, value: object, yaml: LauncherYaml) -
             )
     if key.startswith(PARALLELISM_PREFIX):
         raise ValueError(
-            f"`{key}: {value}` in parallelism_config of {yaml.path} has no effect: accelerate knows no such key. Use "
+            f"`{key}: {value}` in parallelism_config of {yaml.path} has no effect: accelerate has no such key. Use "
             f"one of {', '.join(known)}, or remove it."
         )
 
 
 def _nearest(meant: str) -> str:
-    """The option that was meant, and all there is to choose from."""
+    """The nearest option, and all options."""
     return f"Did you mean {meant}? Known: {', '.join(option_names())}."
 
 
@@ -312,7 +313,7 @@ def _typed(text: Mapping[str, tuple[Any, str]]) -> dict[str, Any]:
 
     An option may refer to the environment (`${oc.env:NAME}`) and to another option (`${moe_ep_degree}`).
     """
-    from omegaconf import OmegaConf  # imported here: MoEConfig() and plain arguments do without it
+    from omegaconf import OmegaConf  # imported here: MoEConfig() and plain arguments do not need it
     from omegaconf.errors import OmegaConfBaseException
 
     merged: Any = OmegaConf.structured(MoEConfig)
@@ -328,7 +329,7 @@ def _typed(text: Mapping[str, tuple[Any, str]]) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for name, (value, source) in text.items():
         try:
-            values[name] = merged[name]  # interpolates: an unset variable comes to light here
+            values[name] = merged[name]  # interpolates, and fails for an unset variable
         except OmegaConfBaseException as error:
             raise _wrong(name, value, source, error) from error
         _check(name, values[name], source)
@@ -349,7 +350,7 @@ def _check(name: str, value: object, source: str) -> None:
 
 
 def _wrong(name: str, value: object, source: str, error: Exception | None = None) -> ValueError:
-    """The ValueError for a value that is not what `name` takes; `error` is omegaconf's, if it has one."""
+    """The ValueError for a value that option `name` does not accept; `error` is omegaconf's, if any."""
     words = {int: "a whole number", str: "a name", bool: "true or false", type(None): "null"}
     expected = " or ".join(words[kind] for kind in _types(name))
     if choices := _metadata(name)["choices"]:
@@ -361,7 +362,7 @@ def _wrong(name: str, value: object, source: str, error: Exception | None = None
         reason = str(error).splitlines()[0]
         return ValueError(
             f"{name}={value!r} ({source}) does not resolve to {expected}: {reason}. "
-            f"Set what it refers to, or give a default: ${{oc.env:NAME,{default}}}."
+            f"Set the variable or option that it refers to, or give a default: ${{oc.env:NAME,{default}}}."
         )
     return ValueError(
         f"{name}={value!r} ({source}) is not {expected}. Change it, or remove it for the default, {default!r}."
@@ -384,18 +385,16 @@ def _types(name: str) -> tuple[type, ...]:
 def missing_launcher_warning(
     yaml: LauncherYaml, sources: Mapping[str, str], environ: Mapping[str, str], modules: Mapping[str, Any]
 ) -> str | None:
-    """What to warn of, or None: several ranks, no accelerate launcher above them, moe_ep_degree not set.
+    """A warning for several ranks without an accelerate launcher and without moe_ep_degree; else None.
 
-    That is torchrun, or a launcher that we failed to see: the user's `moe_ep_degree: 8` would be off in
-    silence. None in a notebook, under pytest, in a single process, and on all but a machine's first rank.
-    modules: sys.modules, which gives away a notebook and pytest.
+    That is torchrun, or a launcher that we failed to see: the user's `moe_ep_degree: 8` would be ignored in silence.
+    None in a notebook, under pytest, in a single process, and on all but a machine's first rank.
+
+    Args:
+        modules: sys.modules, which shows whether this is a notebook or pytest.
     """
-    sizes = [
-        "WORLD_SIZE",
-        "PMI_SIZE",
-        "OMPI_COMM_WORLD_SIZE",
-        "MV2_COMM_WORLD_SIZE",
-    ]  # as accelerate asks them
+    # the variables that accelerate reads
+    sizes = ["WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"]
     ranks = ["LOCAL_RANK", "MPI_LOCALRANKID", "OMPI_COMM_WORLD_LOCAL_RANK", "MV2_COMM_WORLD_LOCAL_RANK"]
     world_size = next((environ[name] for name in sizes if name in environ), "1")
     local_rank = next((environ[name] for name in ranks if name in environ), "0")
@@ -407,17 +406,18 @@ def missing_launcher_warning(
     variable = environment_variable("moe_ep_degree")
     return (
         f"{world_size} ranks, but no `accelerate launch` process above them whose YAML could be read: expert "
-        f"parallelism is off (moe_ep_degree=1). If you want it, set {variable}, or pass moe_ep_degree to "
-        f"prepare(), or start with `accelerate launch --config_file …`. If not, {variable}=1 ends this."
+        f"parallelism is off (moe_ep_degree=1). To turn it on, set {variable}, pass moe_ep_degree to "
+        f"prepare(), or start with `accelerate launch --config_file …`. To keep it off without this warning, set "
+        f"{variable}=1."
     )
 
 
 def _unread_variables_warning(
     unread: Sequence[str], sources: Mapping[str, str], environ: Mapping[str, str]
 ) -> str | None:
-    """What to warn of, or None: EP_SIZE or its like is set, nobody reads it, and moe_ep_degree is set nowhere.
+    """A warning for EP_SIZE or the like, if nothing reads it and nothing sets moe_ep_degree; else None.
 
-    A warning only, and not to every rank: such a name may be a script's own.
+    Only a warning, and only on a machine's first rank: the name may be a script's own.
     """
     if not unread or sources["moe_ep_degree"] != DEFAULT or environ.get("LOCAL_RANK", "0") != "0":
         return None
@@ -425,14 +425,15 @@ def _unread_variables_warning(
     found = ", ".join(f"{name}={environ[name]}" for name in unread)
     return (
         f"{found} in the environment is not read by accel_moe: expert parallelism is off "
-        f"(moe_ep_degree=1). If you want it, set {variable}. If not, {variable}=1 ends this."
+        f"(moe_ep_degree=1). To turn it on, set {variable}. To keep it off without this warning, set {variable}=1."
     )
 
 
 def config_mismatch(per_rank: Sequence[Mapping[str, tuple[Any, str]]]) -> str | None:
-    """An error message if the ranks resolved different values, else None; the same on all who hold the list.
+    """An error message if the ranks have different values, else None. Equal lists give equal messages.
 
-    per_rank: each rank's ResolvedConfig.for_comparison(), in rank order. Sources may differ, values may not.
+    Args:
+        per_rank: each rank's ResolvedConfig.for_comparison(), in rank order. Sources may differ, values may not.
     """
     differences = []
     for name in dict.fromkeys(name for config in per_rank for name in config):
@@ -466,7 +467,7 @@ def spell_ranks(ranks: Sequence[int]) -> str:
     return f"rank{'s' if len(ranks) > 1 else ''} {words}"
 
 
-# ---- README's table
+# ---- The table of docs/options.md
 
 
 def options_table() -> str:

@@ -1,6 +1,6 @@
 """FSDP2 on a machine without an accelerator, over gloo: for laptops, tutorials and tests.
 
-accelerate refuses FSDP on the CPU, PyTorch does not. `enable()` makes the difference, and only when asked:
+accelerate refuses FSDP on the CPU, although PyTorch supports it. `enable()` lifts the refusal:
 
     import accel_moe.cpu
     accel_moe.cpu.enable()      # before Accelerator() or Trainer; does nothing on a machine with a GPU
@@ -27,15 +27,14 @@ def enable() -> bool:
     Accelerator is made.
 
     Returns:
-        True if it is on; False on a machine with an accelerator or outside a distributed launch, where there is
-        nothing to do.
+        True if FSDP2 on the CPU is on. False on a machine with an accelerator and outside a distributed launch.
     """
     if has_accelerator() or int(os.environ.get("LOCAL_RANK", -1)) == -1:
         return False
     os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
     install(patches_of(_prepare_backend))
     # gloo's threads drop the last collective's tensors a moment after it returned, and abort the process if the
-    # interpreter is already shutting down (https://github.com/pytorch/pytorch/pull/179291); this is the moment
+    # interpreter is already shutting down (https://github.com/pytorch/pytorch/pull/179291), so exit waits a moment
     atexit.register(time.sleep, 0.1)
     return True
 

@@ -1,13 +1,13 @@
-"""python -m accel_moe.families: every Mixture-of-Experts family of the installed transformers, and what we do with it.
+"""python -m accel_moe.families: every Mixture-of-Experts family of the installed transformers, and its support here.
 
     python -m accel_moe.families                     the table, for reading
-    python -m accel_moe.families --markdown          the same for a README
-    python -m accel_moe.families --tsv               the same for a program
+    python -m accel_moe.families --markdown          the same as a Markdown table
+    python -m accel_moe.families --tsv               the same as tab-separated values
     python -m accel_moe.families qwen3_moe gpt_oss   only these
     python -m accel_moe.families --check             whether the installed versions fit; exit status 1 if not
 
-Needs no GPU and no network: it looks at the installed transformers. The logic is in accel_moe/catalogue.py, and that of
-the check in accel_moe/check.py.
+Reads the installed transformers, without GPU or network. accel_moe/catalogue.py makes the table, accel_moe/check.py
+the check.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def main(arguments: list[str] | None = None) -> int:
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--markdown", action="store_true", help="a Markdown table")
     form.add_argument("--tsv", action="store_true", help="tab-separated values")
-    form.add_argument("--check", action="store_true", help="whether the installed versions fit; try these families")
+    form.add_argument("--check", action="store_true", help="say whether the installed versions fit; try these families")
     options = parser.parse_args(arguments)
     known = {source.name for source in catalogue.sources()}
     if unknown := sorted(set(options.family) - known):
@@ -73,7 +73,7 @@ def _summary(rows: list[list[str]]) -> str:
 
 
 if __name__ == "__main__":
-    # the process is ours: what transformers says while a hundred tiny models are made would bury the table
+    # the process is ours; transformers' warnings about a hundred tiny models would bury the table
     warnings.filterwarnings("ignore")
     logging.getLogger("transformers").setLevel(logging.ERROR)
     sys.exit(main())

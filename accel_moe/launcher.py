@@ -1,19 +1,18 @@
-"""Finds the accelerate YAML that this worker's launcher was given.
+"""Finds the YAML of the `accelerate launch` process that started this worker.
 
-accelerate lets any key pass inside `parallelism_config`, but exports to its workers neither our keys nor the
-file's path. So the worker looks for itself: it walks up its ancestors (psutil, which accelerate needs
-anyway) to the nearest `accelerate launch` process and parses that process's command line with accelerate's
-own parser. A relative `--config_file` is relative to *that* process's directory; without one, the file is
-accelerate's default, wherever *that* process's HF_HOME put it.
+accelerate accepts any key inside `parallelism_config`, but passes neither our keys nor the file's path on to its
+workers. So the worker walks up its ancestors (with psutil, which accelerate needs anyway) to the nearest `accelerate
+launch` process, and parses that process's command line with accelerate's own parser. A relative `--config_file` is
+relative to *that* process's directory. Without one, the file is accelerate's default in *that* process's HF_HOME.
 
     in:   the process table, through psutil
     out:  LauncherYaml: found (path and content) | launcher found, but it read no file | no launcher found
 
-The three answers are kept apart because they mean different things: a file without our keys turns expert
-parallelism off, as asked; no launcher at all may be a file that we failed to see (config.py then warns). A
-file that the launcher was given and that we cannot read is a ValueError, never a silent "off".
+The three answers mean different things. A file without our keys turns expert parallelism off, as asked. No launcher at
+all may be a file that we failed to see, so config.py warns. A launcher's file that we cannot read is a ValueError,
+never a silent "off".
 
-Nothing here knows which keys are ours, and nothing is written: not the environment, not accelerate's state.
+This module does not know our keys, and writes nothing: not the environment, not accelerate's state.
 """
 
 from __future__ import annotations
@@ -33,13 +32,14 @@ PARALLELISM_PREFIX = "parallelism_config_"  # accelerate reads only keys of para
 
 @dataclass(frozen=True)
 class LauncherYaml:
-    """What the launcher was configured with.
+    """The launcher's config file.
 
-    status: "found" (path and content hold the file), "no_file" (an accelerate launcher started us but read no
-    config file; path is the default one it passed over), or "no_launcher".
-    content: the parsed file, {} unless found. Interpolations such as ${oc.env:NAME} are still text.
-    repeated: the keys that the file gives twice in one place, as paths ("parallelism_config.moe_ep_degree"); the
-        content has the last of them, as accelerate's own reading does.
+    Attributes:
+        status: "found" (path and content hold the file), "no_file" (an accelerate launcher started us but read no
+            config file; path is the default file that it did not read), or "no_launcher".
+        content: the parsed file, {} unless found. Interpolations such as ${oc.env:NAME} are still text.
+        repeated: keys that the file gives twice in one place, as paths ("parallelism_config.moe_ep_degree"). The
+            content has the last one, as in accelerate.
     """
 
     status: Literal["found", "no_file", "no_launcher"]
@@ -53,7 +53,9 @@ def find_launcher_yaml() -> LauncherYaml:
     """The YAML (or JSON) of the nearest `accelerate launch` above this process; read once per process.
 
     Not a collective: each rank looks for itself, and ranks on different machines may see different files.
-    Raises ValueError when the launcher's file cannot be read, or is not a mapping.
+
+    Raises:
+        ValueError: the launcher's file cannot be read, or is not a mapping.
     """
     return find_in(_ancestors())
 
@@ -61,7 +63,7 @@ def find_launcher_yaml() -> LauncherYaml:
 def find_in(ancestors: Iterable[Any]) -> LauncherYaml:
     """find_launcher_yaml() over given psutil.Process-like objects, nearest first.
 
-    An ancestor that is gone, or belongs to somebody else, is passed over: our own launcher is ours to read.
+    Skips an ancestor that has ended or belongs to another user: our own launcher is readable.
     """
     import psutil
 
@@ -78,10 +80,9 @@ def find_in(ancestors: Iterable[Any]) -> LauncherYaml:
 def launch_arguments(argv: list[str]) -> list[str] | None:
     """The arguments of `accelerate launch` in a process's argv, or None if this process is not the launcher.
 
-    Knows `accelerate launch`, `accelerate-launch`, `python -m accelerate.commands.launch`,
-    `python -m accelerate.commands.accelerate_cli launch` and the files of those modules, behind whatever
-    interpreter flags or wrapper (a debugger, timeout, srun) come first. After another Python script, or -c,
-    the words are that script's own arguments, whatever they say.
+    Recognises `accelerate launch`, `accelerate-launch`, `python -m accelerate.commands.launch`,
+    `python -m accelerate.commands.accelerate_cli launch` and the files of those modules, after any interpreter flags
+    or wrapper (a debugger, timeout, srun). Words after another Python script, or after -c, are that script's own.
     """
     for i, word in enumerate(argv):
         path, after = word.replace("\\", "/"), argv[i + 1 :]
@@ -100,15 +101,15 @@ def launch_arguments(argv: list[str]) -> list[str] | None:
 def default_config_file(environ: Mapping[str, str]) -> str:
     """accelerate's default config file as seen with `environ` (a test holds it to accelerate's constant).
 
-    Not accelerate's constant itself: that one freezes *this* process's HF_HOME, which a training script often
-    sets on its first line, after the launcher has read its file.
+    It is not accelerate's constant, which freezes *this* process's HF_HOME: a training script often sets HF_HOME on its
+    first line, after the launcher has read its file.
     """
     cache = environ.get("HF_HOME", os.path.join(environ.get("XDG_CACHE_HOME", "~/.cache"), "huggingface"))
     return os.path.join(os.path.expanduser(cache), "accelerate", "default_config.yaml")
 
 
 def accelerate_parallelism_keys() -> frozenset[str]:
-    """The keys of parallelism_config that accelerate itself reads, with their prefix; asked of its parser."""
+    """The keys of parallelism_config that accelerate itself reads, with their prefix, from its parser."""
     return frozenset(name for name in _launcher_arguments() if name.startswith(PARALLELISM_PREFIX))
 
 
@@ -133,7 +134,7 @@ def _launch_parser() -> Any:
 
 
 def _ancestors() -> Iterator[Any]:
-    """This process's parent, its parent, and so on; ends where one has vanished or may not be looked at."""
+    """This process's parent, its parent, and so on, up to the first that has ended or may not be read."""
     import psutil
 
     with contextlib.suppress(psutil.Error, OSError):
@@ -162,19 +163,19 @@ def _yaml_of(process: Any, arguments: list[str]) -> LauncherYaml:
                 f"worker cannot look up ({error}). Give --config_file an absolute path."
             ) from error
     if given is None and (cpu or not os.path.isfile(path)):
-        # under --cpu accelerate passes over its default file (commands/launch.py, _validate_launch_command)
+        # under --cpu accelerate does not read its default file (commands/launch.py, _validate_launch_command)
         return LauncherYaml("no_file", path=path)
     content, repeated = _load(path)
     return LauncherYaml("found", path=path, content=content, repeated=repeated)
 
 
 def _parse(arguments: list[str]) -> tuple[str | None, bool]:
-    """(--config_file, --cpu) as accelerate's own parser reads them: it knows which words are the script's."""
+    """(--config_file, --cpu), read by accelerate's own parser, which tells the script's words from its own."""
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):
             parsed, _ = _launch_parser().parse_known_args(arguments)
-    except SystemExit as error:  # argparse's way to refuse
+    except SystemExit as error:  # argparse refuses by exiting
         raise ValueError(
             f"This worker's accelerate does not understand the command line of its launcher, "
             f"`accelerate launch {' '.join(arguments)}`: {complaint.getvalue().strip()}\n"
@@ -194,19 +195,19 @@ def _load(path: str) -> tuple[dict[str, Any], tuple[str, ...]]:
         pairs = _json_pairs(text) if path.endswith(".json") else _yaml_pairs(text)
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise ValueError(
-            f"{path}, which `accelerate launch` was started with, cannot be read by its worker: {error}. "
-            f"Keep the file in place and readable for as long as workers start."
+            f"{path}, the config file of `accelerate launch`, cannot be read by its worker: {error}. "
+            f"Keep the file in place and readable while workers start."
         ) from error
     if not isinstance(content, dict):
         raise ValueError(
-            f"{path}, which `accelerate launch` was started with, holds a {type(content).__name__}; "
+            f"{path}, the config file of `accelerate launch`, holds a {type(content).__name__}; "
             f"expected a mapping of accelerate's keys, such as `distributed_type: FSDP`."
         )
     return content, tuple(_repeated(pairs))
 
 
 class _Pairs(list[tuple[str, Any]]):
-    """A mapping as written: (key, value) pairs, of which several may have one key."""
+    """A mapping as written: (key, value) pairs; keys may repeat."""
 
 
 def _json_pairs(text: str) -> Any:
@@ -214,7 +215,7 @@ def _json_pairs(text: str) -> Any:
 
 
 def _yaml_pairs(text: str) -> Any:
-    """The file's keys and those of its sections; deeper ones are left out."""
+    """The file's keys and its sections' keys, without deeper ones."""
     import yaml
 
     root = yaml.compose(text, Loader=yaml.SafeLoader)
@@ -226,7 +227,7 @@ def _pairs_of(node: Any, inside: Callable[[Any], Any]) -> Any:
 
     if not isinstance(node, yaml.MappingNode):
         return None
-    # not "<<", which merges another mapping in and may stand there several times
+    # not "<<", which merges another mapping in and may repeat
     return _Pairs((str(key.value), inside(value)) for key, value in node.value if key.value != "<<")
 
 

@@ -1,20 +1,18 @@
-"""Which rank holds which experts: arithmetic first, a DeviceMesh second.
+"""The mesh: which rank holds which experts. `plan_mesh` is arithmetic; `build_mesh` makes the DeviceMesh.
 
 A job of `world` ranks is cut three ways, outermost first:
 
     (dp_replicate, efsdp, ep)        dp_shard = efsdp x ep
 
 * `dp_replicate`: whole copies of the model (HSDP); 1 without HSDP.
-* `ep`: the ranks that share one set of experts; each holds `num_experts / ep` whole experts, and tokens
-  travel between them. The innermost axis, so that an ep group is made of neighbouring ranks, which a
-  launcher places on one node first.
-* `efsdp`: the ranks that hold the same experts and shard them further, FSDP's way.
+* `ep`: the ranks that share one set of experts. Each holds `num_experts / ep` whole experts, and tokens travel between
+  them. It is the innermost axis: an ep group has neighbouring ranks, which a launcher places on one node first.
+* `efsdp`: the ranks that hold the same experts and shard them as FSDP does.
 
-Dense weights know nothing of this: accelerate shards them over all of `dp_shard`. Both meshes number the
-ranks alike (accelerate puts dp_replicate outside dp_shard, PyTorch numbers row-major), which is what lets
-one gradient norm be taken over both.
+accelerate shards dense weights over all of `dp_shard`. Both meshes number the ranks alike (accelerate puts dp_replicate
+outside dp_shard, PyTorch numbers row-major), so one gradient norm can be taken over both.
 
-`plan_mesh` is pure and runs on a laptop; `build_mesh` is a collective.
+`plan_mesh` is pure and runs on a laptop. `build_mesh` is a collective.
 
 Source of the axes' names and order: torchtitan, distributed/parallel_dims.py.
 """
@@ -35,7 +33,7 @@ MESH_DIM_NAMES = ("dp_replicate", "efsdp", "ep")
 
 @dataclass(frozen=True)
 class MeshPlan:
-    """The sizes of the three axes. Immutable; built by `plan_mesh` only, which has checked it."""
+    """The sizes of the three axes, checked by `plan_mesh`. Build it only there."""
 
     dp_replicate: int
     efsdp: int
@@ -50,12 +48,12 @@ class MeshPlan:
         return self.dp_replicate * self.efsdp * self.ep
 
     def ep_group_of(self, rank: int) -> tuple[int, ...]:
-        """The ranks that `rank` exchanges tokens with, itself among them, in ep order."""
+        """The ranks that exchange tokens with `rank`, including itself, in ep order."""
         first = rank - rank % self.ep
         return tuple(range(first, first + self.ep))
 
     def nodes_per_ep_group(self, local_world_size: int) -> int:
-        """How many nodes the widest ep group touches when ranks are laid out `local_world_size` to a node."""
+        """The number of nodes of the widest ep group, with `local_world_size` ranks on each node."""
         return max(
             len({member // local_world_size for member in self.ep_group_of(rank)})
             for rank in range(0, self.world_size, self.ep)
@@ -73,8 +71,8 @@ def plan_mesh(world_size: int, ep_degree: int, *, dp_replicate: int = 1, dp_shar
     """Cut `world_size` ranks into (dp_replicate, efsdp, ep).
 
     Args:
-        dp_shard: accelerate's `parallelism_config_dp_shard_size`; None when accelerate built no mesh, in which
-            case FSDP shards over every rank (`world_size / dp_replicate`).
+        dp_shard: accelerate's `parallelism_config_dp_shard_size`. None if accelerate built no mesh: FSDP then shards
+            over every rank (`world_size / dp_replicate`).
 
     Raises:
         ValueError: the degrees do not multiply up to the world, or ep does not divide dp_shard.
@@ -98,8 +96,8 @@ def plan_mesh(world_size: int, ep_degree: int, *, dp_replicate: int = 1, dp_shar
 def build_mesh(plan: MeshPlan, device_type: str) -> DeviceMesh:
     """The (dp_replicate, efsdp, ep) DeviceMesh. A collective: every rank of the world calls it.
 
-    All three axes exist even at size 1, so that no later code asks which ones there are. A second model of the same
-    plan gets the first one's: process groups, and the memory of NCCL's communicators, are not made twice.
+    All three axes exist even at size 1, so later code need not ask. A second model of the same plan gets the same mesh:
+    process groups, and the memory of NCCL's communicators, are not made twice.
     """
     import torch.distributed as dist
 
@@ -112,24 +110,24 @@ def build_mesh(plan: MeshPlan, device_type: str) -> DeviceMesh:
 
 
 _meshes: dict[tuple[MeshPlan, str, datetime.timedelta | None], tuple[weakref.ref, DeviceMesh]] = {}
-"""By plan, device type and timeout, with the process group of the job then: another may take its place."""
+"""By plan, device type and timeout, with the job's process group at that time, because a new one may replace it."""
 
 
 def _new_mesh(plan: MeshPlan, device_type: str) -> DeviceMesh:
     from torch.distributed.device_mesh import init_device_mesh
 
-    timeout = default_timeout()  # before the groups are made: those split off the job's may share its options
+    timeout = default_timeout()  # read before the groups are made: a group split off the job's may share its options
     override = {"ep": options} if plan.ep > 1 and (options := _of_its_own(device_type)) is not None else None
     shape = plan.dp_replicate, plan.efsdp, plan.ep
     mesh = init_device_mesh(device_type, shape, mesh_dim_names=MESH_DIM_NAMES, backend_override=override)
     if timeout is not None:
-        for group in mesh.get_all_groups():  # made with torch's default: half an hour on gloo
+        for group in mesh.get_all_groups():  # torch made them with its default: half an hour on gloo
             set_timeout(timeout, group)
     return mesh
 
 
 def set_timeout(timeout: datetime.timedelta, group: ProcessGroup) -> None:
-    """torch's own function, which is public from 2.14 on; the private one of before is deprecated there."""
+    """Set a group's timeout by torch's own function: public from 2.14 on, private and now deprecated before."""
     import torch.distributed as dist
     from torch.distributed import distributed_c10d
 
@@ -138,11 +136,11 @@ def set_timeout(timeout: datetime.timedelta, group: ProcessGroup) -> None:
 
 
 def _of_its_own(device_type: str):
-    """Options that give the ep groups a communicator of their own, on a stream that goes first; None without NCCL.
+    """Options for a communicator of the ep groups' own, on a high-priority stream; None without NCCL.
 
-    A communicator runs one collective at a time, and a dimension that spans the world would get the job's own: each
-    exchange would wait for FSDP's prefetches and reductions. And beside a kernel that fills the GPU (the weights'
-    casts) its few blocks have to be let in.
+    A communicator runs one collective at a time. A dimension that spans the world would get the job's communicator, and
+    each exchange would wait for FSDP's prefetches and reductions. The priority lets an exchange's few blocks run beside
+    a kernel that fills the GPU, such as the weight casts.
     """
     import torch.distributed as dist
 
@@ -155,8 +153,10 @@ def _of_its_own(device_type: str):
 
 
 def default_timeout() -> datetime.timedelta | None:
-    """What the job's process group was made with, so that a lost rank ends an exchange, or a save, when it would end
-    a step. None where the backend does not say."""
+    """The timeout of the job's process group; None if the backend does not tell it.
+
+    Our groups use it, too: a lost rank then ends an exchange, or a save, as soon as it would end a step.
+    """
     import torch.distributed as dist
 
     try:

@@ -25,6 +25,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torch.distributed.tensor import DTensor, Shard
 
 from accel_moe.dispatch import make_dispatcher
+from accel_moe.dispatch.local import NotSharded
 from accel_moe.experts.layer import ScatterMoE
 from accel_moe.experts.state import holds_experts, swapped_layers
 from accel_moe.mesh import MeshPlan
@@ -177,7 +178,8 @@ class WithoutShardedExperts:
 
 
 def is_sharded(layer: ScatterMoE) -> bool:
-    return layer._accel_moe_layer.dispatcher is not None
+    state = layer._accel_moe_layer
+    return state.ep > 1 and not isinstance(state.dispatcher, NotSharded)
 
 
 @patch(

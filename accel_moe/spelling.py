@@ -1,15 +1,16 @@
-"""Which option of ours a name is meant for, when it is not spelt as one.
+"""The option that a misspelt name is meant for.
 
-A key that nobody reads turns expert parallelism off without a word: `ep_degre`, `moe-ep-degree`, `ep_size` from
-another project, `ACCELMOE_EP_DEGREE`. Here a name is reduced to its words, and compared with ours: equal but for case,
-separators and prefixes; one or two letters away; or another project's name for expert parallelism.
+A key that nothing reads turns expert parallelism off in silence: `ep_degre`, `moe-ep-degree`, `ep_size` from another
+project, `ACCELMOE_EP_DEGREE`. This module splits a name into words and compares it with our options. It matches a name
+that differs only in case, separators and prefixes; a name one or two letters away; and another project's name for
+expert parallelism.
 
-    meant_in_our_section    a key of parallelism_config: the strictest, for only accelerate and we read there
+    meant_in_our_section    a key of parallelism_config: the strictest, because only accelerate and we read it
     meant_elsewhere         a key of another section of accelerate's file
-    meant_in_environment    a variable, among those of every other program: only what sounds like ours
-    asks_for_ep             a variable that would ask for expert parallelism in another project
+    meant_in_environment    a variable: only names close to ours, because every program's variables are there
+    asks_for_ep             a variable that asks for expert parallelism in another project
 
-Pure: text in, the option's name or None out. What is done about it is config.py's.
+Pure: text in, an option's name or None out. config.py decides whether to raise or to warn.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from collections.abc import Sequence
 EP = "moe_ep_degree"
 
 _PREFIXES = ("accel", "accelmoe", "accelerate", "parallelism", "config", "fsdp", "dynamo", "fp8", "trainer", "hf")
-"""Words that people put before a key: the package's, and those of the sections."""
+"""Words that people put before a key: names of the package and of the sections."""
 
 _EP_NAMES = (
     "ep", "epsize", "epdegree", "epworldsize", "epdim", "eprank", "etp", "etpsize", "enableep", "useep", "moeep",
@@ -30,13 +31,13 @@ _EP_NAMES = (
     "expertparallelismsize", "expertparallelismdegree", "experttensorparallelsize", "enableexpertparallel",
     "expertsize", "expertshards", "numexpertparallel", "moeexpertparalleldegree", "moeparallelsize",
 )  # fmt: skip
-"""What expert parallelism is called elsewhere (Megatron, DeepSpeed, vLLM, SGLang, torchtitan, NeMo), squeezed."""
+"""Other projects' names for expert parallelism (Megatron, DeepSpeed, vLLM, SGLang, torchtitan, NeMo), squeezed."""
 
 _ENGINES = ("deepspeed_config", "megatron_lm_config")
-"""Sections of engines that have expert parallelism of their own: its names there are theirs."""
+"""Sections of engines with expert parallelism of their own: its names in there belong to the engine."""
 
 _NOT_A_TYPO = ("mode", "node", "more", "move", "model", "code", "accelerator")
-"""Words one letter from ours that other programs' variables begin with."""
+"""Words one letter from ours at the start of other programs' variables."""
 
 
 def words_of(name: str) -> list[str]:
@@ -46,7 +47,7 @@ def words_of(name: str) -> list[str]:
 
 
 def meant_in_our_section(key: str, options: Sequence[str]) -> str | None:
-    """The option that a key of parallelism_config can only be meant for; accelerate's own keys are not asked about."""
+    """The option that a key of parallelism_config is meant for; None for a foreign key. Not for accelerate's keys."""
     words = _without_prefixes(words_of(key))
     if (found := _nearest_option("".join(words), options, bare=True)) is not None:
         return found
@@ -58,7 +59,7 @@ def meant_in_our_section(key: str, options: Sequence[str]) -> str | None:
 
 
 def meant_elsewhere(section: str, key: str, options: Sequence[str]) -> str | None:
-    """The option that a key of another section (or of the file itself: "") is meant for."""
+    """The option that a key of another section (or of the top level: "") is meant for; else None."""
     words = _without_prefixes(words_of(key))
     engine = section in _ENGINES
     if words[:1] == ["moe"] and not engine:
@@ -69,7 +70,7 @@ def meant_elsewhere(section: str, key: str, options: Sequence[str]) -> str | Non
 
 
 def meant_in_environment(variable: str, options: Sequence[str]) -> str | None:
-    """The option that a variable, which sets none, is meant for."""
+    """The option that a variable is meant for that sets none; else None."""
     words = words_of(variable)
     rest = _without_prefixes(words)
     squeezed = "".join(words)
@@ -101,7 +102,7 @@ def _without_prefixes(words: list[str]) -> list[str]:
 
 
 def _begins_like_ours(words: list[str]) -> bool:
-    """ACCEL_MOE, ACCELMOE, ACCELERATE_MOE, and one slip away from them."""
+    """Whether a name begins with ACCEL_MOE, ACCELMOE or ACCELERATE_MOE, or one slip away from them."""
     starts = {words[0], "".join(words[:2])} if words else set()
     slips = [start for start in starts if min(_distance(start, own, 1) for own in ("accelmoe", "acceleratemoe")) <= 1]
     return bool(slips) or any(start.startswith(("accelmoe", "acceleratemoe")) for start in starts)
@@ -127,7 +128,7 @@ def _nearest_option(squeezed: str, options: Sequence[str], *, bare: bool) -> str
 
 
 def most_like(name: str, options: Sequence[str]) -> str:
-    """The option that is spelt most like a name, however far that is."""
+    """The option with the closest spelling, at any distance."""
     words = _without_prefixes(words_of(name))
     if {"ep", "etp", "expert", "experts"} & set(words):
         return EP
@@ -135,7 +136,7 @@ def most_like(name: str, options: Sequence[str]) -> str:
 
 
 def _distance(a: str, b: str, most: int) -> int:
-    """Insertions, deletions, changes and swaps of neighbours between two words; most + 1 where it is more."""
+    """Insertions, deletions, changes and swaps of neighbours between two words; most + 1 if there are more."""
     if abs(len(a) - len(b)) > most:
         return most + 1
     before, row = [0] * (len(b) + 1), list(range(len(b) + 1))

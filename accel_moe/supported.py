@@ -1,8 +1,8 @@
-"""The versions that this package asks for, and those that it was tested with: the one place that says them.
+"""The required and the tested versions of Python, torch, accelerate and transformers, in one place.
 
-A newer version than was tested is no error. Whatever is patched is on a leash, and a target that moved is refused
-(patching.py); one warning says all else, and `python -m accel_moe.families --check` looks at it. pyproject.toml has the
-floors, too, since pip must know them, and nothing that shuts out a version to come.
+A version newer than the tested ones is no error. patching.py refuses a target whose parameters changed. For the
+rest one warning is given, and `python -m accel_moe.families --check` tries it. pyproject.toml repeats the oldest
+versions, because pip needs them, and excludes no future version.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ class Range:
     """One row. Versions are MAJOR.MINOR; a patch release counts as its minor version.
 
     Attributes:
-        oldest: the floor; "" where any version does, and none at all, too.
-        newest: the newest that was tested; "" where no version is told from another.
+        oldest: the oldest supported version; "" if any version works, or none.
+        newest: the newest tested version; "" if versions are not told apart.
     """
 
     name: str
@@ -35,7 +35,7 @@ class Range:
         return self.oldest if self.oldest == self.newest else f"{self.oldest} to {self.newest}"
 
     def verdict(self, found: str | None) -> str:
-        """ "ok", or what is off: "missing", "too old" or "untested" (newer than was tried)."""
+        """ "ok", "missing", "too old" or "untested" (newer than the tested versions)."""
         if found is None:
             return "missing" if self.oldest else "ok"
         if self.oldest and _minor(found) < _minor(self.oldest):
@@ -53,11 +53,11 @@ VERSIONS = (
 
 
 def installed(name: str) -> str | None:
-    """The version that runs here; None if there is none."""
+    """The installed version; None if it is not installed."""
     if name == "python":
         return platform.python_version()
     if version := getattr(sys.modules.get(name), "__version__", None):
-        return str(version)  # what was imported, wherever it lies
+        return str(version)  # of the imported package, wherever it is installed
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
@@ -65,20 +65,21 @@ def installed(name: str) -> str | None:
 
 
 def words(*names: str) -> str:
-    """What something was tested with: "transformers 5.17 to 5.24, accelerate 1.15"."""
+    """The tested versions in words: "transformers 5.17 to 5.24, accelerate 1.15"."""
     rows = {row.name: row for row in VERSIONS}
     return ", ".join(f"{name} {rows[name]}" for name in names)
 
 
 def warning() -> str | None:
-    """What to say before a run with versions that were not tested; None if all were."""
+    """A warning that names installed versions that were not tested; None if all were."""
     found = {row: installed(row.name) for row in VERSIONS}
     off = [f"{row.name} {found[row]} (tested: {row})" for row in VERSIONS if row.verdict(found[row]) != "ok"]
     if not off:
         return None
     return (
-        f"accel_moe was not tested with {', '.join(off)}. What it patches there is as expected, so it goes on. "
-        f"`{CHECK_COMMAND}` looks at the rest. If training goes wrong, install a tested version, or update accel_moe."
+        f"accel_moe was not tested with {', '.join(off)}. The functions it patches have the expected parameters, so it "
+        f"goes on. `{CHECK_COMMAND}` checks the rest. If training goes wrong, install a tested version, or update "
+        "accel_moe."
     )
 
 

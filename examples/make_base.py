@@ -1,9 +1,9 @@
-"""A small Qwen3-MoE with random weights, and a tokenizer of its own: something to train without a download.
+"""Make a small Qwen3-MoE with random weights, and a tokenizer: a base model to train without a download.
 
     python examples/make_base.py OUT [--data DIR]
 
-OUT becomes a folder as the Hub has them: config.json, model.safetensors with one tensor per expert, a byte-level BPE
-trained on the text.
+OUT becomes a Hub-format folder: config.json, model.safetensors with one tensor per expert, and a byte-level BPE trained
+on the text.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def main() -> None:
 
 
 def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE: any text is representable, and decoding gives it back exactly."""
+    """A byte-level BPE: it represents any text, and decoding returns it exactly."""
     bpe = ByteLevelBPETokenizer()
     bpe.train_from_iterator(texts, vocab_size=vocab_size, special_tokens=[END_OF_TEXT], show_progress=False)
     return PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, eos_token=END_OF_TEXT, pad_token=END_OF_TEXT)

@@ -1,10 +1,10 @@
-"""The whole road on a laptop, in a few minutes and with no GPU: make a small base model, train it with its experts on
-two processes, stop, resume, consolidate, load the result with plain transformers.
+"""The whole workflow on a laptop, in a few minutes and with no GPU: make a small base model, train it with its experts
+on two processes, stop, resume, consolidate, load the result with plain transformers.
 
     python examples/quickstart.py [--data DIR] [--output DIR]
 
-Each command is printed before it runs; they are the ones that you would type. The end is checked: the exit code is 1
-unless the model has learned, and the consolidated model is the one that was trained.
+It prints each command before it runs it; you would type the same commands. The exit code is 1 unless the model has
+learned and the consolidated model equals the trained one.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from text import Blocks, add_data_arguments, losses_of_rows, read_texts, tokeniz
 REPOSITORY = Path(__file__).resolve().parent.parent
 STEPS_BEFORE, STEPS = 100, 200
 SEQ_LEN, EVAL_SEQUENCES = 128, 128
-LEARNED = 0.8  # held-out loss, as a part of the unigram entropy
+LEARNED = 0.8  # the held-out loss must reach this fraction of the unigram entropy
 SAME = 1e-3  # nats between the model as trained and as reloaded
 
 
@@ -54,10 +54,10 @@ def main() -> int:
     say("3. The same command with --resume goes on from the checkpoint")
     run(*train, str(STEPS), "--resume")
 
-    say("4. The sharded checkpoint becomes a model as the Hub has them")
+    say("4. Turn the sharded checkpoint into a Hub model")
     run("python", "-m", "accel_moe.consolidate", f"{trained}/checkpoint-{STEPS}", hub, base)
 
-    say("5. Load it with transformers alone, in this one process")
+    say("5. Load it with plain transformers, in this one process")
     print(f">>> model = AutoModelForCausalLM.from_pretrained({hub!r})", flush=True)
     model, tokenizer = load(hub)
     _, held_out_texts = read_texts(args.data, args.max_megabytes)
@@ -70,7 +70,7 @@ def main() -> int:
 
 
 def report(metrics: list[dict], entropy: float, reloaded: float) -> int:
-    """Print what was reached; 0 if the model learned, resumed and came back as it was trained, else 1."""
+    """Print the losses. Returns 0 if the model learned, resumed and was reloaded as trained, else 1."""
     train = {line["step"]: line["train/loss"] for line in metrics if "train/loss" in line}
     held_out = {line["step"]: line["eval/loss"] for line in metrics if "eval/loss" in line}
     first_after = min(step for step in train if step > STEPS_BEFORE)
@@ -85,7 +85,7 @@ def report(metrics: list[dict], entropy: float, reloaded: float) -> int:
     if not abs(reloaded - trained) <= SAME:
         failures.append(f"the reloaded model's held-out loss is {abs(reloaded - trained):.1e} off, {SAME} allowed")
     if not train[first_after] <= (train[STEPS_BEFORE] + first) / 2:
-        failures.append("the loss did not go on from where it was after the resume")
+        failures.append("the loss jumped at the resume")
     for failure in failures:
         print(f"FAILED: {failure}", file=sys.stderr)
     return 1 if failures else 0
@@ -100,7 +100,7 @@ def example(name: str) -> str:
 
 
 def relative(path: Path) -> str:
-    """As a user would type it from here."""
+    """The path from the working directory, as a user would type it."""
     return os.path.relpath(path)
 
 

@@ -1,4 +1,4 @@
-"""Text for the examples: files in, blocks of tokens out. The only part of the examples that knows about data.
+"""Text for the examples: files in, blocks of tokens out.
 
     folder (default: Python's own standard library) -> files -> training and held-out texts -> blocks [N, seq_len]
 
@@ -34,13 +34,13 @@ class Blocks(torch.utils.data.Dataset):
 
 
 def add_data_arguments(parser) -> None:
-    """The options that every example shares."""
+    """Add the data options that every example has."""
     parser.add_argument("--data", metavar="DIR", help="folder of text files (default: Python's standard library)")
     parser.add_argument("--max-megabytes", type=float, default=4.0, help="how much text to read (default: %(default)s)")
 
 
 def read_texts(folder: str | None, max_megabytes: float) -> tuple[list[str], list[str]]:
-    """(training texts, held-out texts) of the first `max_megabytes` of `folder`, in a shuffled but fixed order.
+    """Training texts and held-out texts from the first `max_megabytes` of `folder`, in a shuffled but fixed order.
 
     Raises:
         ValueError: there is too little text.
@@ -72,7 +72,7 @@ def tokenize(texts: list[str], tokenizer, seq_len: int, max_blocks: int | None =
     """The texts' tokens one after the other, an end-of-text token after each, cut into blocks.
 
     Raises:
-        ValueError: they do not fill one block.
+        ValueError: the texts do not fill one block.
     """
     end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
     encoded = tokenizer(texts, add_special_tokens=False)["input_ids"]
@@ -91,7 +91,7 @@ def losses_of_rows(logits: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
 
 
 def unigram_entropy(blocks: Blocks) -> float:
-    """What a model could reach that knows how frequent each token is, and nothing else; in nats per token."""
+    """The loss, in nats per token, of a model that knows only how frequent each token is."""
     counts = torch.bincount(blocks.rows.flatten()).double()
     shares = counts[counts > 0] / counts.sum()
     return float(-(shares * shares.log()).sum())

@@ -1,19 +1,17 @@
-"""Train a Mixture-of-Experts language model with accelerate: the loop that any accelerate user has, and a few lines of
-accel_moe's.
+"""Train a Mixture-of-Experts language model with accelerate: the usual loop, and a few lines for accel_moe.
 
     accelerate launch --config_file accelerate_configs/ep8.yaml examples/train.py --model Qwen/Qwen3-30B-A3B \
         --data my_texts --output runs/mine
 
-How the ranks share the experts is written in the YAML (`moe_ep_degree`); this script is the same for all of them,
-and for a laptop (accelerate_configs/ep2_cpu.yaml). `--resume` goes on from the newest checkpoint in --output.
+The YAML says how many ranks share the experts (`moe_ep_degree`). This script is the same for every YAML, also for a
+laptop's (accelerate_configs/ep2_cpu.yaml). `--resume` goes on from the newest checkpoint in --output.
 
-A forward of a model under expert parallelism is a collective: every rank must run the same number of them. Loaders
-that went through accelerator.prepare see to it, for evaluation too.
+Under expert parallelism a forward is a collective: every rank must run the same number of forwards. Loaders that went
+through accelerator.prepare see to it, in evaluation too.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import logging
 import time
@@ -23,7 +21,8 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DataLoaderConfiguration, is_tensorboard_available, set_seed
-from text import add_data_arguments, losses_of_rows, read_texts, tokenize
+from arguments import parse_arguments
+from text import losses_of_rows, read_texts, tokenize
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import AutoTokenizer, get_constant_schedule_with_warmup
@@ -34,7 +33,7 @@ import accel_moe.cpu
 
 @dataclass
 class Progress:
-    """Where training is; saved and loaded with the checkpoint."""
+    """The position in the training data; saved and loaded with the checkpoint."""
 
     step: int = 0
     epoch: int = 0
@@ -47,32 +46,11 @@ class Progress:
         self.__dict__.update(state)
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Train a Mixture-of-Experts language model with accelerate.")
-    parser.add_argument("--model", required=True, metavar="DIR_OR_HUB_ID", help="what to start from")
-    parser.add_argument("--output", required=True, metavar="DIR", help="checkpoints, metrics.jsonl, tensorboard")
-    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --output")
-    parser.add_argument("--steps", type=int, default=300, help="optimizer steps, those before a resume included")
-    parser.add_argument("--batch-size", type=int, default=8, help="sequences per process and forward")
-    parser.add_argument("--gradient-accumulation", type=int, default=1, help="forwards per optimizer step")
-    parser.add_argument("--seq-len", type=int, default=128, help="tokens per sequence")
-    parser.add_argument("--lr", type=float, default=1e-4)
-    parser.add_argument("--warmup", type=int, default=20, help="steps until --lr is reached")
-    parser.add_argument("--max-grad-norm", type=float, default=1.0)
-    parser.add_argument("--log-every", type=int, default=10, metavar="STEPS")
-    parser.add_argument("--eval-every", type=int, default=100, metavar="STEPS")
-    parser.add_argument("--eval-sequences", type=int, default=128, help="how much held-out text to evaluate on")
-    parser.add_argument("--save-every", type=int, default=100, metavar="STEPS")
-    parser.add_argument("--seed", type=int, default=0)
-    add_data_arguments(parser)
-    return parser.parse_args()
-
-
 def main() -> None:
-    args = parse_arguments()
+    args = parse_arguments(__doc__.splitlines()[0])
     logging.basicConfig()
-    logging.getLogger("accel_moe").setLevel(logging.INFO)  # what is in force, and how experts are sharded
-    accel_moe.cpu.enable()  # FSDP2 on a machine without a GPU; does nothing on one with
+    logging.getLogger("accel_moe").setLevel(logging.INFO)  # logs the options in force and the mesh
+    accel_moe.cpu.enable()  # FSDP2 on a machine without a GPU; does nothing on a machine with one
     accelerator = Accelerator(
         gradient_accumulation_steps=args.gradient_accumulation,
         dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True),
@@ -87,7 +65,7 @@ def main() -> None:
     train_loader = DataLoader(tokenize(train_texts, tokenizer, args.seq_len), args.batch_size, shuffle=True)
     eval_loader = DataLoader(tokenize(held_out_texts, tokenizer, args.seq_len, args.eval_sequences), args.batch_size)
 
-    model = accel_moe.from_pretrained(args.model)  # the weights are read into the shards, in accelerator.prepare
+    model = accel_moe.from_pretrained(args.model)  # accelerator.prepare reads the weights, into the shards
     model = accel_moe.prepare(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr)
     # accelerate steps a prepared scheduler once per process
@@ -150,15 +128,15 @@ def evaluate(accelerator: Accelerator, model: torch.nn.Module, loader: DataLoade
     losses = []
     for batch in loader:
         logits = model(input_ids=batch["input_ids"], use_cache=False).logits
-        # the last batch was filled up, so that every rank has one: gather_for_metrics drops what was repeated
+        # the loader repeats samples so that every rank has a last batch; gather_for_metrics drops them
         losses.append(accelerator.gather_for_metrics(losses_of_rows(logits, batch["input_ids"])))
     model.train()
-    accel_moe.expert_load(model)  # forget what evaluation routed
+    accel_moe.expert_load(model)  # resets the counts: evaluation's tokens are not training's
     return torch.cat(losses).mean().item()
 
 
 class Window:
-    """What happened since the last log line."""
+    """Losses and tokens since the last log line."""
 
     def __init__(self, accelerator: Accelerator):
         self.accelerator = accelerator
@@ -174,7 +152,7 @@ class Window:
         self.tokens += tokens
 
     def close(self, model: torch.nn.Module) -> dict[str, float]:
-        """Metrics of the window, over all ranks; then begin the next. A collective."""
+        """Metrics of the window over all ranks; starts the next window. A collective."""
         loss = self.accelerator.reduce(torch.stack(self.losses).mean(), "mean").item()
         seconds = time.perf_counter() - self.start_s
         values = {

@@ -9,8 +9,9 @@ import torch.distributed.checkpoint as dist_cp
 from safetensors.torch import load_file
 
 from accel_moe import consolidate
-from accel_moe.checkpoint.dcp import TensorReader
-from accel_moe.checkpoint.manifest import FileEntry, Manifest, default_algorithm, file_digest, write_manifest
+from accel_moe.checkpoint.checksums import ALGORITHM, file_digest
+from accel_moe.checkpoint.manifest import FileEntry, Manifest, write_manifest
+from accel_moe.checkpoint.tensor_reader import TensorReader
 from accel_moe.weights.hub_format import safetensors_files
 from tests.tiny import tiny_model
 
@@ -26,9 +27,8 @@ def write_manifest_of(folder: Path) -> None:
     """The manifest that accel_moe would have written beside a checkpoint's model."""
     dcp_folder = folder / "pytorch_model_fsdp_0"
     tensors = {f"model.{name}": entry for name, entry in TensorReader([dcp_folder]).tensors.items()}
-    algorithm = default_algorithm()
     files = {
-        f"{dcp_folder.name}/{path.name}": FileEntry(path.stat().st_size, file_digest(path, algorithm))
+        f"{dcp_folder.name}/{path.name}": FileEntry(path.stat().st_size, file_digest(path, ALGORITHM))
         for path in dcp_folder.iterdir()
     }
     manifest = Manifest(
@@ -40,7 +40,7 @@ def write_manifest_of(folder: Path) -> None:
         dp_replicate=1,
         world_size=1,
         versions={},
-        digest_algorithm=algorithm,
+        digest_algorithm=ALGORITHM,
         nodes=("here",),
         files=(files,),
         tensors={dcp_folder.name: tensors},

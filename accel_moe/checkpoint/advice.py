@@ -1,7 +1,7 @@
 """What to do about an error of the operating system while a checkpoint is saved.
 
 A full disk, a missing permission, a disk that fails: the error itself says neither where nor what would help. Here it
-is given a sentence, `mend`, which ranks.describe puts behind it. A full disk's names what takes the space.
+gets a sentence, `mend`, which ranks.describe puts behind it. For a full disk the sentence names what takes the space.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ T = TypeVar("T")
 
 @contextmanager
 def told_with_a_mend(final: Path) -> Iterator[None]:
-    """What the operating system refuses while `final` is saved carries a sentence on what to do (ranks.describe)."""
+    """An error of the operating system while `final` is saved gets a sentence on what to do (ranks.describe)."""
     try:
         yield
     except (Exception, CheckpointException) as error:
@@ -85,7 +85,7 @@ def mend(code: int | None, final: Path) -> str:
 
 
 def _removable(final: Path) -> str:
-    """Names what takes space beside a checkpoint, largest first."""
+    """A sentence on the folders that take space beside a checkpoint, largest first; "" if none."""
     left = [(_size_bytes(path), path) for path in folders.leftovers(final.parent, final)]
     kept = [(_size_bytes(path), path) for path in _beside(final) if folders.is_committed(path)]
     told = ""

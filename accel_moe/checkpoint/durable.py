@@ -1,8 +1,7 @@
 """fsync and flock, on file systems that may refuse them.
 
-Some NFS, CIFS and FUSE file systems know no fsync of a folder, or no flock. Such a refusal weakens a promise, and
-is told in one warning of the process. It never stops a save or an export. An error of the disk itself (EIO, ENOSPC)
-is raised.
+Some NFS, CIFS and FUSE file systems know no fsync of a folder, or no flock. Such a refusal weakens a promise. The
+process warns of it once, and no save or export stops. An error of the disk itself (EIO, ENOSPC) is raised.
 """
 
 from __future__ import annotations
@@ -29,12 +28,14 @@ _REFUSALS = {
 _told: set[str] = set()
 
 
-def fsync(descriptor: int) -> None:
+def fsync(
+    descriptor: int, kind: str = "a file", consequence: str = "a power failure may lose what was written last"
+) -> None:
     """Makes an open file's contents durable. Raises OSError when the disk fails."""
     try:
         os.fsync(descriptor)
     except OSError as error:
-        _weaker("fsync of a file", error, "a power failure may lose what was written last")
+        _weaker(f"fsync of {kind}", error, consequence)
 
 
 def fsync_path(path: str | os.PathLike) -> None:
@@ -48,16 +49,14 @@ def fsync_path(path: str | os.PathLike) -> None:
 
 def fsync_folder(folder: str | os.PathLike) -> None:
     """Makes the names in a folder durable: a rename or a new file is only safe after this."""
-    consequence = "a power failure may lose the newest checkpoint"
+    kind, consequence = "a folder", "a power failure may lose the newest checkpoint"
     try:
         descriptor = os.open(folder, os.O_RDONLY)
     except PermissionError as error:  # a folder that may be written and not read
-        _weaker("fsync of a folder", error, consequence)
+        _weaker(f"fsync of {kind}", error, consequence)
         return
     try:
-        os.fsync(descriptor)
-    except OSError as error:
-        _weaker("fsync of a folder", error, consequence)
+        fsync(descriptor, kind, consequence)
     finally:
         os.close(descriptor)
 
@@ -85,7 +84,7 @@ def close(descriptor: int) -> None:
 
 
 def _weaker(call: str, error: OSError, consequence: str) -> None:
-    """Tells a refusal once; raises what is none."""
+    """Warns of a refusal once; raises any other error."""
     if error.errno not in _REFUSALS:
         raise error
     if call not in _told:

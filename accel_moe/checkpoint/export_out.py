@@ -1,8 +1,9 @@
-"""OUT: where a result is prepared, how it appears, and what is asked of the disk before any work is done.
+"""OUT: the place where a result is prepared, the checks of its disk before any work, and the way it appears.
 
 An OUT that does not exist is prepared as OUT.tmp and appears whole, by one rename. An OUT that exists and is empty may
-be a mount point, or a folder whose parent cannot be written. It is kept, and prepared in a folder inside it; its files
-are then moved up one by one, the config last: without it nobody takes the folder for a model. A symlink stays one.
+be a mount point, or a folder whose parent cannot be written. It is kept, and the result is prepared in a folder inside
+it. The files are then moved up one by one, the config last: without it nobody takes the folder for a model. A symlink
+stays one.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ _OF_THE_SYSTEM = {"lost+found"}  # in the root of a fresh volume
 
 @dataclass(frozen=True)
 class Output:
-    """Where the result goes, and where it is prepared: beside it, or inside it."""
+    """The folder of the result, and the folder that it is prepared in: beside it, or inside it."""
 
     final: Path
     staging: Path
@@ -99,7 +100,7 @@ def put_back(place: Output) -> None:
 
 
 def appear(place: Output) -> None:
-    """Makes the finished result OUT. Raises CheckpointError when someone else wrote into OUT meanwhile."""
+    """Makes the finished result OUT. Raises CheckpointError when someone else wrote into OUT in the meantime."""
     if not place.inside:
         (place.staging / JOURNAL).unlink()
         fsync_folder(place.staging)

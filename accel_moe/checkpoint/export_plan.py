@@ -11,10 +11,10 @@ from typing import Any
 import torch
 
 from accel_moe.checkpoint.base_model import BaseModel
-from accel_moe.checkpoint.dcp import TensorReader
-from accel_moe.checkpoint.export import Checkpoint
+from accel_moe.checkpoint.opened import Checkpoint
 from accel_moe.checkpoint.quantised import refuse_quantised_tensors, refuse_scaled_tensors
-from accel_moe.errors import CheckpointError, HubFormatError
+from accel_moe.checkpoint.tensor_reader import TensorReader
+from accel_moe.errors import CheckpointError, HubFormatError, first_few
 from accel_moe.weights.hub_format import (
     DTYPE_NAMES,
     DTYPES,
@@ -28,11 +28,14 @@ from accel_moe.weights.hub_format import (
 
 @dataclass(frozen=True)
 class ExportPlan:
-    """What goes where. `outputs` are the result's tensors by key, `extras` the base keys that no parameter
-    becomes.
+    """The place of every tensor of the result.
 
-    `aliases` has, for a tied parameter, the other names that it may be stored under. `untied` are the parameters that
-    the base ties and training did not: they get tensors of their own, and `config` is then the result's config.json.
+    Attributes:
+        outputs: the result's tensors by key.
+        extras: the base keys that no parameter becomes.
+        aliases: for a tied parameter, the other names that it may be stored under.
+        untied: parameters that the base ties and training did not; they get tensors of their own.
+        config: the result's config.json if something was untied, else None.
     """
 
     checkpoint: Checkpoint
@@ -61,8 +64,7 @@ class ExportPlan:
         return dict(sorted(files.items()))
 
     def fingerprint(self) -> str:
-        """Equal for two exports whose results would be equal: an interrupted one may only be resumed by such
-        a one."""
+        """Equal for two exports whose results would be equal: only then may one go on where the other stopped."""
         manifest = self.checkpoint.manifest
         source = manifest.to_json() if manifest is not None else _stat_of(self.checkpoint)
         target = sorted((t.key, t.dtype, t.shape, t.file) for t in self.outputs.values())
@@ -70,7 +72,7 @@ class ExportPlan:
 
 
 def _stat_of(checkpoint: Checkpoint) -> list[Any]:
-    """Names, sizes and times of a stock checkpoint's files: what is left to recognise it by."""
+    """Names, sizes and times of a stock checkpoint's files, to recognise it by."""
     return sorted(
         [str(path), path.stat().st_size, path.stat().st_mtime_ns]
         for root in checkpoint.roots
@@ -88,9 +90,9 @@ def plan_export(
 ) -> ExportPlan:
     """Plans the whole export, from shapes alone but for tied tensors that the checkpoint has twice: those are read.
 
-    `dtype` replaces the base's main floating dtype (the one of most of its bytes); tensors that the base
-    keeps in another one, such as fp32 router biases in a bf16 model, stay as they are. `max_shard_bytes`
-    replaces the base's file layout.
+    `dtype` replaces the base's main floating dtype (the one of most of its bytes). Tensors that the base keeps in
+    another one, such as fp32 router biases in a bf16 model, stay as they are. `max_shard_bytes` replaces the base's
+    file layout.
 
     Raises CheckpointError when the checkpoint is of another model, HubFormatError when the base is quantised.
     """
@@ -186,7 +188,7 @@ def _untied_converter(
 def _additions(
     converter: HubConverter, base: BaseModel, aliases: Mapping[str, tuple[str, ...]]
 ) -> dict[str, HubTensor]:
-    """The tensors that the base has not: each in the dtype and the file of the one that it was tied to."""
+    """Tensors that the base does not have, each in the dtype and file of the tensor that it was tied to."""
     key_of = {name: key for group in converter.groups for name in group.sources for key in group.targets}
     added = {}
     for group in converter.groups:
@@ -237,7 +239,6 @@ def _match_checkpoint(checkpoint: Checkpoint, converter: HubConverter, base: Bas
     problems += [f"{name} is in the checkpoint and not in the base" for name in stored if name not in shapes]
     if not problems:
         return
-    more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
     rows = _rows_of_resized(converter.model, resized) if len(resized) == len(problems) else None
     fix = (
         f"The embeddings were resized to {rows} rows in training, and the result is written after the base: resize the "
@@ -249,8 +250,7 @@ def _match_checkpoint(checkpoint: Checkpoint, converter: HubConverter, base: Bas
         "head, layers, biases): build the model as the script does, model.save_pretrained(CHANGED), the tokenizer too, "
         "and give CHANGED as the base; its values do not matter."
     )
-    found = f"{'; '.join(problems[:3])}{more}"
-    raise CheckpointError(f"{checkpoint.name} is not a checkpoint of {base.name}: {found}. {fix}")
+    raise CheckpointError(f"{checkpoint.name} is not a checkpoint of {base.name}: {first_few(problems)}. {fix}")
 
 
 def _rows_of_resized(model: Any, differing: Iterable[tuple[str, tuple[int, ...], tuple[int, ...]]]) -> int | None:

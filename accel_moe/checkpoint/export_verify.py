@@ -15,10 +15,11 @@ from accel_moe.weights.hub_format import DTYPES, HubConverter, HubTensor, meta_m
 def verify_export(plan: ExportPlan, folder: Path, *, on_bytes: Callable[[int], None] | None = None) -> list[str]:
     """Loads the result with transformers' own loading code and compares every tensor of the checkpoint with it.
 
-    The road is not the one that wrote: the result's own config makes a fresh meta model, headers are loaded into it
-    (no key may be missing, unexpected or of another shape), then group by group the tensors are read from the files,
+    Nothing of the writing is used again. The result's own config makes a fresh meta model, and headers are loaded into
+    it: no key may be missing, unexpected or of another shape. Then group by group the tensors are read from the files,
     converted forward as from_pretrained does, and hashed against the checkpoint's tensor in the result's dtype. A
     tensor of the checkpoint that nothing in the result was compared with is a difference, too.
+
     Returns one line for each difference.
     """
     written = read_hub_tensors(folder)

@@ -1,8 +1,10 @@
 """The writing of an export: a stream of groups, each read, converted, and written where its file has it.
 
-Output files are created at their final size with their header, and every tensor is written at its offset, so
-groups may come in any order and from several processes. What is done is noted in a journal in OUT.tmp, so an
-interrupted export goes on where it stopped. How OUT appears at the end: export_out.py.
+Memory is that of the largest group (one layer's experts, usually) and its copy, whatever the model's size.
+
+Output files are created at their final size with their header, and every tensor is written at its offset, so groups may
+come in any order and from several processes. A journal in OUT.tmp notes the finished groups, so an interrupted export
+goes on where it stopped. export_out.py makes OUT appear at the end.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import os
 import shutil
 import signal
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,8 +32,7 @@ _SYNC_BYTES = 1 << 30  # what an interrupted export may have to write again
 
 
 class _GroupWriter:
-    """Converts groups and writes their tensors at their offsets. One per process; files are opened when
-    first used."""
+    """Converts groups and writes their tensors at their offsets. One per process. Opens a file at its first use."""
 
     def __init__(self, plan: ExportPlan, folder: Path) -> None:
         self.plan, self.folder = plan, folder
@@ -42,8 +43,7 @@ class _GroupWriter:
         self._memory: dict[int, torch.Tensor] = {}
 
     def write(self, index: int) -> int:
-        """Reads, converts and writes group `index`; returns the bytes written. Raises CheckpointError,
-        OSError."""
+        """Reads, converts and writes group `index`; returns the bytes written. Raises CheckpointError, OSError."""
         group = self.plan.groups[index]
         tensors = {name: self._read(slot, name) for slot, name in enumerate(group.sources)}
         converted = self.plan.converter.convert(group, tensors)
@@ -103,11 +103,10 @@ def write_export(
     out: Path,
     *,
     workers: int = 1,
-    on_bytes: Callable[[int], None] | None = None,
-    on_resume: Callable[[int], None] | None = None,
-    before_commit: Callable[[Path], None] | None = None,
-    vouched: Future[None] | None = None,
-    vouched_by: str = "",
+    on_bytes: Callable[[int], None] = lambda _: None,
+    on_resume: Callable[[int], None] = lambda _: None,
+    before_commit: Callable[[Path], None] = lambda _: None,
+    verified_by: str = "",
 ) -> None:
     """Writes the whole result to OUT.tmp, or a folder in an OUT that exists, and makes it OUT.
 
@@ -116,87 +115,68 @@ def write_export(
         on_bytes: hears how many bytes were written, group by group.
         on_resume: hears, once, how many bytes an interrupted export of the same plan had left.
         before_commit: called with OUT.tmp when it is complete; what it raises keeps OUT from appearing.
-        vouched: a check of the checkpoint that may still be going on. Until it has passed, nothing that is written
-            counts as done for a later run, and OUT does not appear. What it raises is raised at the end; if that is a
-            CheckpointError, OUT.tmp goes.
-        vouched_by: what that check looked at; a later run that looks at something else starts over.
+        verified_by: the kind of check that the checkpoint passed; a later run after another kind starts over.
 
     Raises CheckpointError when OUT exists, or another process writes OUT.tmp; OSError when the disk is full.
     """
     place = place_of(out)
     staging = place.staging
     staging.mkdir(parents=True, exist_ok=True)
-    with _journal(place, f"{plan.fingerprint()} {vouched_by}") as (done, note):
+    with _journal(place, f"{plan.fingerprint()} {verified_by}") as (done, note):
         _create_files(plan, staging, keep=bool(done))
-        if done and on_resume is not None:
+        if done:
             on_resume(sum(plan.group_bytes(plan.groups[i]) for i in done))
         writer = _GroupWriter(plan, staging)
         try:
             todo = [i for i in range(len(plan.groups)) if i not in done]
-            _write_groups(plan, writer, todo, workers, note, on_bytes, vouched)
+            _write_groups(writer, todo, workers, note, on_bytes)
             if plan.keep_extra:
                 for key, data in plan.base.read_raw(plan.extras):
-                    count = writer.write_raw(key, data)
-                    if on_bytes is not None:
-                        on_bytes(count)
-            for file in plan.files():
-                with open(staging / file, "rb") as stream:
-                    fsync(stream.fileno())
+                    on_bytes(writer.write_raw(key, data))
+            _sync_files(plan, staging)
         finally:
             writer.close()
-            if vouched is not None and vouched.done() and isinstance(vouched.exception(), CheckpointError):
-                shutil.rmtree(staging, ignore_errors=True)
         _write_small_files(plan, staging)
-        if before_commit is not None:
-            before_commit(staging)
+        before_commit(staging)
         appear(place)
 
 
 def _write_groups(
-    plan: ExportPlan,
     writer: _GroupWriter,
     todo: Sequence[int],
     workers: int,
     note: Callable[[Sequence[int]], None],
-    on_bytes: Callable[[int], None] | None,
-    vouched: Future[None] | None,
+    on_bytes: Callable[[int], None],
 ) -> None:
-    unsynced: list[int] = []
-    unsynced_bytes = 0
+    """Writes the groups; notes those that are durable, also when it is stopped."""
+    unsynced: dict[int, int] = {}  # group -> bytes
 
-    def finished(index: int, written: int) -> None:
-        nonlocal unsynced_bytes
-        unsynced.append(index)
-        unsynced_bytes += written
-        if on_bytes is not None:
-            on_bytes(written)
-        if unsynced_bytes >= _SYNC_BYTES:
-            flush()
-
-    def flush() -> None:
-        nonlocal unsynced_bytes
-        if vouched is not None and (not vouched.done() or vouched.exception() is not None):
-            return  # what it raises comes at the end
+    def sync() -> None:
         if unsynced:
-            _sync_files(plan, writer.folder)
-            note(unsynced)
+            _sync_files(writer.plan, writer.folder)
+            note(list(unsynced))
             unsynced.clear()
-            unsynced_bytes = 0
 
     try:
-        if workers <= 1:
-            for index in todo:
-                finished(index, writer.write(index))
-        else:
-            # largest first: the last groups to finish are then small, and no worker is left alone with a big one
-            order = sorted(todo, key=lambda i: -plan.group_bytes(plan.groups[i]))
-            with _worker_pool(writer, workers) as pool:
-                for done in as_completed([pool.submit(_work, index) for index in order]):
-                    finished(*done.result())
-        if vouched is not None:
-            vouched.result()
+        for index, written in _written_groups(writer, todo, workers):
+            unsynced[index] = written
+            on_bytes(written)
+            if sum(unsynced.values()) >= _SYNC_BYTES:
+                sync()
     finally:
-        flush()
+        sync()
+
+
+def _written_groups(writer: _GroupWriter, todo: Sequence[int], workers: int) -> Iterator[tuple[int, int]]:
+    """(group, bytes written), as soon as each is written."""
+    if workers <= 1:
+        yield from ((index, writer.write(index)) for index in todo)
+        return
+    # largest first: the last groups to finish are then small, and no worker is left alone with a big one
+    order = sorted(todo, key=lambda i: -writer.plan.group_bytes(writer.plan.groups[i]))
+    with _worker_pool(writer, workers) as pool:
+        for done in as_completed([pool.submit(_work, index) for index in order]):
+            yield done.result()
 
 
 @contextmanager
@@ -231,8 +211,8 @@ def _sync_files(plan: ExportPlan, folder: Path) -> None:
 def _journal(place: Output, fingerprint: str) -> Iterator[tuple[set[int], Callable[[Sequence[int]], None]]]:
     """The groups that an earlier export of the same plan finished, and a function that notes more of them.
 
-    The journal is locked, so that two exports into one OUT do not mix. One of another plan is thrown away,
-    with all that was written.
+    The journal is locked, so that two exports into one OUT do not mix. A journal of another plan is thrown away, with
+    all that was written.
     """
     staging = place.staging
     descriptor = os.open(staging / JOURNAL, os.O_RDWR | os.O_CREAT, 0o644)
@@ -276,7 +256,7 @@ def _create_files(plan: ExportPlan, folder: Path, keep: bool) -> None:
 
 
 def _write_small_files(plan: ExportPlan, folder: Path) -> None:
-    """Config, tokenizer and the like from the base, and an index unless there is just model.safetensors."""
+    """Copies config, tokenizer and the like from the base; writes an index unless there is just model.safetensors."""
     plan.base.copy_small_files(folder)
     _write_config(plan, folder / "config.json")
     files = plan.files()
@@ -289,7 +269,7 @@ def _write_small_files(plan: ExportPlan, folder: Path) -> None:
 
 
 def _write_config(plan: ExportPlan, path: Path) -> None:
-    """The base's config, byte by byte unless the result's dtype or what it ties is another."""
+    """Changes the base's config, which was copied, if the result has another dtype or unties tensors."""
     main = main_dtype(plan.outputs.values())
     if plan.config is None and main == main_dtype(plan.base.tensors.values()):
         return

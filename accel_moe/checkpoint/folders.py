@@ -40,8 +40,7 @@ _STALE_S = 60 * 60  # no lock, and a process that cannot be looked at: abandoned
 _held: set[int] = set()  # descriptors of the owner files that this process has locked
 
 
-# --- names
-# ----------------------------------------------------------------------------------------------------------------
+# --- names -------------------------------------------------------------------------------------------------------
 
 
 def new_save_id() -> str:
@@ -75,15 +74,14 @@ def is_internal(path: Path) -> bool:
     return path.name in (_OWNER_NAME, JOURNAL_NAME)
 
 
-# --- who fills a folder
-# ----------------------------------------------------------------------------------------------------------------
+# --- who fills a folder ------------------------------------------------------------------------------------------
 
 
 def create_staging(staging: Path) -> int:
     """Makes the folder, and its owner file with the lock held. Returns the descriptor for `release`.
 
-    A folder that is empty, or whose owner file nobody has locked, may be removed by another job's cleaning at any
-    moment: then it is made again.
+    Another job's cleaning may remove a folder that is empty, or whose owner file nobody has locked, at any moment: then
+    it is made again.
     """
     make_parents(staging.parent)
     while True:
@@ -229,8 +227,7 @@ def _host() -> str:
 
 
 def _start_of(pid: int) -> float | None:
-    """When a process started, so that a reused process id is not taken for its predecessor; None when it is
-    gone."""
+    """When a process started, so that a reused process id is not taken for its predecessor. None when it is gone."""
     import psutil
 
     try:
@@ -240,8 +237,7 @@ def _start_of(pid: int) -> float | None:
         return None
 
 
-# --- what is left over
-# ----------------------------------------------------------------------------------------------------------------
+# --- what is left over -------------------------------------------------------------------------------------------
 
 
 def unfinished(parent: Path) -> list[Path]:
@@ -325,8 +321,7 @@ def children(parent: Path) -> list[Path]:
         return []
 
 
-# --- which checkpoints there are
-# ----------------------------------------------------------------------------------------------------------------
+# --- which checkpoints there are ---------------------------------------------------------------------------------
 
 
 def numbered(parent: Path, prefix: str) -> list[Path]:

@@ -21,7 +21,7 @@ from typing import Any
 from accel_moe import ranks
 from accel_moe.checkpoint import folders, loading, node_local, saving, transaction
 from accel_moe.checkpoint.background import ends_before_sigterm, wait_for_background
-from accel_moe.checkpoint.dcp import MODEL_FOLDER, OPTIMIZER_FOLDER
+from accel_moe.checkpoint.dcp_metadata import MODEL_FOLDER, OPTIMIZER_FOLDER
 from accel_moe.checkpoint.resume import newest_on_all_ranks
 from accel_moe.checkpoint.saving import prepared_models, state_of
 from accel_moe.checkpoint.verify import Verified, check_kind, verify

@@ -21,7 +21,7 @@ import torch
 import torch.distributed.checkpoint as dist_cp
 
 from accel_moe import ranks
-from accel_moe.checkpoint.dcp import FolderReader
+from accel_moe.checkpoint.dcp_read import FolderReader
 from accel_moe.checkpoint.manifest import Manifest
 from accel_moe.checkpoint.verify import Verified, read_checked
 

@@ -1,24 +1,18 @@
 """The manifest: what a checkpoint holds, written last, and the checks that it makes possible.
 
-torch.distributed.checkpoint (DCP) does not notice a flipped byte, a chunk that its metadata forgot (the
-values stay uninitialised), or new data under an old metadata file. The manifest lists every file with its
-size and checksum, and every tensor with its shape, dtype and chunks, so that all three are seen before a
-model is touched.
+torch.distributed.checkpoint (DCP) does not notice a flipped byte, a chunk that its metadata forgot (the values stay
+uninitialised), or new data under an old metadata file. The manifest lists every file with its size and checksum, and
+every tensor with its shape, dtype and chunks, so that all three are seen before a model is touched.
 
 A manifest is one JSON file, `accel_moe_manifest.json`, at the top of the checkpoint folder:
 
-    {"digest": "<of the body>", "node": 0, "body": {"format_version": 1, "step": …, "files": […], "tensors":
-    {…}, …}}
+    {"digest": "<of the body>", "node": 0,
+     "body": {"format_version": 1, "step": …, "files": […], "tensors": {…}, …}}
 
-With a shared disk there is one folder, and node is 0. With node-local disks every node has a folder with the
-files that its ranks wrote; the body, the same in all of them, lists the files of each, and `node` says whose
-folder it is.
+With a shared disk there is one folder, and node is 0. With node-local disks every node has a folder with the files that
+its ranks wrote. The body is the same in all of them and lists the files of each; `node` says whose folder it is.
 
 Everything here is plain files and arithmetic: no process group, no torch tensors.
-
-Checksums are a two-level tree, so that one file can be hashed by several threads while it is written or
-verified: leaves are the hashes of 4 MiB blocks, the root is the hash of the leaves and of the file's length.
-The leaf hash is blake2b from hashlib, or xxh3 where `xxhash` is importable; the manifest names which.
 """
 
 from __future__ import annotations
@@ -27,20 +21,17 @@ import hashlib
 import json
 import math
 import os
-import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from accel_moe.checkpoint.checksums import DIGEST_BYTES, file_digest, hashing_pool
 from accel_moe.checkpoint.durable import fsync, fsync_folder
 from accel_moe.errors import CheckpointError
 
 MANIFEST_NAME = "accel_moe_manifest.json"
 FORMAT_VERSION = 1
-BLOCK_BYTES = 4 * 1024 * 1024
-_DIGEST_BYTES = 16
 
 
 @dataclass(frozen=True)
@@ -73,8 +64,8 @@ class TensorEntry:
 class Manifest:
     """What a checkpoint holds. `tensors` is keyed by DCP folder, then by DCP key ("model.<parameter name>").
 
-    `nodes` are host names, one for each folder that took part in the save: one with a shared disk, one per
-    node with node-local disks. `step` is the trainer's global step, or the optimizer's step count, or None.
+    `nodes` are host names, one for each folder that took part in the save: one with a shared disk, one per node with
+    node-local disks. `step` is the trainer's global step, or the optimizer's step count, or None.
     """
 
     step: int | None
@@ -266,12 +257,11 @@ def _shown(value: Any) -> str:
 
 def _body_digest(body: dict[str, Any], node: int) -> str:
     canonical = json.dumps([node, body], sort_keys=True, separators=(",", ":")).encode()
-    return hashlib.blake2b(canonical, digest_size=_DIGEST_BYTES).hexdigest()
+    return hashlib.blake2b(canonical, digest_size=DIGEST_BYTES).hexdigest()
 
 
 def read_manifest(folder: str | os.PathLike) -> Manifest | None:
-    """The folder's manifest, or None when it has none (a stock accelerate checkpoint). Raises
-    CheckpointError."""
+    """The folder's manifest, or None when it has none (a stock accelerate checkpoint). Raises CheckpointError."""
     path = Path(folder) / MANIFEST_NAME
     try:
         text = path.read_text(encoding="utf-8")
@@ -294,131 +284,7 @@ def write_manifest(folder: str | os.PathLike, manifest: Manifest) -> None:
     fsync_folder(path.parent)
 
 
-# --- checksums
-# ---------------------------------------------------------------------------------------------------
-
-
-def default_algorithm() -> str:
-    """The fastest checksum that this installation can compute: "xxh3_128" with xxhash, else "blake2b"."""
-    try:
-        import xxhash  # noqa: F401  # ty: ignore
-    except ImportError:
-        return "blake2b"
-    return "xxh3_128"
-
-
-def _block_hash(algorithm: str) -> Callable[[Any], bytes]:
-    if algorithm == "blake2b":
-        return lambda data: hashlib.blake2b(data, digest_size=_DIGEST_BYTES).digest()
-    if algorithm == "xxh3_128":
-        try:
-            import xxhash  # ty: ignore
-        except ImportError:
-            raise CheckpointError(
-                "the checkpoint's checksums are xxh3_128, and xxhash is not installed here. Install xxhash, "
-                "or set "
-                "moe_verify: sizes to check sizes only."
-            ) from None
-        return lambda data: xxhash.xxh3_128(data).digest()
-    raise CheckpointError(
-        f"the checkpoint's checksums are {algorithm!r}, expected blake2b or xxh3_128. Upgrade accel_moe, or "
-        f"set "
-        "moe_verify: sizes to check sizes only."
-    )
-
-
-def _root(leaves: Iterable[bytes], size_bytes: int) -> str:
-    tree = hashlib.blake2b(digest_size=_DIGEST_BYTES)
-    for leaf in leaves:
-        tree.update(leaf)
-    tree.update(size_bytes.to_bytes(8, "little"))
-    return tree.hexdigest()
-
-
-class StreamDigest:
-    """The checksum of a byte stream, computed beside the writing.
-
-    Whole blocks are hashed by `pool`'s threads where they lie, without a copy, while the caller's thread writes the
-    same bytes: hashlib lets other threads run meanwhile. Only the ends of a piece, less than a block each, are
-    copied.
-    """
-
-    def __init__(self, algorithm: str, pool: ThreadPoolExecutor | None = None) -> None:
-        self._hash = _block_hash(algorithm)
-        self._pool = pool
-        self._block = bytearray()
-        self._leaves: list[bytes] = []
-        self.size_bytes = 0
-
-    def update(self, data: Any, meanwhile: Callable[[], Any] | None = None) -> Any:
-        """Takes the next bytes; returns what `meanwhile`, run while they are hashed, returned.
-
-        `data` may be reused once this returns.
-        """
-        view = memoryview(data).cast("B")
-        self.size_bytes += len(view)
-        blocks: list[Any] = []
-        if self._block or len(view) < BLOCK_BYTES:
-            head, view = view[: BLOCK_BYTES - len(self._block)], view[BLOCK_BYTES - len(self._block) :]
-            self._block += head
-            if len(self._block) == BLOCK_BYTES:
-                blocks.append(self._block)
-                self._block = bytearray()
-        whole = len(view) - len(view) % BLOCK_BYTES
-        blocks += [view[start : start + BLOCK_BYTES] for start in range(0, whole, BLOCK_BYTES)]
-        self._block += view[whole:]
-        if self._pool is None or len(blocks) + (meanwhile is not None) < 2:
-            result = meanwhile() if meanwhile is not None else None
-            self._leaves += map(self._hash, blocks)
-            return result
-        hashing = [self._pool.submit(self._hash, block) for block in blocks]
-        try:
-            return meanwhile() if meanwhile is not None else None
-        finally:
-            self._leaves += [future.result() for future in hashing]  # wait here: `data` is the caller's again
-
-    def hexdigest(self) -> str:
-        """The root; call it once, at the end of the stream."""
-        if self._block:
-            self._leaves.append(self._hash(self._block))
-        return _root(self._leaves, self.size_bytes)
-
-
-_thread = threading.local()
-
-
-def file_digest(path: str | os.PathLike, algorithm: str, pool: ThreadPoolExecutor | None = None) -> str:
-    """The checksum of a file on disk; equal to what StreamDigest gave for the bytes written to it.
-
-    `pool`'s threads read and hash a block each, so this also reads ahead.
-    """
-    block_hash = _block_hash(algorithm)
-    with open(path, "rb", buffering=0) as stream:
-        size_bytes = os.fstat(stream.fileno()).st_size
-
-        def leaf(start: int) -> bytes:
-            if not hasattr(_thread, "block"):
-                _thread.block = bytearray(BLOCK_BYTES)  # fresh memory for every block would cost as much as the read
-            block = memoryview(_thread.block)[: min(BLOCK_BYTES, size_bytes - start)]
-            filled = 0
-            while filled < len(block):
-                count = os.preadv(stream.fileno(), [block[filled:]], start + filled)
-                if count == 0:
-                    break  # the file shrank meanwhile: the checksum will differ
-                filled += count
-            return block_hash(block[:filled])
-
-        starts = range(0, size_bytes, BLOCK_BYTES)
-        leaves = pool.map(leaf, starts) if pool is not None else map(leaf, starts)
-        return _root(leaves, size_bytes)
-
-
-def hashing_pool() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1), thread_name_prefix="accel_moe-checksum")
-
-
-# --- checks
-# ------------------------------------------------------------------------------------------------------
+# --- checks ------------------------------------------------------------------------------------------------------
 
 
 def check_files(
@@ -431,8 +297,8 @@ def check_files(
 ) -> Iterator[str]:
     """Yields one line for each file that is missing, of another size, or (with `checksums`) has other bytes.
 
-    The folder's own files must be there. Files of other nodes need not be; where they are, they are checked
-    too. `paths` restricts the check. `on_bytes` hears how many bytes were verified.
+    The folder's own files must be there. Files of other nodes need not be there, and are checked if they are. `paths`
+    restricts the check. `on_bytes` hears how many bytes were verified.
     """
     root = Path(folder)
     with hashing_pool() as pool:
@@ -480,8 +346,8 @@ def _holds(manifest: Manifest, path: str) -> str:
 def check_chunks(name: str, entry: TensorEntry) -> str | None:
     """None when the chunks tile the tensor exactly; else one line that says what is wrong.
 
-    DCP leaves what no chunk covers uninitialised, and lets the last of two overlapping chunks win: neither
-    is an error there. Boxes that fit inside, do not overlap and add up to the tensor's volume cover it.
+    DCP leaves values that no chunk covers uninitialised, and lets the last of two overlapping chunks win: neither is an
+    error there. Boxes that fit inside, do not overlap and add up to the tensor's volume cover it.
     """
     rank = len(entry.shape)
     for chunk in entry.chunks:
@@ -500,8 +366,7 @@ def check_chunks(name: str, entry: TensorEntry) -> str | None:
 
 
 def _overlap(boxes: Sequence[Chunk]) -> tuple[Chunk, Chunk] | None:
-    """Two boxes that share a point, or None. Sweeps dim 0, comparing only boxes that are open at the same
-    time."""
+    """Two boxes that share a point, or None. Sweeps dim 0, and compares only boxes that are open at the same time."""
     open_boxes: list[Chunk] = []
     for box in sorted(boxes, key=lambda c: c.offsets):
         start = box.offsets[0] if box.offsets else 0

@@ -16,7 +16,7 @@ from pathlib import Path
 from accel_moe import ranks
 from accel_moe.checkpoint import folders, transaction
 from accel_moe.checkpoint.advice import run_advised
-from accel_moe.checkpoint.dcp import METADATA_NAME
+from accel_moe.checkpoint.dcp_metadata import METADATA_NAME
 from accel_moe.checkpoint.manifest import MANIFEST_NAME, Manifest, read_manifest
 from accel_moe.errors import CheckpointError
 

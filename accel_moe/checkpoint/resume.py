@@ -16,7 +16,7 @@ from typing import Any
 
 from accel_moe import ranks
 from accel_moe.checkpoint import folders, node_local, transaction
-from accel_moe.checkpoint.dcp import MANIFEST_MARK, METADATA_NAME
+from accel_moe.checkpoint.dcp_metadata import MANIFEST_MARK, METADATA_NAME
 from accel_moe.errors import CheckpointError
 from accel_moe.whereabouts import listed
 

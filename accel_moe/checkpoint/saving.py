@@ -38,24 +38,12 @@ from torch.distributed.tensor import DTensor
 from accel_moe import ranks
 from accel_moe.checkpoint import background, folders, node_local, transaction
 from accel_moe.checkpoint.advice import run_advised
-from accel_moe.checkpoint.dcp import (
-    COPY_AHEAD_BYTES,
-    METADATA_NAME,
-    ChecksumWriter,
-    FolderReader,
-    NodePlanner,
-    check_metadata,
-    tensors_of,
-)
+from accel_moe.checkpoint.checksums import ALGORITHM, file_digest, hashing_pool
+from accel_moe.checkpoint.dcp_metadata import METADATA_NAME, check_metadata, tensors_of
+from accel_moe.checkpoint.dcp_read import FolderReader
+from accel_moe.checkpoint.dcp_write import COPY_AHEAD_BYTES, ChecksumWriter, NodePlanner
 from accel_moe.checkpoint.durable import fsync_folder, fsync_path
-from accel_moe.checkpoint.manifest import (
-    FileEntry,
-    Manifest,
-    default_algorithm,
-    file_digest,
-    hashing_pool,
-    write_manifest,
-)
+from accel_moe.checkpoint.manifest import FileEntry, Manifest, write_manifest
 from accel_moe.checkpoint.node_local import Disks
 from accel_moe.errors import CheckpointError
 from accel_moe.experts.state import prepared_state
@@ -93,7 +81,7 @@ class Save:
     node_metadata: dict[str, dict[int, bytes]] = field(default_factory=dict)
     after_commit: list[Callable[[], None]] = field(default_factory=list)
     must_stay: bool = False  # what was written counts, or may come to count
-    algorithm: str = field(default_factory=default_algorithm)
+    algorithm: str = ALGORITHM
 
     def run(self, what: str, step: Callable[[], T]) -> T:
         """Runs a step of the save; its failure on one rank is raised on every rank. A collective."""

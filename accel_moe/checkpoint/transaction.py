@@ -39,14 +39,14 @@ def resolved(folder: str | os.PathLike) -> Path:
     return Path(os.path.realpath(os.path.expanduser(folder)))
 
 
-# --- commit --------------------------------------------------------------------------------------------------------
+# --- commit ------------------------------------------------------------------------------------------------------
 
 
 def prepare(work: Path, final: Path) -> Path:
     """Makes a sealed folder ready to be committed; returns where it is now. Not yet the commit.
 
-    `work` is the folder with the manifest, inside a staging folder. Raises CheckpointError when something foreign
-    stands where a file must go.
+    `work` is the folder with the manifest, inside a staging folder. Raises CheckpointError when something foreign is in
+    the place of a file.
     """
     if not final.is_dir():
         return work
@@ -58,8 +58,8 @@ def prepare(work: Path, final: Path) -> Path:
             if error.errno != errno.EXDEV:
                 raise
             raise CheckpointError(
-                f"{final} became a mount point while {work.parent} was filled beside it. Save again: the next save "
-                "is prepared inside it."
+                f"{final} became a mount point while {work.parent} was filled beside it. Save again: the next save is "
+                "prepared inside it."
             ) from None
         work = moved / work.name
     _refuse_blockers(work, final)
@@ -166,7 +166,7 @@ def _digest_of(manifest: Path) -> str | None:
         return None
 
 
-# --- recovery ------------------------------------------------------------------------------------------------------
+# --- recovery ----------------------------------------------------------------------------------------------------
 
 
 def recover(folder: str | os.PathLike) -> None:
@@ -251,8 +251,8 @@ def _roll_forward(final: Path, journal: bytes) -> None:
         durable.fsync_folder(final)
     if _digest_of(final / MANIFEST_NAME) != digest:
         raise CheckpointError(
-            f"{final} was being replaced, and its new files in {staging} are gone. Use another checkpoint; this "
-            "folder holds parts of two."
+            f"{final} was being replaced, and its new files in {staging} are gone. Use another checkpoint; this folder "
+            "holds parts of two."
         )
     (final / JOURNAL_NAME).unlink(missing_ok=True)
     durable.fsync_folder(final)
@@ -279,8 +279,7 @@ def _move(source: Path, target: Path) -> None:
 def _remove_surplus(final: Path, work: Path) -> set[str]:
     """Removes the old checkpoint's files that the new one lacks, by the manifests; returns their folders.
 
-    A manifest that cannot be read vouches for nothing, and one that is gone was moved by another process: then
-    nothing is removed.
+    Nothing is removed if a manifest cannot be read, which vouches for nothing, or is gone, moved by another process.
     """
     new = _own_files(work)
     old = _own_files(final)

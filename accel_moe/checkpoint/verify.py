@@ -4,8 +4,8 @@
     2. check      every file's size, and every checksum (`moe_verify`), shared out between ranks that see one folder
     3. fit        DCP's metadata is the one that was saved, its chunks tile every tensor, the tensors are the model's
 
-What one rank finds is raised on all. A folder without a manifest (stock accelerate wrote it) is loaded with a warning
-that nothing vouches for it.
+An error of one rank is raised on all. A folder without a manifest (stock accelerate wrote it) is loaded, with a warning
+that nothing vouches for its bytes.
 
 A verification holds for these bytes: `Verified` notes size, times and inode of every file before it is read, and
 `still_holds` compares them. Whatever changed since is verified anew.
@@ -22,20 +22,20 @@ from typing import Any
 
 from accel_moe import ranks
 from accel_moe.checkpoint import folders, node_local
-from accel_moe.checkpoint.dcp import (
+from accel_moe.checkpoint.dcp_metadata import (
     METADATA_NAME,
     MODEL_FOLDER,
     MODEL_PREFIX,
     OPTIMIZER_FOLDER,
-    FolderReader,
     check_metadata,
     same_layout,
     tensors_of,
     was_written_with_manifest,
 )
+from accel_moe.checkpoint.dcp_read import FolderReader
 from accel_moe.checkpoint.manifest import MANIFEST_NAME, Manifest, check_files, known_paths, read_manifest
 from accel_moe.checkpoint.saving import option
-from accel_moe.errors import CheckpointError
+from accel_moe.errors import CheckpointError, first_few
 from accel_moe.names import plain_name
 from accel_moe.whereabouts import listed
 
@@ -174,13 +174,12 @@ def _check_bytes(folder: Path, manifest: Manifest, mine: list[str], level: str) 
 
 
 def _damage(folder: Path, found: list[str]) -> str:
-    more = f" (and {len(found) - 3} more)" if len(found) > 3 else ""
     thinned = ""
     if all(" is missing (" in line for line in found):
         thinned = " If you deleted them on purpose, set moe_verify: present to load what is left."
     return (
-        f"{folder} is damaged: {'; '.join(found[:3])}{more}. Nothing was loaded. Use another checkpoint, or restore "
-        f"the files.{thinned}"
+        f"{folder} is damaged: {first_few(found)}. Nothing was loaded. Use another checkpoint, or restore the files."
+        f"{thinned}"
     )
 
 
@@ -313,8 +312,7 @@ def _check_model(folder: Path, stored: dict[str, Any], model: Any, manifest: Man
     whose = ""
     if manifest is not None and manifest.model_type:
         whose = f" ({manifest.model_type}, base {manifest.base_model or 'unknown'})"
-    more = f" (and {len(wrong) - 3} more)" if len(wrong) > 3 else ""
     raise CheckpointError(
-        f"{folder} is a checkpoint of another model{whose}: {'; '.join(wrong[:3])}{more}. Build the model that was "
-        "trained there, or give another folder."
+        f"{folder} is a checkpoint of another model{whose}: {first_few(wrong)}. Build the model that was trained "
+        "there, or give another folder."
     )

@@ -1,24 +1,25 @@
 """Dispatch by all-gather, for few ranks of one node: every rank gets every token, and no host waits for a GPU.
 
-With K experts a token and few ranks nearly every token is needed on every rank (K 8: 99.6% of them at ep 2, 90% at ep
-4), so that sending all of them costs no more than sending those that are needed. Then nothing has to be counted,
-placed or packed, and every size is known before the router has run:
+With K experts a token and few ranks, nearly every rank needs nearly every token (K 8: 99.6% of them at ep 2, 90% at ep
+4). Sending all of them then costs no more than sending the needed ones, nothing has to be counted, placed or packed,
+and every size is known before the router has run:
 
-    1. agree      each rank's tokens, free memory and kind of rows      between hosts, in microseconds
-    2. out        all-gather of rows with their indices and weights     collective; the caller's other work meanwhile
-       ... each rank keeps the slots of its own experts; experts ...
-    3. home       reduce-scatter of the weighted sums                   collective
+    1. agree      each rank tells its tokens, free memory and kind of rows    between hosts, in microseconds
+    2. out        all-gather of rows with their indices and weights           collective, beside the caller's work
+                  each rank keeps the slots of its own experts; the experts function runs
+    3. combine    reduce-scatter of the weighted sums                         collective
 
-Each is the other's transpose, so each is the other's backward; the routing weights' gradients have a reduce-scatter of
-their own. In backward rows travel beside other work, too: out beside the caller's, home beside the experts' weight
-gradients, where the experts function says when it has those of its rows. Ranks with fewer tokens than the most fill up
-with rows without an expert. Sums over ranks are the collective's: in the rows' dtype, in the same order every time.
+Out and combine are each other's transpose, so each is the other's backward; the routing weights' gradients have a
+reduce-scatter of their own. Backward overlaps too: the all-gather of output gradients runs beside the caller's work,
+the reduce-scatter of input gradients beside the weight-gradient GEMMs, if the experts function calls `on_input_grads`.
+Ranks with fewer tokens than the most send rows without an expert in addition. The collective sums over ranks, in the
+rows' dtype and in the same order every time.
 
-How many (row, expert) pairs came is not known when the experts are launched: `Dispatched.num_pairs` is then what waits
-for the number, and an experts function has to make room for K of every row. In backward it is known, unless the forward
-was run again just before, exchange and all: then the host waits there.
+The host does not know how many (row, expert) pairs came when it launches the experts. `Dispatched.num_pairs` is then a
+DeferredCount, and an experts function makes room for K pairs of every row. In backward the number is known, unless the
+forward was run again just before, exchange included: then the host waits for it.
 
-After Megatron-LM's MoEAllGatherTokenDispatcher (megatron/core/transformer/moe/token_dispatcher.py), which advises it
+After Megatron-LM's MoEAllGatherTokenDispatcher (megatron/core/transformer/moe/token_dispatcher.py), which recommends it
 for a large K over few ranks.
 """
 
@@ -27,18 +28,18 @@ from __future__ import annotations
 import datetime
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 
 from accel_moe.dispatch import kinds, memory, rows
-from accel_moe.dispatch.base import Dispatched
+from accel_moe.dispatch.base import NO_OVERLAP, Dispatched, Overlap, RoutedTokens
 from accel_moe.dispatch.collectives import Started, gather_rows, sum_rows
-from accel_moe.dispatch.host_all_gather import LARGEST, Board, board_of
-from accel_moe.dispatch.replay import remember
+from accel_moe.dispatch.host_all_gather import LARGEST, HostAllGather, host_all_gather_of
+from accel_moe.dispatch.replay import replayed
 from accel_moe.dispatch.rows import RowLayout, Rows
-from accel_moe.kernels.deferred_count import copied_to_host
+from accel_moe.kernels.deferred_count import DeferredCount, copied_to_host
 from accel_moe.mesh import default_timeout
 
 _MIB = 2**20
@@ -98,63 +99,44 @@ class AllGatherDispatcher:
         self._num_local_experts = num_experts // dist.get_world_size(group)
 
     @staticmethod
-    def board(group: dist.ProcessGroup) -> Board | None:
+    def board(group: dist.ProcessGroup) -> HostAllGather | None:
         """Of the group; None where its ranks share no memory. A collective over the group."""
-        return board_of(group, 4, default_timeout() or _HALF_AN_HOUR)
+        return host_all_gather_of(group, 4, default_timeout() or _HALF_AN_HOUR)
 
-    def dispatch(
-        self,
-        hidden_states: torch.Tensor,
-        top_k_index: torch.Tensor,
-        top_k_weights: torch.Tensor,
-        *,
-        bytes_per_pair: int = 0,
-        meanwhile: Callable[[], None] | None = None,
-        bytes_meanwhile: int = 0,
-        counted: bool = False,
-    ) -> Dispatched:
-        top_k = top_k_index.shape[1]
-        kind = kinds.kind_of(hidden_states, top_k_index, top_k_weights)
-        route = remember(lambda: self.agree(hidden_states, kind, bytes_meanwhile))
-        self.check_fits(route, hidden_states, top_k, bytes_per_pair)
-        sent = self.send(route, hidden_states, top_k_index, top_k_weights, meanwhile)
-        assert not isinstance(sent.num_pairs, int)
-        return replace(sent, num_pairs=sent.num_pairs()) if counted else sent
+    def dispatch(self, tokens: RoutedTokens, work: Overlap = NO_OVERLAP) -> Dispatched:
+        kind = kinds.kind_of(*tokens)
+        route = replayed(lambda: self.agree(tokens.rows, kind, work.bytes_of_weights))
+        self.check_fits(route, tokens, work)
+        return self.send(route, tokens, work)
 
-    def agree(self, hidden_states: torch.Tensor, kind: kinds.Kind, bytes_meanwhile: int) -> GatherRoute:
+    def agree(self, hidden_states: torch.Tensor, kind: kinds.Kind, bytes_of_weights: int) -> GatherRoute:
         device = hidden_states.device
-        free = max(0, memory.free_bytes(device) - bytes_meanwhile)
+        free = max(0, memory.free_bytes(device) - bytes_of_weights)
         mine = hidden_states.shape[0], free // _MIB, memory.capacity_bytes(device) // _MIB, kinds.number_of(kind)
         tokens, free, capacity, kind_on = zip(*self._board.exchange(mine))
         kinds.check(kind_on, kind, self.group)
         return GatherRoute(tokens, self._rank, _least(free), _least(capacity), self.group)
 
-    def most_bytes(self, route: GatherRoute, hidden_states: torch.Tensor, top_k: int, bytes_per_pair: int) -> int:
-        """What a rank takes at most for a moment, for K slots of every row: the rows, what the experts function says of
-        a pair, and its output."""
-        bytes_per_row = hidden_states.shape[1] * hidden_states.element_size()
-        return route.received * (bytes_per_row + top_k * (bytes_per_pair + bytes_per_row))
+    def most_bytes(self, route: GatherRoute, tokens: RoutedTokens, work: Overlap) -> int:
+        """Memory that a rank takes at most for a moment, with K slots of every row in use: the rows, `bytes_per_pair`
+        of each slot, and the experts' output."""
+        bytes_per_row = tokens.rows.shape[1] * tokens.rows.element_size()
+        return route.received * (bytes_per_row + tokens.index.shape[1] * (work.bytes_per_pair + bytes_per_row))
 
-    def check_fits(self, route: GatherRoute, hidden_states: torch.Tensor, top_k: int, bytes_per_pair: int) -> None:
+    def check_fits(self, route: GatherRoute, tokens: RoutedTokens, work: Overlap) -> None:
         """Raises torch.OutOfMemoryError, on every rank of the group, where a rank has less than that free."""
-        needed = self.most_bytes(route, hidden_states, top_k, bytes_per_pair)
+        needed = self.most_bytes(route, tokens, work)
         if needed > route.free_bytes:
             raise torch.OutOfMemoryError(
-                f"An exchange by all-gather makes room for all {top_k} slots of {route.received} rows on each rank, "
-                f"about {needed / 2**30:.2f} GiB; a rank of the ep group has {route.free_bytes / 2**30:.2f} GiB free. "
-                f"Use moe_dispatcher: all_to_all, set moe_dispatch_chunk_tokens to less than the {route.own} tokens of "
-                "this batch, or use a smaller batch."
+                f"An exchange by all-gather makes room for all {tokens.index.shape[1]} slots of {route.received} rows "
+                f"on each rank, about {needed / 2**30:.2f} GiB; a rank of the ep group has "
+                f"{route.free_bytes / 2**30:.2f} GiB free. Use moe_dispatcher: all_to_all, set "
+                f"moe_dispatch_chunk_tokens to less than the {route.own} tokens of this batch, or use a smaller batch."
             )
 
-    def send(
-        self,
-        route: GatherRoute,
-        hidden_states: torch.Tensor,
-        top_k_index: torch.Tensor,
-        top_k_weights: torch.Tensor,
-        meanwhile: Callable[[], None] | None,
-    ) -> Dispatched:
+    def send(self, route: GatherRoute, tokens: RoutedTokens, work: Overlap) -> Dispatched:
         """`dispatch`, once agreed."""
+        hidden_states, top_k_index, top_k_weights = tokens
         layout = RowLayout(
             hidden_states.shape[1], hidden_states.dtype, top_k_index.shape[1], top_k_weights.dtype, with_index=True
         )
@@ -170,26 +152,23 @@ class AllGatherDispatcher:
             return received
 
         with torch.no_grad():
-            received = remember(out)
-        if meanwhile is not None:
-            meanwhile()
-        for work in started:
-            work.wait()
+            received = replayed(out)
+        work.prepare_weights()
+        for gather in started:
+            gather.wait()
         with torch.no_grad():
             came = layout.view(received)
             first = route.rank * self._num_local_experts
             local_index, local_weights, pairs = rows.own_slots(came, first, self._num_local_experts)
-            num_pairs = remember(lambda: _summed_later(pairs))
-        home = _OnTheWayHome(route)
+            num_pairs = replayed(lambda: DeferredCount(_summed_later(pairs), 1 / dist.get_world_size(self.group)))
+        grads = _InputGrads(route)
         values, local_weights = _Gathered.apply(
-            hidden_states, top_k_weights, Rows(came.values, local_weights, local_index), self._num_local_experts, home
+            hidden_states, top_k_weights, Rows(came.values, local_weights, local_index), self._num_local_experts, grads
         )
-        return Dispatched(values, local_index, local_weights, num_pairs, handle=route, rows_ready=home.start)
+        return Dispatched(values, local_index, local_weights, num_pairs, route, grads.start)
 
-    def combine(
-        self, rows: torch.Tensor, dispatched: Dispatched, *, meanwhile: Callable[[], None] | None = None
-    ) -> torch.Tensor:
-        return _SumHome.apply(rows, dispatched.handle, meanwhile)
+    def combine(self, rows: torch.Tensor, sent: Dispatched, work: Overlap = NO_OVERLAP) -> torch.Tensor:
+        return _Combine.apply(rows, sent.handle, work.for_backward())
 
 
 def _least(mib: tuple[int, ...]) -> int:
@@ -201,16 +180,16 @@ def _summed_later(parts: torch.Tensor) -> Callable[[], int]:
     return functools.cache(lambda: sum(wait()))
 
 
-class _OnTheWayHome:
-    """The gradients of a dispatch's rows and weights, sent home when they are ready, and picked up by its backward."""
+class _InputGrads:
+    """The gradients of a dispatch's rows and weights, reduce-scattered early and taken by its backward."""
 
     def __init__(self, route: GatherRoute):
         self._route = route
         self._started: list[tuple[torch.Tensor, torch.Tensor, Started]] = []
 
     def start(self, grad_values: torch.Tensor, grad_weights: torch.Tensor) -> None:
-        """Dispatched.rows_ready."""
-        # the small one first: behind the large one it would be awaited when that has come home already
+        """Dispatched.on_input_grads."""
+        # the small one first: behind the large one it would arrive after it
         self._started = [
             (gradient, *sum_rows(gradient, self._route.group))
             for gradient in (grad_weights, grad_values)
@@ -218,7 +197,7 @@ class _OnTheWayHome:
         ]
 
     def take(self, gradient: torch.Tensor, sentinels: Callable[[], torch.Tensor] | None = None) -> torch.Tensor:
-        """[R, ...] to [T, ...]: the sum over ranks, on its way already if `start` had this very tensor.
+        """[R, ...] to [T, ...]: the sum over ranks, started already if `start` got this very tensor.
 
         sentinels: slots whose gradient is not to be read, asked for where nobody said that they hold zeros.
         """
@@ -237,7 +216,7 @@ class _OnTheWayHome:
 
     def forget(self) -> None:
         for _, _, work in self._started:
-            work.wait()  # also for one that was not taken: what it reads may be freed now
+            work.wait()  # also for one that was not taken: its input may be freed now
         self._started = []
 
 
@@ -245,10 +224,10 @@ class _Gathered(torch.autograd.Function):
     """The rows and weights that came, as if computed from ours; the way back of their gradients."""
 
     @staticmethod
-    def forward(ctx, hidden_states, top_k_weights, came: Rows, sentinel: int, home: _OnTheWayHome):
+    def forward(ctx, hidden_states, top_k_weights, came: Rows, sentinel: int, grads: _InputGrads):
         values, weights, local_index = came
         assert weights is not None and local_index is not None
-        ctx.home, ctx.sentinel = home, sentinel
+        ctx.grads, ctx.sentinel = grads, sentinel
         ctx.zeros = [functools.partial(torch.zeros, t.shape, dtype=t.dtype, device=t.device) for t in (values, weights)]
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(local_index)
@@ -262,43 +241,43 @@ class _Gathered(torch.autograd.Function):
     def backward(ctx, grad_values: torch.Tensor | None, grad_weights: torch.Tensor | None):
         needs_values, needs_weights, *_ = ctx.needs_input_grad
         (local_index,) = ctx.saved_tensors
-        home: _OnTheWayHome = ctx.home
+        grads: _InputGrads = ctx.grads
         # A gradient that this rank's experts do not have is zero: the other ranks wait for it all the same.
         grad_values, grad_weights = (
             zeros() if g is None else g for g, zeros in zip((grad_values, grad_weights), ctx.zeros)
         )
         # in the order of `start`: another rank may have started its own, where this one's experts function did not
-        grad_top_k = home.take(grad_weights, lambda: local_index >= ctx.sentinel) if needs_weights else None
-        grad_hidden = home.take(grad_values) if needs_values else None
-        home.forget()
+        grad_top_k = grads.take(grad_weights, lambda: local_index >= ctx.sentinel) if needs_weights else None
+        grad_hidden = grads.take(grad_values) if needs_values else None
+        grads.forget()
         return grad_hidden, grad_top_k, None, None, None
 
 
-class _SumHome(torch.autograd.Function):
-    """Each token's weighted sums of every rank, added up at home."""
+class _Combine(torch.autograd.Function):
+    """Each token's weighted sums of every rank, added up on the token's rank."""
 
     @staticmethod
-    def forward(ctx, values: torch.Tensor, route: GatherRoute, meanwhile: Callable[[], None] | None) -> torch.Tensor:
-        ctx.route, ctx.meanwhile = route, meanwhile
+    def forward(ctx, values: torch.Tensor, route: GatherRoute, overlap: Callable[[], None] | None) -> torch.Tensor:
+        ctx.route, ctx.overlap = route, overlap
 
-        def home() -> torch.Tensor:
+        def summed() -> torch.Tensor:
             total, work = sum_rows(values.contiguous(), route.group)
             work.wait()
             # not a view: a model may change it in place
             return total if route.own == route.rows else total[: route.own].clone()
 
-        return remember(home, handed_out=True)
+        return replayed(summed, handed_out=True)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_home: torch.Tensor):
+    def backward(ctx, grad_out: torch.Tensor):
         route: GatherRoute = ctx.route
-        own = grad_home.contiguous()
+        own = grad_out.contiguous()
         if route.own < route.rows:
             own = torch.cat([own, own.new_zeros(route.rows - route.own, own.shape[1])])
         gathered = own.new_empty(route.received, own.shape[1])
         work = gather_rows(own, gathered, route.group)
-        if ctx.meanwhile is not None:
-            ctx.meanwhile()
+        if ctx.overlap is not None:
+            ctx.overlap()
         work.wait()
         return gathered, None, None

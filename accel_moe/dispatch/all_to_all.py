@@ -1,42 +1,41 @@
 """Dispatch by all-to-all, each row sent once per rank.
 
-A token whose top-k falls on one rank several times travels there once, together with its local indices and
-routing weights; the owning rank computes the weighted sum over its own experts and returns one row. So what
-travels is (token, rank) pairs, not (token, expert) pairs: about 0.27 of the bytes at ep 2 and K 8. Rows for our
-own experts do not travel at all: they are packed straight into their place among the received ones.
+A token whose top-k falls on one rank several times travels there once, together with its local indices and routing
+weights; the owning rank computes the weighted sum over its own experts and returns one row. So (token, rank) pairs
+travel, not (token, expert) pairs: about 0.27 of the bytes at ep 2 and K 8. Rows for our own experts do not travel: they
+are packed straight into their place among the received ones.
 
 One layer's forward, in numbered phases; local ones are functions of rows.py:
 
     1. count      rows and pairs for each rank                                     local, no sync
     2. counts     all-gather of them, of free memory and the rows' kind            collective, THE host sync
-       ... what the caller has to do meanwhile, and where each copy goes ...
+                  overlapped: the caller's own work, and placing the copies
     3. out        pack, then all-to-all of rows with their indices and weights     collective
-       ... experts ...
-    4. home       all-to-all of the weighted sums, then a sum over each token's copies      collective
+                  the experts function runs
+    4. combine    all-to-all of the weighted sums, then a sum over each token's copies      collective
 
-"Send out" (3) and "send back" (4) are each other's transpose, so each is the other's backward. On the way back in
-backward the routing weights' gradients travel beside the rows; for each slot the value from the rank that computed
-it is picked, and what an experts function left in its sentinel slots is never read.
+Out and combine are each other's transpose, so each is the other's backward. In the backward of out, the routing
+weights' gradients travel with the rows' gradients. Each slot takes the value of the rank that computed it; values that
+an experts function left in its sentinel slots are never read.
 
 Nothing here branches on a count around a collective: ranks with no token, or none received, run the same ops.
 
-One row per (token, rank) rather than per (token, expert), and top-k indices and weights beside the rows, follow
+One row per (token, rank) rather than per (token, expert), and top-k indices and weights sent with the rows, follow
 DeepEP (deepseek-ai/DeepEP, README, "dispatch").
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 
 from accel_moe.dispatch import kinds, memory, rows
-from accel_moe.dispatch.base import Dispatched
+from accel_moe.dispatch.base import NO_OVERLAP, Dispatched, Overlap, RoutedTokens
 from accel_moe.dispatch.collectives import exchange_counts, exchange_rows
-from accel_moe.dispatch.replay import remember
+from accel_moe.dispatch.replay import replayed
 from accel_moe.dispatch.rows import RowLayout, Rows
 from accel_moe.kernels.deferred_count import copied_to_host
 
@@ -81,44 +80,22 @@ class AllToAllDispatcher:
         assert num_experts % self.ep == 0, (num_experts, self.ep)
         self.num_local_experts = num_experts // self.ep
 
-    def dispatch(
-        self,
-        hidden_states: torch.Tensor,
-        top_k_index: torch.Tensor,
-        top_k_weights: torch.Tensor,
-        *,
-        bytes_per_pair: int = 0,
-        meanwhile: Callable[[], None] | None = None,
-        bytes_meanwhile: int = 0,
-        counted: bool = False,
-    ) -> Dispatched:
-        bytes_per_row = hidden_states.shape[1] * hidden_states.element_size()
-        pending = [] if meanwhile is None else [meanwhile]
-        sizes = bytes_per_row, bytes_per_pair, bytes_meanwhile
-        kind = kinds.kind_of(hidden_states, top_k_index, top_k_weights)
-        route, num_pairs = remember(lambda: self._route(top_k_index, kind, sizes, pending))
-        _run(pending)  # where the route was remembered
-        values, local_index, local_weights = _SendOut.apply(hidden_states, top_k_weights, route)
-        return Dispatched(values, local_index, local_weights, num_pairs, handle=route)
+    def dispatch(self, tokens: RoutedTokens, work: Overlap = NO_OVERLAP) -> Dispatched:
+        route, num_pairs = replayed(lambda: self._route(tokens, work))
+        values, local_index, local_weights = _SendOut.apply(tokens.rows, tokens.weights, route)
+        return Dispatched(values, local_index, local_weights, num_pairs, route)
 
-    def combine(
-        self, rows: torch.Tensor, dispatched: Dispatched, *, meanwhile: Callable[[], None] | None = None
-    ) -> torch.Tensor:
-        return _SendBack.apply(rows, dispatched.handle)
+    def combine(self, rows: torch.Tensor, sent: Dispatched, work: Overlap = NO_OVERLAP) -> torch.Tensor:
+        return _SendBack.apply(rows, sent.handle)
 
-    def _route(
-        self,
-        top_k_index: torch.Tensor,
-        kind: kinds.Kind,
-        sizes: tuple[int, int, int],
-        pending: list[Callable[[], None]],
-    ) -> tuple[Route, int]:
-        index = top_k_index.contiguous()
-        bytes_per_row, bytes_per_pair, bytes_meanwhile = sizes
-        free = memory.free_bytes(index.device) - bytes_meanwhile
+    def _route(self, tokens: RoutedTokens, work: Overlap) -> tuple[Route, int]:
+        kind = kinds.kind_of(*tokens)
+        index = tokens.index.contiguous()
+        free = memory.free_bytes(index.device) - work.bytes_of_weights
         ours, counted = rows.count(index, self.num_local_experts, self.ep, kinds.with_free_bytes(kind, free))
         gathered = copied_to_host(exchange_counts(ours, self.group))
-        _run(pending)  # the GPU has work while the host waits for the counts, and while it launches what they decide
+        # the GPU has work while the host waits for the counts, and while it launches what they decide
+        work.prepare_weights()
         slot, copy = rows.place(index, counted, self.num_local_experts, self.ep, self.ep_rank)
         counts = gathered()  # [from][to][3]; host sync: sizes are Python integers
         rows_to = [sum(of[to][0] for of in counts) for to in range(self.ep)]
@@ -129,8 +106,8 @@ class AllToAllDispatcher:
             rows_to,
             pairs_to,
             list(free_on),
-            bytes_per_row=bytes_per_row,
-            bytes_per_pair=bytes_per_pair,
+            bytes_per_row=tokens.rows.shape[1] * tokens.rows.element_size(),
+            bytes_per_pair=work.bytes_per_pair,
             tokens=len(index),
         )
         send_counts = [to[0] for to in counts[self.ep_rank]]
@@ -139,11 +116,6 @@ class AllToAllDispatcher:
         send_counts[self.ep_rank] = receive_counts[self.ep_rank] = 0
         route = Route(index, slot, copy, send_counts, receive_counts, num_own, self.num_local_experts, self.group)
         return route, pairs_to[self.ep_rank]
-
-
-def _run(pending: list[Callable[[], None]]) -> None:
-    while pending:
-        pending.pop()()
 
 
 def _send_out(source: torch.Tensor, weights: torch.Tensor | None, layout: RowLayout, route: Route) -> torch.Tensor:
@@ -179,7 +151,7 @@ def _send_back(
         kept = Rows(values[own], weights[own])
     returned = layout.empty(route.num_sent, values.device)
     exchange_rows(layout.wire(sent), layout.wire(returned), route.receive_counts, route.send_counts, route.group)
-    return rows.sum_home(layout.view(returned), kept, route.slot, route.index, route.experts_per_rank)
+    return rows.combine(layout.view(returned), kept, route.slot, route.index, route.experts_per_rank)
 
 
 class _SendOut(torch.autograd.Function):
@@ -191,7 +163,7 @@ class _SendOut(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         weights = top_k_weights.contiguous()
         layout = RowLayout(hidden_states.shape[1], hidden_states.dtype, weights.shape[1], weights.dtype, True)
-        received = remember(lambda: _send_out(hidden_states.contiguous(), weights, layout, route))
+        received = replayed(lambda: _send_out(hidden_states.contiguous(), weights, layout, route))
         values, local_weights, local_index = layout.view(received)
         assert local_weights is not None and local_index is not None
         local_index, local_weights = local_index.long(), local_weights.clone(memory_format=torch.contiguous_format)
@@ -221,10 +193,10 @@ class _SendBack(torch.autograd.Function):
     @staticmethod
     def forward(ctx, values: torch.Tensor, route: Route) -> torch.Tensor:
         ctx.route = route
-        return remember(lambda: _send_back(values, None, route)[0], handed_out=True)
+        return replayed(lambda: _send_back(values, None, route)[0], handed_out=True)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_home: torch.Tensor):
-        layout = RowLayout(grad_home.shape[1], grad_home.dtype)
-        return _send_out(grad_home.contiguous(), None, layout, ctx.route), None
+    def backward(ctx, grad_out: torch.Tensor):
+        layout = RowLayout(grad_out.shape[1], grad_out.dtype)
+        return _send_out(grad_out.contiguous(), None, layout, ctx.route), None

@@ -13,24 +13,27 @@ import torch
 import torch.distributed as dist
 from torch.utils.checkpoint import checkpoint
 
+from accel_moe.dispatch.base import RoutedTokens
 from accel_moe.dispatch.collectives import exchange_counts
-from accel_moe.dispatch.replay import nothing_kept, remember
+from accel_moe.dispatch.replay import nothing_kept, replayed
 
 
 def in_chunks(
-    layer: Callable[..., torch.Tensor], limit: int, group: dist.ProcessGroup, tokens: tuple[torch.Tensor, ...]
+    one_pass: Callable[[RoutedTokens], torch.Tensor], tokens: RoutedTokens, limit: int, group: dist.ProcessGroup | None
 ) -> torch.Tensor:
-    """layer(*tokens) for tensors [T, ...], in chunks of at most `limit` tokens. A collective over `group`.
+    """one_pass(tokens), in chunks of at most `limit` tokens; at once if that is 0. A collective over `group` otherwise.
 
     Every rank runs as many chunks as the rank with the most tokens needs; some of them may be empty.
 
     Returns:
         [T, H]: the chunks' results in order.
     """
-    count = remember(lambda: _most_chunks(tokens[0], limit, group))
+    if not limit or group is None:
+        return one_pass(tokens)
+    count = replayed(lambda: _most_chunks(tokens.rows, limit, group))
     with nothing_kept():
-        parts = zip(*(t.tensor_split(count) for t in tokens))
-        return torch.cat([checkpoint(layer, *p, use_reentrant=False, preserve_rng_state=False) for p in parts])
+        parts = [RoutedTokens(*part) for part in zip(*(t.tensor_split(count) for t in tokens))]
+        return torch.cat([checkpoint(one_pass, p, use_reentrant=False, preserve_rng_state=False) for p in parts])
 
 
 def _most_chunks(tokens: torch.Tensor, limit: int, group: dist.ProcessGroup) -> int:

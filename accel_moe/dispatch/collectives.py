@@ -17,7 +17,7 @@ _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_sc
 
 
 class Started:
-    """A collective under way. Its failure says what every rank was doing, if that is known."""
+    """A collective under way. If it fails, the error says where every rank was last seen."""
 
     def __init__(self, work: dist.Work):
         self._work = work

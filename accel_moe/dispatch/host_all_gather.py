@@ -27,8 +27,8 @@ _NAP_S = 1e-3
 LARGEST = 2**32 - 1
 
 
-class Board:
-    """A page that the ranks of one group share. Made by `board_of`."""
+class HostAllGather:
+    """A page that the ranks of one group share. Made by `host_all_gather_of`."""
 
     def __init__(self, page: mmap.mmap, rank: int, ranks: int, numbers: int, timeout: datetime.timedelta):
         self._words = memoryview(page).cast("Q")
@@ -76,10 +76,10 @@ class Board:
         return word & LARGEST
 
 
-_boards: list[tuple[dist.ProcessGroup, Board | None]] = []
+_boards: list[tuple[dist.ProcessGroup, HostAllGather | None]] = []
 
 
-def board_of(group: dist.ProcessGroup, numbers: int, timeout: datetime.timedelta) -> Board | None:
+def host_all_gather_of(group: dist.ProcessGroup, numbers: int, timeout: datetime.timedelta) -> HostAllGather | None:
     """The board of a group for `numbers` numbers a rank; None, on every rank of it, where its ranks share no memory.
 
     A collective over the group the first time; afterwards the same board comes back.
@@ -94,7 +94,7 @@ def board_of(group: dist.ProcessGroup, numbers: int, timeout: datetime.timedelta
     return board
 
 
-def _make(group: dist.ProcessGroup, numbers: int, timeout: datetime.timedelta) -> Board | None:
+def _make(group: dist.ProcessGroup, numbers: int, timeout: datetime.timedelta) -> HostAllGather | None:
     rank, ranks = dist.get_rank(group), dist.get_world_size(group)
     size = -(-8 * 2 * ranks * numbers // mmap.PAGESIZE) * mmap.PAGESIZE
     path, page = None, None
@@ -111,7 +111,7 @@ def _make(group: dist.ProcessGroup, numbers: int, timeout: datetime.timedelta) -
         Path(path).unlink(missing_ok=True)  # the mappings stay
     if page is None or not all(everyone):
         return None
-    return Board(page, rank, ranks, numbers, timeout)
+    return HostAllGather(page, rank, ranks, numbers, timeout)
 
 
 def _new_file(size: int) -> str | None:

@@ -1,4 +1,4 @@
-"""Whether what a dispatch brings can fit, asked before anything is allocated, and answered alike on every rank.
+"""A check that the received rows fit in memory, before anything is allocated, with the same answer on every rank.
 
 A router may send everything to one rank. That rank would run out of memory in the middle of a layer, and the others
 would wait for it until the process group's timeout. Every rank has the whole group's counts, and with them comes how

@@ -1,8 +1,8 @@
 """What an exchange brought, kept until backward: activation checkpointing runs a forward again, and the exchange with
 it unless somebody kept its result.
 
-`kept_exchanges` is a `context_fn` for torch.utils.checkpoint. Between its two contexts a function given to `remember`
-runs the first time only; when the forward is run again, it is not called, and what it returned comes back. Everything
+`kept_exchanges` is a `context_fn` for torch.utils.checkpoint. Between its two contexts a function given to `replayed`
+runs the first time only; when the forward is run again, its first result comes back instead. Everything
 else of the layer (attention, norms, router, the experts' GEMMs) is computed again, as checkpointing wants it. What is
 kept belongs to the checkpoint's own frame, and goes with the autograd graph.
 
@@ -20,12 +20,12 @@ from typing import Any, TypeVar
 import torch
 
 T = TypeVar("T")
-Run = Callable[[Callable[[], Any], bool], Any]  # what remember() does with its arguments at present
+Run = Callable[[Callable[[], Any], bool], Any]  # what replayed() does with its arguments at present
 _thread = threading.local()  # backward, and so the second run, has a thread of its own on a GPU
 
 
-def remember(compute: Callable[[], T], *, handed_out: bool = False) -> T:
-    """compute(); or, where checkpointing runs a kept forward again, what compute() returned the first time.
+def replayed(compute: Callable[[], T], *, handed_out: bool = False) -> T:
+    """compute(), or its first result when checkpointing runs a kept forward again.
 
     Tensors come back without the autograd history they got since: call it inside an autograd function's forward, or
     under no_grad. `handed_out`: the result leaves our hands, and may be changed in place there; a copy is kept.
@@ -47,7 +47,7 @@ def kept_exchanges() -> tuple[Any, Any]:
 
 @contextlib.contextmanager
 def nothing_kept() -> Iterator[None]:
-    """Within it, `remember` only computes."""
+    """Within it, `replayed` only computes."""
     with _pushed(lambda compute, _: compute()):
         yield
 

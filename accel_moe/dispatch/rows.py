@@ -1,7 +1,7 @@
-"""What a rank does by itself before and after an exchange: count copies, place them, pack rows, sum them at home.
+"""The local halves of an exchange: count copies, place them, pack rows before it, sum rows after it.
 
 A *copy* is one (token, rank) pair: the row that token sends to that rank, however many of its experts live there.
-Copies are numbered by the rank they go to, the other ranks in order and our own last, so that what leaves comes
+Copies are numbered by the rank they go to, the other ranks in order and our own last, so that leaving copies come
 first; our own rows go straight to where the received ones lie, and no collective touches them.
 
 On a GPU each function is one kernel (rows_triton.py); here is the same in plain torch, for CPUs and to check
@@ -195,7 +195,7 @@ def own_slots(rows: Rows, first: int, experts_per_rank: int) -> tuple[Tensor, Te
     return local_index, torch.where(ours, rows.weights, 0.0), ours.sum(1)
 
 
-def sum_home(
+def combine(
     returned: Rows, own: Rows, slot: Tensor, index: Tensor, experts_per_rank: int
 ) -> tuple[Tensor, Tensor | None]:
     """Each token's copies summed, in rank order, in fp32 or better (no atomics: the same bits every time); and, where
@@ -212,7 +212,7 @@ def sum_home(
     if slot.is_cuda and returned.values.dtype != torch.float64:  # which the kernel would sum in fp32
         from accel_moe.dispatch import rows_triton
 
-        return rows_triton.sum_home(returned[:2], own[:2], slot, index, experts_per_rank)
+        return rows_triton.combine(returned[:2], own[:2], slot, index, experts_per_rank)
     values = torch.cat([returned.values, own.values, own.values.new_zeros(1, own.values.shape[1])])
     total = sum(values[slot[:, r]].to(torch.promote_types(values.dtype, torch.float32)) for r in range(slot.shape[1]))
     assert isinstance(total, Tensor)

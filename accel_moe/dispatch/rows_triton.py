@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from accel_moe.kernels.cached_launch import entry
+from accel_moe.kernels.cached_launch import cached_launch
 
 _BLOCK = 2048  # columns of a row at once
 
@@ -32,7 +32,7 @@ def destinations(
     return tl.where(index < 0, -1, tl.minimum(index // experts_per_rank, 2147483647)).to(tl.int32)
 
 
-@entry
+@cached_launch
 @triton.jit(do_not_specialize=["num_tokens", "free_bytes"])
 def count_copies(
     index_ptr,
@@ -57,7 +57,7 @@ def count_copies(
         tl.store(count + 2, tl.where(block == 0, free_bytes, 0).to(tl.int64))
 
 
-@entry
+@cached_launch
 @triton.jit(do_not_specialize=["num_tokens", "num_blocks", "own_rank"])
 def place_copies(
     index_ptr,
@@ -93,7 +93,7 @@ def place_copies(
         base += tl.sum(counts, axis=0)
 
 
-@entry
+@cached_launch
 @triton.jit(do_not_specialize=["num_sent"])
 def pack_rows(
     source_ptr,
@@ -152,7 +152,7 @@ def pack_rows(
         tl.store(own_weight_ptr + own * own_weight_stride + k, weights, mask=k < TOP_K * stays)
 
 
-@entry
+@cached_launch
 @triton.jit(do_not_specialize=["num_sent"])
 def sum_copies(
     returned_ptr,
@@ -202,7 +202,7 @@ def sum_copies(
             tl.store(out_weight_ptr + token * TOP_K + k, weights, mask=k < TOP_K)
 
 
-@entry
+@cached_launch
 @triton.jit(do_not_specialize=["num_tokens", "first"])
 def fill_rows(
     source_ptr,
@@ -239,7 +239,7 @@ def fill_rows(
     tl.store(row_index_ptr + row * row_index_stride + k, tl.where(routed, index, sentinel).to(tl.int32), mask=k < TOP_K)
 
 
-@entry
+@cached_launch
 @triton.jit(do_not_specialize=["num_rows", "first"])
 def keep_own_slots(
     index_ptr,
@@ -361,7 +361,7 @@ def pack(
     )
 
 
-def sum_home(
+def combine(
     returned: tuple[Tensor, Tensor | None],
     own: tuple[Tensor, Tensor | None],
     slot: Tensor,

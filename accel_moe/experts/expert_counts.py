@@ -9,7 +9,7 @@ from accel_moe import whereabouts
 from accel_moe.experts.state import LayerState, swapped_layers
 
 
-def expert_load(model: nn.Module) -> dict[str, torch.Tensor]:
+def tokens_per_expert(model: nn.Module) -> dict[str, torch.Tensor]:
     """Slots routed to each expert since the last call, summed over all ranks, then set back to zero.
 
     A collective when torch.distributed is initialised: every rank calls it at the same point.
@@ -24,8 +24,10 @@ def expert_load(model: nn.Module) -> dict[str, torch.Tensor]:
     """
     layers = dict(swapped_layers(model))
     if not layers:
-        raise ValueError("expert_load() got a model that accel_moe.prepare() has not seen. Call prepare(model) first.")
-    whereabouts.meet("accel_moe.expert_load")
+        raise ValueError(
+            "tokens_per_expert() got a model that accel_moe.prepare() has not seen. Call prepare(model) first."
+        )
+    whereabouts.meet("accel_moe.tokens_per_expert")
     device = next(iter(layers.values())).down_proj.device
     empty = torch.zeros(0, dtype=torch.long, device=device)
     rows = []
@@ -38,6 +40,10 @@ def expert_load(model: nn.Module) -> dict[str, torch.Tensor]:
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.all_reduce(flat)
     return dict(zip(layers, flat.cpu().split([row.numel() for row in rows])))
+
+
+expert_load = tokens_per_expert
+"""The older name."""
 
 
 @torch.no_grad()

@@ -103,13 +103,13 @@ def _foreign_in_classes(module: nn.Module) -> Iterator[tuple[type, Callable[...,
         function = vars(cls).get("forward")
         if function is None or cls is ScatterMoE:
             continue
-        if issubclass(cls, ScatterMoE) or not _is_at_home(function, cls):
+        if issubclass(cls, ScatterMoE) or not _is_expected(function, cls):
             yield cls, function
         if not issubclass(cls, ScatterMoE):
             return  # what this class has overridden does not run
 
 
-def _is_at_home(function: Callable[..., Any], cls: type) -> bool:
+def _is_expected(function: Callable[..., Any], cls: type) -> bool:
     from transformers.integrations.moe import use_experts_implementation
 
     code = getattr(function, "__code__", None)

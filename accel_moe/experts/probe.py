@@ -24,7 +24,8 @@ from torch import nn
 
 from accel_moe.experts.view import ExpertsView, as_interface
 from accel_moe.kernels import scattermoe
-from accel_moe.kernels.glu import gate_of
+from accel_moe.kernels.glu import glu_of
+from accel_moe.kernels.hints import Hints
 
 TESTED = ("transformers.integrations.moe", "accel_moe.kernels.scattermoe")
 """Where functions live that the tests compare with every family's own loop."""
@@ -100,7 +101,7 @@ def _try(function: Callable[..., torch.Tensor], module: nn.Module, ep_degree: in
         except ImportError as error:
             return f"cannot run here: {_first_line(error)}"
         except _Wrong as wrong:
-            gate = gate_of(as_interface(module))
+            gate = glu_of(as_interface(module))
             own = f" (its gate: {gate.describe()})" if gate is not None else ""
             return f"does not compute it{own}: {wrong}"
         except Exception as error:
@@ -166,10 +167,9 @@ def _small(module: nn.Module, device: torch.device, dtype: torch.dtype, *, stray
     weights = (numbers(tokens, top_k).abs() + 0.1).masked_fill(index == experts, 0.0)
     scales = torch.tensor(_SCALES, device="cpu", dtype=torch.float32).repeat(_TOKENS)[:tokens, None]
     answers: dict[str, Any] = {n: sizes[v] for n, v in vars(module).items() if type(v) is int and v in sizes}
-    answers |= {"num_experts": experts, "_is_expert_parallel": strays, "num_pairs": int((index < experts).sum())}
-    answers |= {"weight_grad_scale": 1.0, "rows_ready": None, **parameters}
+    answers |= {"num_experts": experts, "_is_expert_parallel": strays, **parameters}
     return _Small(
-        view=ExpertsView(layout, **answers),
+        view=ExpertsView(layout, Hints(num_pairs=int((index < experts).sum())), **answers),
         parameters=parameters,
         hidden_states=(numbers(tokens, hidden) * scales).to(device, dtype).requires_grad_(),
         index=index.to(device),

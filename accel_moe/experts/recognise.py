@@ -1,4 +1,4 @@
-"""Which modules are experts, what of them we can run, and what we refuse and why.
+"""Finds a model's experts modules, chooses their kernel, and refuses what cannot be run, with the reason.
 
 Since v5 every MoE family of transformers calls its experts alike,
 
@@ -15,6 +15,9 @@ from __future__ import annotations
 
 import inspect
 import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -101,89 +104,143 @@ def find_experts(model: nn.Module) -> FoundExperts:
     return found
 
 
+@dataclass(frozen=True)
+class Request:
+    """One experts module, and how it is to run.
+
+    Attributes:
+        own: the module itself.
+        view: the module, or a view of it that answers as the interface's decorator would.
+    """
+
+    own: nn.Module
+    view: Any
+    kernel: str
+    ep_degree: int
+
+    @property
+    def norm(self) -> bool:
+        return bool(getattr(self.view, "has_post_expert_norm", False))
+
+
 def refusal(module: nn.Module, *, kernel: str, ep_degree: int) -> str | None:
     """Why this experts module cannot be run so, or None. Pure: reads shapes, flags and dtypes only."""
-    flags = {n for n, v in module.__dict__.items() if isinstance(v, bool) and n.lstrip("_").startswith(("has_", "is_"))}
+    request = Request(module, as_interface(module), kernel, ep_degree)
+    return next(filter(None, (check(request) for check in CHECKS)), None)
+
+
+def _unknown_flags(request: Request) -> str | None:
+    flags = {name for name, value in request.own.__dict__.items() if isinstance(value, bool)}
+    flags = {name for name in flags if name.lstrip("_").startswith(("has_", "is_"))}
     if unknown := flags - KNOWN_FLAGS:
         return f"it sets the flag(s) {', '.join(sorted(unknown))}, which accel_moe does not know"
-    shim, own = shim_of(module), module
-    module = as_interface(module)  # pyright: ignore[reportAssignmentType] a view answers as the module would
-    norm = bool(getattr(module, "has_post_expert_norm", False))
-    if norm and not (_interface_knows_norms() and isinstance(getattr(module, "post_expert_norm", None), nn.Module)):
+    return None
+
+
+def _norm(request: Request) -> str | None:
+    if not request.norm:
+        return None
+    norm = getattr(request.view, "post_expert_norm", None)
+    if not (_interface_knows_norms() and isinstance(norm, nn.Module)):
         return (
             "it normalises each expert's output (has_post_expert_norm), but has no post_expert_norm module, or this "
             "transformers has no experts function that applies it. Use transformers 5.23 or newer"
         )
-    if norm and ep_degree > 1:
+    if request.ep_degree > 1:
         return (
             "it normalises each expert's output with a weight that all experts share (has_post_expert_norm), which "
-            f"moe_ep_degree={ep_degree} would leave with each rank's part of its gradient. Use moe_ep_degree: 1"
+            f"moe_ep_degree={request.ep_degree} would leave with each rank's part of its gradient. Use moe_ep_degree: 1"
         )
-    if norm and kernel not in NORM_KERNELS:
+    if request.kernel not in NORM_KERNELS:
         return (
-            f"it normalises each expert's output (has_post_expert_norm), which moe_kernel={kernel} does not. "
+            f"it normalises each expert's output (has_post_expert_norm), which moe_kernel={request.kernel} does not. "
             f"Use one of {', '.join(NORM_KERNELS)}"
         )
-    if getattr(module, "_is_expert_parallel", False):
+    return None
+
+
+def _transformers_own_ep(request: Request) -> str | None:
+    if getattr(request.view, "_is_expert_parallel", False):
         return (
             "transformers' own expert parallelism is already on for it. Load the model without "
             "distributed_config / ep_size, and let moe_ep_degree do it"
         )
-    parameters = dict(module.named_parameters())
-    known = KNOWN_PARAMETERS | ({"post_expert_norm.weight"} if norm else set())
-    if unknown := set(parameters) - known:
+    return None
+
+
+def _unknown_parameters(request: Request) -> str | None:
+    found = {name for name, _ in request.view.named_parameters()}
+    used = set(scattermoe.parameter_names(request.view))
+    if unknown := found - (KNOWN_PARAMETERS | ({"post_expert_norm.weight"} if request.norm else set())):
         return f"it has parameter(s) {', '.join(sorted(unknown))}, which accel_moe does not know"
-    if missing := _weights_of(module) - set(parameters):
+    if missing := used - found:
         return f"its flags say that it has {', '.join(sorted(missing))}, and it has not"
-    if surplus := (set(parameters) & KNOWN_PARAMETERS) - _weights_of(module):
+    if surplus := (found & KNOWN_PARAMETERS) - used:
         return f"it has parameter(s) {', '.join(sorted(surplus))}, which its flags say it does not use"
-    if list(module.named_buffers()):
-        return f"it has buffer(s) {', '.join(n for n, _ in module.named_buffers())}, as quantised experts do"
-    for name, parameter in parameters.items():
+    if buffers := [name for name, _ in request.view.named_buffers()]:
+        return f"it has buffer(s) {', '.join(buffers)}, as quantised experts do"
+    return None
+
+
+def _stored_otherwise(request: Request) -> str | None:
+    shim, num_experts = shim_of(request.own), request.view.num_experts
+    for name, parameter in request.view.named_parameters():
         if _is_packed(parameter):
             return f"{name} is stored as {parameter.dtype}; quantised experts are not supported"
-        if parameter.shape[0] != module.num_experts and name in KNOWN_PARAMETERS:
-            if shim is not None and shim.identity_experts:
-                if ep_degree == 1:
-                    continue
-                return (
-                    f"{name} has {parameter.shape[0]} rows for {module.num_experts} experts with weights (the others "
-                    f"are identity experts), so moe_ep_degree={ep_degree} cannot split it like down_proj. Use "
-                    "moe_ep_degree: 1"
-                )
+        if parameter.shape[0] == num_experts or name not in KNOWN_PARAMETERS:
+            continue
+        if shim is None or not shim.identity_experts:
+            return f"{name} has {parameter.shape[0]} rows on dim 0, where num_experts={num_experts} says otherwise"
+        if request.ep_degree > 1:
             return (
-                f"{name} has {parameter.shape[0]} rows on dim 0, where num_experts={module.num_experts} says otherwise"
+                f"{name} has {parameter.shape[0]} rows for {num_experts} experts with weights (the others are identity "
+                f"experts), so moe_ep_degree={request.ep_degree} cannot split it like down_proj. Use moe_ep_degree: 1"
             )
-    if ep_degree > 1 and (why := CALLED_FOR_SOME_BATCHES.get(type(own).__name__)):
+    return None
+
+
+def _ep_degree(request: Request) -> str | None:
+    if request.ep_degree > 1 and (why := CALLED_FOR_SOME_BATCHES.get(type(request.own).__name__)):
         return (
-            f"{why}, and with moe_ep_degree={ep_degree} a rank without any would leave the others waiting for ever in "
-            "their exchange. Use moe_ep_degree: 1"
+            f"{why}, and with moe_ep_degree={request.ep_degree} a rank without any would leave the others waiting for "
+            "ever in their exchange. Use moe_ep_degree: 1"
         )
-    if module.num_experts % ep_degree:
-        degrees = ", ".join(str(d) for d in range(1, module.num_experts + 1) if module.num_experts % d == 0)
+    if (num_experts := request.view.num_experts) % request.ep_degree:
+        degrees = ", ".join(str(d) for d in range(1, num_experts + 1) if num_experts % d == 0)
         return (
-            f"moe_ep_degree={ep_degree} does not divide num_experts={module.num_experts}. "
+            f"moe_ep_degree={request.ep_degree} does not divide num_experts={num_experts}. "
             f"Use one of {degrees}, or remove the key to turn expert parallelism off"
         )
-    if kernel == "eager" and ep_degree > 1:
+    return None
+
+
+def _kernel(request: Request) -> str | None:
+    if request.kernel == "eager" and request.ep_degree > 1:
         return (
             "moe_kernel=eager cannot skip the slots that belong to other ranks, so it does not work with "
-            f"moe_ep_degree={ep_degree}. Use moe_kernel: auto"
+            f"moe_ep_degree={request.ep_degree}. Use moe_kernel: auto"
         )
-    if kernel == "scattermoe" and (why := not_scattermoe(own)):
+    if request.kernel == "scattermoe" and (why := not_scattermoe(request.own)):
         return f"moe_kernel=scattermoe cannot run it: {why}. Use moe_kernel: auto"
     return None
+
+
+CHECKS: tuple[Callable[[Request], str | None], ...] = (
+    _unknown_flags,
+    _norm,
+    _transformers_own_ep,
+    _unknown_parameters,
+    _stored_otherwise,
+    _ep_degree,
+    _kernel,
+)
+"""Each says why a request cannot be met, or None; the first reason is the refusal's."""
 
 
 def _interface_knows_norms() -> bool:
     from transformers.integrations.moe import use_experts_implementation
 
     return "has_post_expert_norm" in inspect.signature(use_experts_implementation).parameters
-
-
-def _weights_of(module: nn.Module | ExpertsView) -> set[str]:
-    """The parameters that an experts function reads from a module with these flags."""
-    return set(scattermoe.parameter_names(module))
 
 
 def limits(module: nn.Module) -> str:

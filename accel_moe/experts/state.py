@@ -12,11 +12,10 @@ from torch import nn
 from accel_moe.config import MoEConfig, ResolvedConfig
 from accel_moe.experts.adapters import LowRank
 from accel_moe.experts.view import Shim
-from accel_moe.kernels.glu import Gate
+from accel_moe.kernels.glu import Glu
 from accel_moe.names import plain_name
 
 if TYPE_CHECKING:
-    from accel_moe.dispatch.base import Dispatcher
     from accel_moe.mesh import MeshPlan
 
 
@@ -47,9 +46,10 @@ class LayerState:
     num_experts: int
     kernel: str
     shim: Shim | None = None
-    gate: Gate | None = None
-    """Where our kernels know it."""
-    dispatcher: Dispatcher | None = None
+    glu: Glu | None = None
+    """The gate, for our kernels."""
+    dispatcher: Any = None
+    """A Dispatcher. With ep > 1 it is NotSharded until `accelerator.prepare`."""
     compute_dtype: torch.dtype | None = None
     """Set where FSDP ignores the layer, and so does not cast its weights."""
     tokens_per_expert: torch.Tensor | None = field(default=None, repr=False)
@@ -59,7 +59,7 @@ class LayerState:
     cast_bytes: dict[torch.dtype, int] = field(default_factory=dict, repr=False)
     """What this rank's experts take in a dtype, where they are stored in another; read off them once."""
     deltas: dict[str, list[LowRank]] = field(default_factory=dict, repr=False)
-    """LoRA on the experts, under ep: by parameter, what its PEFT wrapper lends for the length of a forward."""
+    """LoRA on the experts, under ep: by parameter, the factors that its PEFT wrapper lends during a forward."""
 
     @property
     def ep(self) -> int:
@@ -70,8 +70,18 @@ class LayerState:
         return self.num_experts // self.ep
 
     @property
-    def keep_h(self) -> bool:
-        return not self.prepared.config.moe_recompute_up_projection
+    def recompute_up(self) -> bool:
+        return self.prepared.config.moe_recompute_up_projection
+
+    @property
+    def chunk_tokens(self) -> int:
+        """Tokens in one exchange at most; 0: no limit."""
+        return self.prepared.config.moe_dispatch_chunk_tokens or 0 if self.ep > 1 else 0
+
+    @property
+    def splits_identity_experts(self) -> bool:
+        """Whether slots of identity experts are taken out before the experts function (identity.py)."""
+        return self.shim is not None and self.shim.identity_experts and self.kernel != "eager"
 
 
 def swapped_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:

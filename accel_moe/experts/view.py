@@ -5,15 +5,12 @@ from __future__ import annotations
 
 import inspect
 import types
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
-from accel_moe.kernels.casts import Casts
-from accel_moe.kernels.deferred_count import LaterPairs
-from accel_moe.kernels.glu import Gate
+from accel_moe.kernels.hints import NO_HINTS, Hints
 
 LAYOUT_FLAGS = ("has_gate", "has_bias", "is_transposed", "is_concatenated")
 """What transformers' decorator sets on each instance and every experts function reads."""
@@ -24,7 +21,7 @@ KNOWN_PARAMETERS = {"gate_up_proj", "up_proj", "down_proj", "gate_up_proj_bias",
 
 @dataclass(frozen=True)
 class Shim:
-    """A family off the interface whose parameters and call fit it: what the decorator would have said.
+    """A family off the interface whose parameters and call fit it: the answers of the decorator that it lacks.
 
     Attributes:
         num_experts: the attribute with the number of experts that have weights.
@@ -61,25 +58,18 @@ class ExpertsView:
     Parameters are the rank's own local tensors, `num_experts` is e, `_is_expert_parallel` says that sentinel
     slots may occur; every other attribute is the module's.
 
-    Six attributes are for functions that can use them (ours does): `weight_grad_scale`, a factor owed to every
-    weight gradient; `num_pairs`, the number of slots that are not sentinels, what waits for it, or None; `casts`,
-    which makes the parameters in the compute dtype where their own is another, or None; `known_gate`, the gate our
-    kernels know it by, so that nobody has to look again at every forward, or None; `rows_ready`, to be called in
-    backward as soon as the gradients of the rows and of their weights are there, or None; and `keep_h`, whether the
-    up-projection is kept until backward.
+    `hints` are for functions that can use them (ours does).
     """
 
-    def __init__(self, module: nn.Module, **answers: Any):
+    def __init__(self, module: nn.Module, hints: Hints = NO_HINTS, **answers: Any):
         self._module = module
-        self.casts: Casts | None = None
-        self.known_gate: Gate | None = None
-        self.keep_h = True
+        self.hints = hints
         self.__dict__.update(answers)
 
-    def of(self, num_pairs: int | LaterPairs, rows_ready: Callable[..., None] | None) -> ExpertsView:
-        """The same view of another forward."""
-        answers = {name: value for name, value in self.__dict__.items() if name != "_module"}
-        return ExpertsView(self._module, **{**answers, "num_pairs": num_pairs, "rows_ready": rows_ready})
+    def with_hints(self, **changes: Any) -> ExpertsView:
+        """The same view, with other hints."""
+        answers = {name: value for name, value in self.__dict__.items() if name not in ("_module", "hints")}
+        return ExpertsView(self._module, self.hints._replace(**changes), **answers)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._module, name)
@@ -99,7 +89,7 @@ def shim_of(module: nn.Module) -> Shim | None:
 
 
 def as_interface(module: nn.Module) -> nn.Module | ExpertsView:
-    """The module, or for a shimmed one a view of it that answers what the decorator would have set."""
+    """The module, or for a shimmed one a view of it with the decorator's answers."""
     shim = shim_of(module)
     if shim is None:
         return module

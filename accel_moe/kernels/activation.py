@@ -75,12 +75,10 @@ def activation(x, ACT: tl.constexpr, ALPHA: tl.constexpr):
         return 0.5 * x * (1.0 + t), 0.5 * (1.0 + t) + 0.5 * x * (1.0 - t * t) * slope
     elif ACT == "relu":
         return tl.maximum(x, 0.0), tl.where(x > 0.0, 1.0, 0.0)
-    elif ACT == "relu2":
+    else:
+        tl.static_assert(ACT == "relu2", "unknown activation")
         positive = tl.maximum(x, 0.0)
         return positive * positive, 2.0 * positive
-    else:
-        tl.static_assert(ACT == "identity", "unknown activation")
-        return x, tl.full(x.shape, 1.0, tl.float32)
 
 
 @triton.jit

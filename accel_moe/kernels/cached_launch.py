@@ -18,8 +18,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 _INT32 = range(-(2**31), 2**31)
 
 
-class Entry:
-    """A kernel `fn` of triton.jit, launched as one: `entry[grid](*arguments, **constants_and_options)`.
+class CachedLaunch:
+    """A kernel `fn` of triton.jit, launched as one: `kernel[grid](*arguments, **constants_and_options)`.
 
     Every parameter that is not a constexpr is given by position, and comes before those that are; these are given by
     name, each of them.
@@ -59,7 +59,7 @@ class Entry:
         return found
 
 
-def entry(fn: Any) -> Any:
+def cached_launch(fn: Any) -> Any:
     """Decorator of a triton.jit function that is launched, not called by others. The interpreter has no variants, and
     AMD's are specialised on more than is looked at here."""
-    return fn if os.environ.get("TRITON_INTERPRET") == "1" or torch.version.hip else Entry(fn)
+    return fn if os.environ.get("TRITON_INTERPRET") == "1" or torch.version.hip else CachedLaunch(fn)

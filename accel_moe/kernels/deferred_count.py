@@ -28,7 +28,7 @@ def copied_to_host(tensor: Tensor) -> Callable[[], list[Any]]:
 
 
 @dataclass(frozen=True)
-class LaterPairs:
+class DeferredCount:
     """How many (row, expert) pairs a forward has, where the host learns it after it launched that forward.
 
     The forward's passing buffers then hold the most that could be; of the pre-activation it keeps the rows that are

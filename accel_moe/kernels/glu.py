@@ -1,8 +1,8 @@
 """What stands between the two projections: its description, and how it is recognised in a module.
 
 A family may define its own gate (`_apply_gate`): clamped, scaled, shifted, interleaved. It is not looked up by the
-family's name: the module's function is tried on a grid of numbers, and described by the `Gate` that gives the same
-result everywhere. A gate that no description fits runs as the module's own function, between two GEMMs.
+family's name: the module's function is tried on a grid of numbers, and described by the `Glu` that gives the same
+result everywhere. A gate that no description fits is refused by name.
 
 No Triton here.
 """
@@ -34,14 +34,13 @@ _TORCH = {
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
     "relu": F.relu,
     "relu2": lambda x: F.relu(x) ** 2,
-    "identity": lambda x: x,
 }
 # the attributes in which families keep a gate's numbers
 _LIMITS, _ALPHAS = ("limit", "swiglu_limit"), ("alpha", "swiglu_alpha")
 
 
 @dataclass(frozen=True)
-class Gate:
+class Glu:
     """act(gate) * (up + shift), gate and up clamped: h [P, 2I] -> a [P, I]; or, not gated, act(h), [P, I] -> [P, I].
 
     The fields are constants of the kernels (activation.glu, activation.activation).
@@ -73,7 +72,7 @@ class Gate:
         return x * torch.sigmoid(self.alpha * x) if self.act == "silu" else _TORCH[self.act](x)
 
     @classmethod
-    def of(cls, act: str, gated: bool, numbers: Sequence[float]) -> "Gate":
+    def of(cls, act: str, gated: bool, numbers: Sequence[float]) -> "Glu":
         """From what a custom op can be given: `numbers` is `self.numbers`, or empty for a plain gate."""
         if not numbers:
             return cls(act, gated)
@@ -117,29 +116,24 @@ def activation_name(act_fn) -> str | None:
     return _ACTIVATION_NAMES.get(name)
 
 
-def has_default_gate(module) -> bool:
+def has_default_glu(module) -> bool:
     """Whether its gate is the one of transformers' decorator: act_fn(first half) * second half."""
     gate = getattr(module, "_apply_gate", None)
     return getattr(gate, "__name__", "_default_apply_gate") == "_default_apply_gate"
 
 
-def gate_of(module) -> Gate | None:
-    """The module's gate as the kernels can compute it, or None.
-
-    A gate of the module's own is tried once; where torch.compile comes before that, it counts as unknown.
-    """
+def glu_of(module) -> Glu | None:
+    """The module's gate as the kernels can compute it, or None. A gate of the module's own is tried once."""
     act = activation_name(getattr(module, "act_fn", None))
     if not module.has_gate:
-        return Gate(act, gated=False) if act else None
-    if has_default_gate(module):
-        return Gate(act) if act else None
+        return Glu(act, gated=False) if act else None
+    if has_default_glu(module):
+        return Glu(act) if act else None
     owner = getattr(module._apply_gate, "__self__", module)
     numbers = [_number(module, names) for names in (_LIMITS, _ALPHAS)]
     key = (getattr(module._apply_gate, "__func__", module._apply_gate), act, *numbers)
     known = getattr(owner, "_scattermoe_gate", None)
     if known is None or known[0] != key:
-        if torch.compiler.is_compiling():
-            return None
         known = key, _recognise(module._apply_gate, act, *numbers)
         owner._scattermoe_gate = known
     return known[1]
@@ -150,24 +144,24 @@ def _number(module, names: Sequence[str]) -> float:
     return next((float(n) for n in found if isinstance(n, int | float) and n == n and 0 < n < float("inf")), 0.0)
 
 
-def _recognise(apply_gate, act: str | None, limit: float, alpha: float) -> Gate | None:
+def _recognise(apply_gate, act: str | None, limit: float, alpha: float) -> Glu | None:
     """The first description that agrees with `apply_gate` on a grid in fp32, gradient included."""
     with torch.inference_mode(False):
         return _first_that_agrees(apply_gate, act, limit, alpha)
 
 
-def _first_that_agrees(apply_gate, act: str | None, limit: float, alpha: float) -> Gate | None:
+def _first_that_agrees(apply_gate, act: str | None, limit: float, alpha: float) -> Glu | None:
     h, upstream = _grid(limit or 1.0)
     try:
         wanted = _value_and_gradient(apply_gate, h, upstream)
-    except Exception:  # a gate that needs more than rows: its own function is then called as transformers would
+    except Exception:  # a gate that needs more than rows
         return None
     acts = dict.fromkeys([act, "silu"] if act else ["silu"])
     choices = itertools.product(
         acts, (False, True), {1.0: None, alpha or 1.0: None}, (0.0, 1.0), {limit: None, 0.0: None}, (False, True)
     )
     for name, interleaved, scale, shift, bound, late in choices:
-        gate = Gate(name, True, interleaved, scale, shift, bound, late)
+        gate = Glu(name, True, interleaved, scale, shift, bound, late)
         found = _value_and_gradient(gate, h, upstream)
         if all(w.shape == f.shape and torch.allclose(w, f, rtol=1e-5, atol=1e-5) for w, f in zip(wanted, found)):
             return gate

@@ -16,7 +16,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import gemm, passes, tuning
-from .glu import Gate
+from .glu import Glu
 from .routing import Routing, Tiles, list_tiles
 from .tuning import Config, Problem
 
@@ -25,10 +25,6 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _Result = TypeVar("_Result")
-
-
-IDENTITY = Gate("identity", gated=False)
-"""No gate: the rows pass."""
 
 
 def check_runnable(x: Tensor) -> None:
@@ -221,7 +217,7 @@ def up_projection(
     routing: Routing,
     tiles: TileLists,
     config: Config,
-    gate: Gate,
+    gate: Glu,
     h_rows: int,
     activate: bool = True,
 ) -> tuple[Tensor, Tensor]:
@@ -340,7 +336,7 @@ def down_backward(
     routing: Routing,
     tiles: TileLists,
     config: Config,
-    gate: Gate,
+    gate: Glu,
     extra_parts: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """-> dh as h, sa [P, I], ds partials [parts, P] in fp32, of which the last extra_parts are left to the caller."""

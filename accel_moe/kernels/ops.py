@@ -1,12 +1,7 @@
 """The layer as torch custom ops: opaque to torch.compile, each with a fake kernel, so that no graph breaks.
 
-Two roads, both on the launches of launch.py:
-
-- *fused*, for gates that activation.glu or activation.activation know: `experts_forward`, `experts_backward`, and
-  `pre_activation` for what the forward did not keep.
-- *in two halves*, for every other gate: `sort_rows`, then `up_half`, then the module's own gate as plain torch on the
-  rows, then `down_half`; each half with its backward. The gather, the biases, the weighted sum and the routing weights'
-  gradient stay fused with the GEMMs.
+`experts_forward` and `experts_backward` join the launches of launch.py; `pre_activation` computes again what the
+forward did not keep.
 
 They only compute: autograd.py says what is saved and which gradients are asked for. Weights come as the module stores
 them: w1 is [E, 2I, H] ([E, I, H] not gated), w2 is [E, H, I], and `transposed` swaps the last two dimensions of both.
@@ -23,21 +18,21 @@ import torch
 from torch import Tensor
 
 from . import launch
-from .glu import Gate
-from .launch import IDENTITY, PAD, Layer, TileLists, Weight
+from .glu import Glu
+from .launch import PAD, Layer, TileLists, Weight
 from .routing import Routing, sort_slots
 
 
-def _op(name: str, only_direct: str = "") -> Callable[[Callable[..., Any]], Any]:
-    """Register a function as a custom op. only_direct: a parameter, the last, that only the function itself takes: what
-    an op cannot be given."""
+def _op(name: str, only_bypassed: str = "") -> Callable[[Callable[..., Any]], Any]:
+    """Register a function as a custom op. only_bypassed: the last parameter, if only the function itself takes it:
+    an op cannot be given such a value."""
 
     def register(function):
         def traced(*arguments):
             return function(*arguments)
 
         signature = inspect.signature(function)
-        taken = [p for p in signature.parameters.values() if p.name != only_direct]
+        taken = [p for p in signature.parameters.values() if p.name != only_bypassed]
         traced.__signature__ = signature.replace(parameters=taken)  # pyright: ignore[reportFunctionMemberAccess]
         op = torch.library.custom_op(f"accel_moe::{name}", traced, mutates_args=())
         op.function = function
@@ -46,7 +41,7 @@ def _op(name: str, only_direct: str = "") -> Callable[[Callable[..., Any]], Any]
     return register
 
 
-def direct(op: Any, x: Tensor) -> Callable[..., Any]:
+def bypass_dispatcher(op: Any, x: Tensor) -> Callable[..., Any]:
     """The op's own function where nobody looks at ops: the way through torch's dispatcher costs the host a tenth of a
     millisecond. The op itself under torch.compile, for fake tensors, and in a dispatch mode."""
     watched = torch.compiler.is_compiling() or type(x) is not Tensor or torch._C._len_torch_dispatch_stack() > 0
@@ -87,11 +82,11 @@ def experts_forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """x[T,H], index[T,K], weights[T,K] -> out [T,H], h [h_rows, 2I or I], then the routing.
 
-    b1 [E, 2I or I] and b2 [E, H]: biases, or None. gate: launch.Gate.numbers. num_pairs: slots that are not sentinels,
+    b1 [E, 2I or I] and b2 [E, H]: biases, or None. gate: glu.Glu.numbers. num_pairs: slots that are not sentinels,
     or -1 when unknown. likely: how many of the P rows are expected to be in use; the GEMMs are tuned for that. h_rows:
     how many rows of the pre-activation to keep for a backward, the first of P.
     """
-    kind = Gate.of(act, gated, gate)
+    kind = Glu.of(act, gated, gate)
     with launch.on_device(x):
         x, weights = launch.row_major(x), weights.contiguous()
         layer = Layer.of(w1, w2, gated, transposed)
@@ -135,7 +130,7 @@ def pre_activation(
 ) -> Tensor:
     """h [P, 2I or I] as experts_forward computed it, for a backward that finds too little of it kept; `likely` is that
     forward's: the same configuration gives the same bits. w2 only tells the layer's shape."""
-    kind = Gate.of(act, gated, gate)
+    kind = Glu.of(act, gated, gate)
     with launch.on_device(x):
         x = launch.row_major(x)
         layer = Layer.of(w1, w2, gated, transposed)
@@ -151,14 +146,14 @@ def _(x, w1, w2, b1, row_slot, slot_row, expert_offsets, act, gate, gated, trans
 
 
 def _up(
-    layer: Layer, x, up: Weight, b1, routing: Routing, tiles: TileLists, kind: Gate, likely: int, h_rows: int, **options
+    layer: Layer, x, up: Weight, b1, routing: Routing, tiles: TileLists, kind: Glu, likely: int, h_rows: int, **options
 ) -> tuple[Tensor, Tensor]:
     """launch.up_projection as it is tuned for `likely` rows in use."""
     run = lambda c: launch.up_projection(x, up, _dense(b1), routing, tiles, c, kind, h_rows, **options)  # noqa: E731
     return launch.tuned("up" if layer.gated else "up_plain", layer, likely, x, run)
 
 
-@_op("experts_backward", only_direct="rows_ready")
+@_op("experts_backward", only_bypassed="on_input_grads")
 def experts_backward(
     dout: Tensor,
     x: Tensor,
@@ -179,13 +174,13 @@ def experts_backward(
     grad_dtype: torch.dtype,
     filled: bool,
     needs: list[bool],
-    rows_ready: Callable[[Tensor, Tensor], None] | None = None,
+    on_input_grads: Callable[[Tensor, Tensor], None] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """-> gradients of x, w1, w2, b1, b2 and weights, those that `needs` (six, in that order) asks for; the middle four
-    in grad_dtype. filled: every one of the P rows is in use. rows_ready: called with the gradients of x and weights
+    in grad_dtype. filled: every one of the P rows is in use. on_input_grads: called with the gradients of x and weights
     before the others are computed."""
     need_x, need_w1, need_w2, need_b1, need_b2, need_weights = needs
-    kind, biased = Gate.of(act, gated, gate), int(b2 is not None)
+    kind, biased = Glu.of(act, gated, gate), int(b2 is not None)
     with launch.on_device(x):
         dout, x, weights = launch.row_major(dout), launch.row_major(x), weights.contiguous()
         layer = Layer.of(w1, w2, gated, transposed)
@@ -205,9 +200,9 @@ def experts_backward(
         if (need_w1 or need_w2) and not filled:
             launch.zero_tail(dh, sa, routing, PAD)
         dx = None
-        if rows_ready is not None:  # for one more buffer of P rows at the peak
+        if on_input_grads is not None:  # for one more buffer of P rows at the peak
             dx = _input_grad(layer, x, w1, dh, routing, tiles, need_x)
-            rows_ready(dx, dweights)
+            on_input_grads(dx, dweights)
         # Each buffer of P rows but the caller's h is dropped once its last reader is launched: they decide the peak.
         dw2 = _weight_grad("down_weight_grad", layer, dout_rows, sa, transposed, routing, scale, need_w2, grad_dtype)
         ds = sa = dout_rows = None
@@ -284,172 +279,3 @@ def _input_grad(layer: Layer, x: Tensor, w1: Tensor, dh: Tensor, routing: Routin
     up = Weight(w1, depth_last=layer.transposed)
     run = lambda c: launch.grouped_rows(dh, up, None, routing, tiles, c)  # noqa: E731
     return launch.sum_slots(launch.tuned("up_backward", layer, routing.num_rows, x, run), routing, None, x.shape[0])
-
-
-# ---- In two halves
-
-
-@_op("sort_rows")
-def sort_rows(index: Tensor, num_experts: int, num_pairs: int) -> tuple[Tensor, Tensor, Tensor]:
-    """index[T,K] -> the routing; num_pairs as in experts_forward."""
-    with launch.on_device(index):
-        routing = sort_slots(index, num_experts, _num_rows(index, num_pairs))
-    return routing.row_slot, routing.slot_row, routing.expert_offsets
-
-
-@sort_rows.register_fake
-def _(index, num_experts, num_pairs):
-    sizes = _num_rows(index, num_pairs), index.numel(), num_experts + 1
-    return tuple(torch.empty(size, dtype=torch.int32, device=index.device) for size in sizes)
-
-
-@_op("up_half")
-def up_half(
-    x: Tensor,
-    w1: Tensor,
-    w2: Tensor,
-    b1: Tensor | None,
-    row_slot: Tensor,
-    slot_row: Tensor,
-    expert_offsets: Tensor,
-    gated: bool,
-    transposed: bool,
-) -> Tensor:
-    """h [P, 2I or I] = x[token] @ w1 + b1, columns in w1's own order. w2 only tells the layer's shape."""
-    with launch.on_device(x):
-        x = launch.row_major(x)
-        layer = Layer.of(w1, w2, gated, transposed)
-        routing = Routing(row_slot, slot_row, expert_offsets, top_k=slot_row.numel() // max(1, x.shape[0]))
-        tiles, up = TileLists(routing), Weight(w1, depth_last=not transposed)
-        h, _ = launch.tuned(
-            "up_plain",
-            layer,
-            routing.num_rows,
-            x,
-            lambda c: launch.up_projection(
-                x, up, _dense(b1), routing, tiles, c, IDENTITY, routing.num_rows, activate=False
-            ),
-        )
-        # Rows past the used ones pass through the gate and its derivative and then meet zeros: they must be finite.
-        launch.zero_tail(h, h, routing, PAD)
-    return h
-
-
-@up_half.register_fake
-def _(x, w1, w2, b1, row_slot, slot_row, expert_offsets, gated, transposed):
-    return x.new_empty(row_slot.shape[0], w1.shape[2 if transposed else 1])
-
-
-@_op("up_half_backward")
-def up_half_backward(
-    dh: Tensor,
-    x: Tensor,
-    w1: Tensor,
-    w2: Tensor,
-    b1: Tensor | None,
-    row_slot: Tensor,
-    slot_row: Tensor,
-    expert_offsets: Tensor,
-    gated: bool,
-    transposed: bool,
-    scale: float,
-    needs: list[bool],
-) -> tuple[Tensor, Tensor, Tensor]:
-    """dh [P, 2I or I] -> gradients of x, w1 and b1."""
-    need_x, need_w1, need_b1 = needs
-    with launch.on_device(x):
-        dh, x = launch.row_major(dh), launch.row_major(x)
-        layer = Layer.of(w1, w2, gated, transposed)
-        routing = Routing(row_slot, slot_row, expert_offsets, top_k=slot_row.numel() // max(1, x.shape[0]))
-        tiles = TileLists(routing)
-        db1 = launch.bias_grad(dh, None, routing, b1, scale, b1.dtype) if need_b1 and b1 is not None else x.new_empty(0)
-        dw1 = _up_weight_grad(layer, x, dh, routing, tiles, scale, need_w1, w1.dtype)
-        dx = _input_grad(layer, x, w1, dh, routing, tiles, need_x)
-    return dx, dw1, db1
-
-
-@up_half_backward.register_fake
-def _(dh, x, w1, w2, b1, row_slot, slot_row, expert_offsets, gated, transposed, scale, needs):
-    return _like_if(x, needs[0]), _like_if(w1, needs[1]), _like_if(x if b1 is None else b1, needs[2] and b1 is not None)
-
-
-@_op("down_half")
-def down_half(
-    a: Tensor,
-    w1: Tensor,
-    w2: Tensor,
-    b2: Tensor | None,
-    weights: Tensor,
-    row_slot: Tensor,
-    slot_row: Tensor,
-    expert_offsets: Tensor,
-    gated: bool,
-    transposed: bool,
-) -> Tensor:
-    """out [T,H] = sum_k weights[t,k] * (a @ w2 + b2)[row(t,k)] for a [P, I]. w1 only tells the layer's shape."""
-    with launch.on_device(a):
-        a, weights = launch.row_major(a), weights.contiguous()
-        layer = Layer.of(w1, w2, gated, transposed)
-        routing = Routing(row_slot, slot_row, expert_offsets, top_k=weights.shape[1])
-        tiles, down = TileLists(routing), Weight(w2, depth_last=not transposed)
-        run = lambda c: launch.grouped_rows(a, down, _dense(b2), routing, tiles, c)  # noqa: E731
-        y = launch.tuned("down", layer, routing.num_rows, a, run)
-        return launch.sum_slots(y, routing, weights, weights.shape[0])
-
-
-@down_half.register_fake
-def _(a, w1, w2, b2, weights, row_slot, slot_row, expert_offsets, gated, transposed):
-    return a.new_empty(weights.shape[0], w2.shape[2 if transposed else 1])
-
-
-@_op("down_half_backward")
-def down_half_backward(
-    dout: Tensor,
-    a: Tensor,
-    w1: Tensor,
-    w2: Tensor,
-    b2: Tensor | None,
-    weights: Tensor,
-    row_slot: Tensor,
-    slot_row: Tensor,
-    expert_offsets: Tensor,
-    gated: bool,
-    transposed: bool,
-    scale: float,
-    needs: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """-> gradients of a (always: it carries the others), w2, b2 and weights."""
-    _, need_w2, need_b2, need_weights = needs
-    with launch.on_device(a):
-        dout, a, weights = launch.row_major(dout), launch.row_major(a), weights.contiguous()
-        layer = Layer.of(w1, w2, gated, transposed)
-        routing = Routing(row_slot, slot_row, expert_offsets, top_k=weights.shape[1])
-        tiles, down = TileLists(routing), Weight(w2, depth_last=transposed)
-        dout_rows, biased = launch.gather_rows(dout, routing, tiles), int(b2 is not None)
-        # With the identity for an activation, h is a, dh is the gradient of a.
-        da, sa, ds = launch.tuned(
-            "down_backward",
-            layer,
-            routing.num_rows,
-            a,
-            lambda c: launch.down_backward(
-                dout_rows, down, a, weights, routing, tiles, c, IDENTITY, extra_parts=biased
-            ),
-        )
-        if b2 is not None:
-            launch.dot_bias(dout, b2.contiguous(), ds[-1], routing, tiles)
-        dweights = launch.routing_grad(ds, routing, weights) if need_weights else weights.new_empty(0)
-        launch.zero_tail(da, sa, routing, PAD)
-        dw2 = _weight_grad("down_weight_grad", layer, dout_rows, sa, transposed, routing, scale, need_w2, w2.dtype)
-        db2 = (
-            launch.bias_grad(dout, weights, routing, b2, scale, b2.dtype)
-            if need_b2 and b2 is not None
-            else a.new_empty(0)
-        )
-    return da, dw2, db2, dweights
-
-
-@down_half_backward.register_fake
-def _(dout, a, w1, w2, b2, weights, row_slot, slot_row, expert_offsets, gated, transposed, scale, needs):
-    db2 = _like_if(a if b2 is None else b2, needs[2] and b2 is not None)
-    return a.new_empty(a.shape), _like_if(w2, needs[1]), db2, _like_if(weights, needs[3])

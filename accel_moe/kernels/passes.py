@@ -6,10 +6,10 @@ Each is bound by memory. Letters and terms are gemm.py's; every sum has one owne
 import triton
 import triton.language as tl
 
-from .cached_launch import entry
+from .cached_launch import cached_launch
 
 
-@entry
+@cached_launch
 @triton.jit
 def gather_rows(
     x_ptr,
@@ -45,7 +45,7 @@ def gather_rows(
         tl.store(target + cols, value, mask=cols < width)
 
 
-@entry
+@cached_launch
 @triton.jit
 def sum_slots(
     y_ptr,
@@ -76,7 +76,7 @@ def sum_slots(
     tl.store(out_ptr + t * hidden + cols, acc.to(out_ptr.dtype.element_ty), mask=cols < hidden)
 
 
-@entry
+@cached_launch
 @triton.jit(do_not_specialize=["num_slots", "num_rows"])
 def sum_routing_grad(ds_ptr, slot_row_ptr, out_ptr, num_slots, num_rows, num_parts, BLOCK: tl.constexpr):
     """d top_k_weights[slot] = sum of the slot's ds partials, in order; exactly 0 for a sentinel."""
@@ -88,7 +88,7 @@ def sum_routing_grad(ds_ptr, slot_row_ptr, out_ptr, num_slots, num_rows, num_par
     tl.store(out_ptr + slot, acc.to(out_ptr.dtype.element_ty), mask=slot < num_slots)
 
 
-@entry
+@cached_launch
 @triton.jit(do_not_specialize=["num_rows"])
 def zero_tail(
     first_ptr,
@@ -116,7 +116,7 @@ def zero_tail(
         tl.store(second_ptr + row * second_width + cols, zero, mask=cols < second_width)
 
 
-@entry
+@cached_launch
 @triton.jit
 def sum_expert_rows(
     src_ptr,
@@ -157,7 +157,7 @@ def sum_expert_rows(
     tl.store(out, (acc * scale).to(out_ptr.dtype.element_ty), mask=cols < width)
 
 
-@entry
+@cached_launch
 @triton.jit
 def dot_bias(
     dout_ptr,

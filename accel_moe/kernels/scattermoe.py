@@ -10,13 +10,14 @@ experts, and every collective.
 import torch
 from torch import Tensor
 
-from .glu import gate_of, has_default_gate
+from .glu import Glu, glu_of, has_default_glu
+from .hints import NO_HINTS, Hints
 
 
 def unsupported_reason(module) -> str | None:
     """Why scattermoe cannot compute this experts module, in words for an error message; None when it can.
 
-    Reads attributes only: no tensor, no device, no Triton. What it does not know, it refuses.
+    Reads attributes only, and tries the gate on a few numbers: no device, no Triton. What it does not know, it refuses.
     """
     name = type(module).__name__
     missing = [a for a in ("has_gate", "has_bias", "is_transposed", "is_concatenated") if not hasattr(module, a)]
@@ -30,8 +31,11 @@ def unsupported_reason(module) -> str | None:
             continue
         if getattr(getattr(module, weight, None), "ndim", None) != dims:
             return f"{name}.{weight} is not one {dims}-dimensional tensor"
-    if module.has_gate and not module.is_concatenated and has_default_gate(module):
+    if module.has_gate and not module.is_concatenated and has_default_glu(module):
         return f"{name} interleaves gate and up columns (is_concatenated=False) and has no _apply_gate that says how"
+    if glu_of(module) is None:
+        own = "_apply_gate" if module.has_gate and not has_default_glu(module) else "act_fn"
+        return f"{name}.{own} computes a gate that the kernels do not know"
     return None
 
 
@@ -42,60 +46,40 @@ def parameter_names(module) -> list[str]:
 
 
 def scattermoe_experts_forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    """The experts layer, [T,H] in hidden_states' dtype, differentiable in hidden_states, parameters and
-    top_k_weights.
+    """The experts layer, [T, H] in hidden_states' dtype, differentiable in hidden_states, parameters and top_k_weights.
 
-    self: an experts module, or a view that answers its attributes. A view may also have `weight_grad_scale`
-    (multiplies the gradient of every expert parameter, default 1.0); `num_pairs` (how many slots are not sentinels,
-    where the host knows: buffers are then of that size; or counts.LaterPairs, where it will); `casts` (casts.Casts of
-    the parameters, where they are not in hidden_states' dtype; their gradients come in their own); `known_gate`
-    (gate_of it, where somebody asked that, and unsupported_reason, before); `rows_ready` (called in backward as
-    soon as the gradients of hidden_states and top_k_weights are there); and `keep_h` (False: with a gate known to the
-    kernels, the up-projection is computed again in backward, instead of being kept). A slot with top_k_index outside
-    0..num_experts-1 is a sentinel: no work, no contribution, gradient exactly 0. No host sync, no collective. Raises
-    ValueError for a module that unsupported_reason refuses and for tensors that do not fit.
+    self: an experts module, or a view that answers its attributes and may have `hints` (Hints). A slot with top_k_index
+    outside 0..num_experts-1 is a sentinel: no work, no contribution, gradient exactly 0. No host sync, no collective.
+
+    Raises:
+        ValueError: the module is one that unsupported_reason refuses, or tensors do not fit together.
     """
-    known = getattr(self, "known_gate", None)
-    reason = None if known is not None else unsupported_reason(self)
-    if reason is not None:
-        raise ValueError(
-            f"scattermoe does not support this experts layer: {reason}. Choose "
-            f"experts_implementation='grouped_mm' (or 'eager')."
-        )
-    from .autograd import experts, experts_in_halves  # the first call imports Triton
+    from .autograd import ExpertWeights, experts  # the first call imports Triton
 
-    x, names = hidden_states, parameter_names(self)
-    parameters, casts = [getattr(self, name) for name in names], getattr(self, "casts", None)
+    hints: Hints = getattr(self, "hints", NO_HINTS)
+    glu = hints.glu
+    if glu is None:
+        reason, *kind = _look_at(self)
+        if reason:
+            raise ValueError(
+                f"scattermoe does not support this experts layer: {reason}. Choose "
+                f"experts_implementation='grouped_mm' (or 'eager')."
+            )
+        glu = Glu.of(*kind)
+    x, parameters = hidden_states, [getattr(self, name) for name in parameter_names(self)]
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))  # as F.linear would; differentiable
-        if casts is None:
+        if hints.casts is None:
             parameters = [p.to(x.dtype) for p in parameters]
-    options = {
-        "gated": self.has_gate,
-        "transposed": self.is_transposed,
-        "num_pairs": getattr(self, "num_pairs", None),
-        "weight_grad_scale": getattr(self, "weight_grad_scale", 1.0),
-    }
-    w1, w2, b1, b2 = *parameters, *[None] * (4 - len(names))
-    gate = known or gate_of(self)
-    if gate is not None:
-        numbers = gate.numbers
-        out = experts(
-            x,
-            w1,
-            w2,
-            top_k_index,
-            top_k_weights,
-            gate.act,
-            b1=b1,
-            b2=b2,
-            gate=numbers,
-            casts=casts,
-            rows_ready=getattr(self, "rows_ready", None),
-            keep_h=getattr(self, "keep_h", True),
-            **options,
-        )
-    else:
-        apply_gate = self._apply_gate if self.has_gate else self.act_fn
-        out = experts_in_halves(x, w1, w2, b1, b2, top_k_index, top_k_weights, apply_gate, **options)
-    return out.to(hidden_states.dtype)
+    weights = ExpertWeights(*parameters, transposed=self.is_transposed)
+    return experts(x, weights, top_k_index, top_k_weights, glu, hints).to(hidden_states.dtype)
+
+
+@torch.compiler.assume_constant_result
+def _look_at(module) -> tuple[str, str, bool, list[float]]:
+    """Why not, or ""; and the arguments of Glu.of. Plain values, which torch.compile can keep."""
+    if reason := unsupported_reason(module):
+        return reason, "", False, []
+    glu = glu_of(module)
+    assert glu is not None
+    return "", glu.act, glu.gated, glu.numbers

@@ -6,7 +6,7 @@ Letters and terms are gemm.py's.
 import triton
 import triton.language as tl
 
-from .cached_launch import entry
+from .cached_launch import cached_launch
 
 SORT_CHUNK = tl.constexpr(128)
 
@@ -18,7 +18,7 @@ def bins_of(expert, num_experts):
     return tl.where((expert >= 0) & (expert < num_experts), expert, num_experts).to(tl.int32)
 
 
-@entry
+@cached_launch
 @triton.jit(do_not_specialize=["num_slots", "slots_per_block"])
 def count_slots(index_ptr, count_ptr, num_slots, num_experts, slots_per_block, BINS: tl.constexpr):
     """count[block, e] = slots of this block that chose expert e. Sentinels count as bin E."""
@@ -31,7 +31,7 @@ def count_slots(index_ptr, count_ptr, num_slots, num_experts, slots_per_block, B
     tl.store(count_ptr + block * BINS + tl.arange(0, BINS), counts)
 
 
-@entry
+@cached_launch
 @triton.jit(do_not_specialize=["num_slots", "num_rows", "slots_per_block", "num_blocks"])
 def place_slots(
     index_ptr,
@@ -76,7 +76,7 @@ def place_slots(
         place += tl.histogram(expert, BINS)
 
 
-@entry
+@cached_launch
 @triton.jit(do_not_specialize=["max_tiles"])
 def list_tiles(
     expert_offset_ptr,

@@ -1,18 +1,18 @@
-"""Dispatch and combine by themselves: bytes on the wire, and the bandwidth against a plain all_to_all of those bytes.
+"""Dispatch and combine without experts: bytes sent, and the bandwidth against a plain all_to_all of as many bytes.
 
     torchrun --nproc_per_node 2 examples/benchmarks/bench_dispatch.py
     torchrun --nproc_per_node 8 examples/benchmarks/bench_dispatch.py --tokens 4096 --results RESULTS.md
 
-One layer's exchange, forward and backward, with no experts in between (the rows come back as they went), bf16, random
-routing with mild skew. Reported per rank, medians over --repeats of the slowest rank:
+One layer's exchange, forward and backward, in bf16, with random routing of mild skew. There are no experts: each row
+comes back unchanged. Reported per rank, medians over --repeats of the slowest rank:
 
-- bytes sent to other ranks in all exchanges, counted where torch.distributed is called, against one row per
-  (token, expert), the textbook way;
-- bus bandwidth: those bytes over the time of dispatch + combine, forward + backward (packing, unpacking and the host
-  sync included), against `all_to_all_single` of the same bytes alone. Twice: *alone*, from an idle GPU, where the host
-  cannot launch as fast as the links deliver; and *in a layer*, what the exchange adds to a GPU that has other work
-  where a layer has it (a millisecond of matrix products for the weights' casts and for the experts, forward and
-  backward, and for what follows the layer).
+- bytes sent to other ranks in all exchanges, counted at the calls of torch.distributed, against the textbook's one row
+  per (token, expert);
+- bus bandwidth: those bytes over the time of dispatch + combine, forward + backward, with packing, unpacking and the
+  host sync, against `all_to_all_single` of the same bytes. It is measured twice. *alone* starts from an idle GPU, so
+  the host cannot launch as fast as the links deliver. *in a layer* is the time that the exchange adds to a GPU with
+  other work: a millisecond of matrix products each for the weight casts, the experts (forward and backward) and the
+  next layer.
 
 On a machine without a GPU it runs on gloo, to try the script out.
 """
@@ -36,13 +36,14 @@ import torch.distributed as dist
 from common import replace_section
 
 from accel_moe.dispatch import DISPATCHERS, all_gather, all_to_all, make_dispatcher
+from accel_moe.dispatch.base import NO_OVERLAP, Overlap, RoutedTokens
 
 GPU = torch.cuda.is_available()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, default=8192, help="of each rank (default: %(default)s)")
+    parser.add_argument("--tokens", type=int, default=8192, help="tokens of each rank (default: %(default)s)")
     parser.add_argument("--hidden-size", type=int, default=2048)
     parser.add_argument("--experts", type=int, default=128)
     parser.add_argument("--top-k", type=int, default=8)
@@ -87,7 +88,7 @@ def measure(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
             torch.mm(square, square)
 
     class Experts(torch.autograd.Function):
-        """Every row comes back as it came; where a layer has them, GEMMs forward and backward."""
+        """Returns each row unchanged; runs the GEMMs that a layer would run, forward and backward."""
 
         @staticmethod
         def forward(ctx, rows, weights, ready, in_layer: bool):
@@ -109,16 +110,23 @@ def measure(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
                 work()  # the weight gradients
             return gradient, grad_weights, None, None
 
-    def there_and_back(in_layer: bool = False) -> None:
-        casts = work if in_layer else None
-        sent = dispatcher.dispatch(hidden, index, weights, meanwhile=casts)
-        rows = Experts.apply(sent.rows, sent.local_weights, sent.rows_ready, in_layer)
-        out = dispatcher.combine(rows, sent, meanwhile=casts)
+    class InLayer(Overlap):
+        def prepare_weights(self) -> None:
+            work()
+
+        def for_backward(self):
+            return work
+
+    def one_pass(in_layer: bool = False) -> None:
+        overlap = InLayer() if in_layer else NO_OVERLAP
+        sent = dispatcher.dispatch(RoutedTokens(hidden, index, weights), overlap)
+        rows = Experts.apply(sent.rows, sent.local_weights, sent.on_input_grads, in_layer)
+        out = dispatcher.combine(rows, sent, overlap)
         if in_layer:
             work()  # the layer's next operations
         torch.autograd.grad(out, (hidden, weights), upstream)
 
-    exchanges = recorded(there_and_back)
+    exchanges = recorded(one_pass)
     sent_bytes = sum(sum(give) - give[rank] for give, _ in exchanges)
     naive_bytes = 4 * float((index // (args.experts // world) != rank).sum()) * args.hidden_size * 2
     empty = functools.partial(torch.empty, dtype=torch.uint8, device=device)
@@ -128,18 +136,18 @@ def measure(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
         for sent, received, give, take in buffers:
             dist.all_to_all_single(received, sent, output_split_sizes=take, input_split_sizes=give)
 
-    there_and_back(in_layer=True)
+    one_pass(in_layer=True)
     in_a_layer = works
 
     def only_work() -> None:
         for _ in range(in_a_layer):
             work()
 
-    alone = {"plain_s": median_s(plain, args.repeats), "ours_s": median_s(there_and_back, args.repeats)}
+    alone = {"plain_s": median_s(plain, args.repeats), "ours_s": median_s(one_pass, args.repeats)}
     base_s = median_s(only_work, args.repeats)
     in_layer = {
         "plain_s": median_s(lambda: (only_work(), plain()), args.repeats) - base_s,
-        "ours_s": median_s(lambda: there_and_back(in_layer=True), args.repeats) - base_s,
+        "ours_s": median_s(lambda: one_pass(in_layer=True), args.repeats) - base_s,
     }
     return {"sent": sent_bytes, "naive": naive_bytes, "alone": alone, "in a layer": in_layer}
 

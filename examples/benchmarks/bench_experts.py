@@ -1,4 +1,4 @@
-"""One MoE experts layer, forward and backward: scattermoe beside what a user would pick instead, in one run.
+"""One MoE experts layer, forward and backward: scattermoe against its alternatives, in one run.
 
     python examples/benchmarks/bench_experts.py                       # five known layers, bf16
     python examples/benchmarks/bench_experts.py --shape mine=T,K,H,I,E --shape qwen3 --dtype float16
@@ -54,7 +54,7 @@ class Result:
 
 
 def _experts_module(w1: Tensor, w2: Tensor) -> SimpleNamespace:
-    """What transformers' experts functions read of an experts module."""
+    """The attributes of an experts module that transformers' experts functions read."""
 
     def apply_gate(h: Tensor) -> Tensor:
         gate, up = h.chunk(2, dim=-1)
@@ -113,7 +113,7 @@ def _upstream_scattermoe() -> Forward | None:
 
 
 def implementations(names: list[str] | None) -> dict[str, Forward]:
-    """Everything that can run here, ours first; or those that are named."""
+    """All implementations that can run here, ours first; or only the named ones."""
     found: dict[str, Forward | None] = {
         "scattermoe (ours)": _registered(scattermoe_experts_forward),
         "grouped_mm": _registered(moe.grouped_mm_experts_forward),
@@ -156,7 +156,7 @@ def step(forward: Forward, leaves: list[Tensor], index: Tensor, dout: Tensor) ->
 
 
 def saved_mib(forward: Forward, leaves: list[Tensor], index: Tensor) -> float:
-    """What autograd keeps that was not there before, by storage."""
+    """MiB that autograd saves beyond inputs and weights; each storage counts once."""
     inputs = {t.untyped_storage().data_ptr() for t in (*leaves, index)}
     storages: dict[int, int] = {}
 
@@ -176,7 +176,7 @@ def saved_mib(forward: Forward, leaves: list[Tensor], index: Tensor) -> float:
 def measure(
     name: str, forward: Forward, shape: tuple[int, ...], inputs: list[Tensor], reference: list[Tensor], repeats: int
 ) -> Result:
-    """One implementation on one shape; reference is what `step` gives in fp32."""
+    """One implementation on one shape; `reference` is the result of `step` in fp32."""
     T, K, H, I, _ = shape
     leaves, index, dout = _leaves(inputs)
     x, w1, w2, weights = leaves

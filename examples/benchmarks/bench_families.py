@@ -1,4 +1,4 @@
-"""Experts layers of families whose maths is not the plain one, as transformers defines them, beside grouped_mm.
+"""Experts layers with uncommon maths, as transformers defines them: scattermoe against grouped_mm.
 
     python examples/benchmarks/bench_families.py                      # on a GPU, bf16, 8192 tokens
     TRITON_INTERPRET=1 python examples/benchmarks/bench_families.py --tokens 16 --shrink 16     # on a CPU, to try it
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from transformers.integrations import moe
 
 from accel_moe.catalogue import build_experts
-from accel_moe.kernels.glu import gate_of
+from accel_moe.kernels.glu import glu_of
 from accel_moe.kernels.scattermoe import scattermoe_experts_forward
 
 FAMILIES = {  # module and class, config class, its sizes, K
@@ -96,7 +96,7 @@ def block(family: str, args: argparse.Namespace) -> str:
     torch.cuda.empty_cache() if GPU else None
     module.to(dtype)
     names = [name for name, _ in module.named_parameters()]
-    gate = gate_of(module)
+    gate = glu_of(module)
     lines = [
         f"### {family}: T {args.tokens}, K {index.shape[1]}, H {hidden}, E {module.num_experts}; "
         f"{gate.describe() if gate else 'its own gate'}{', biases' if module.has_bias else ''}",

@@ -10,9 +10,9 @@ It makes a random Qwen3-MoE checkpoint in the format of the Hub (per-expert keys
     plain       one process: AutoModelForCausalLM.from_pretrained, nothing else (it has no shards)
     plain_all   with --plain-on-every-rank: the same on every rank, then accelerator.prepare; needs the RAM for it
 
-Columns: `read` is what was asked of the files, `disk` what the kernel fetched (/proc/self/io), `anon` the peak of
-RssAnon above its value after imports and set-up, `GPU` the peak of torch's allocator, `time` the loading alone
-(from_pretrained + accelerator.prepare; imports, process group and warm-up are not in it).
+Columns: `read` counts bytes requested from the files, `disk` bytes that the kernel fetched (/proc/self/io). `anon` is
+the peak of RssAnon above its value after imports and set-up, `GPU` the peak of torch's allocator. `time` covers
+from_pretrained + accelerator.prepare, without imports, process group and warm-up.
 """
 
 from __future__ import annotations
@@ -61,9 +61,9 @@ def main() -> None:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, default=4)
-    parser.add_argument("--ep", type=int, help="expert-parallel degree; the ranks by default")
+    parser.add_argument("--ep", type=int, help="expert-parallel degree (default: the number of ranks)")
     parser.add_argument("--gb", type=float, default=4.2, help="size of the checkpoint to make")
-    parser.add_argument("--folder", help="where the checkpoint is made, or lies already")
+    parser.add_argument("--folder", help="folder to make the checkpoint in, or that has it already")
     parser.add_argument("--keep", action="store_true", help="do not delete the checkpoint")
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--warm", action="store_true", help="then again with the checkpoint in the page cache")
@@ -96,7 +96,7 @@ def make_checkpoint(folder: Path, gigabytes: float) -> None:
 
 
 def make_tiny(folder: Path) -> None:
-    """One layer, for the warm-up: taking the same road with it first imports all that there is to import."""
+    """A one-layer checkpoint for the warm-up: loading it first imports every module the measured load needs."""
     from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
     tiny = dict(hidden_size=16, intermediate_size=16, moe_intermediate_size=8, num_experts=EXPERTS, vocab_size=16)
@@ -121,7 +121,7 @@ def read_once(folder: Path) -> None:
 
 
 def start(role: str, folder: Path, arguments: argparse.Namespace) -> list[dict]:
-    """Run a role in processes of its own; each one's result."""
+    """Run a role in processes of its own; returns the result of each."""
     import torch
 
     own = [__file__, "--role", role, "--folder", str(folder), "--ep", str(arguments.ep or arguments.ranks)]
@@ -166,7 +166,7 @@ def report(role: str, cache: str, results: list[dict], size: int) -> None:
 
 
 class Watch:
-    """What this process took while the block ran."""
+    """Time, memory and bytes read of this process while the block ran."""
 
     def __enter__(self) -> Watch:
         import torch
@@ -219,12 +219,12 @@ def disk_bytes() -> int:
 def run_plain(arguments: argparse.Namespace) -> dict:
     from transformers import AutoModelForCausalLM
 
-    def road(folder: str):
+    def load_from(folder: str):
         return AutoModelForCausalLM.from_pretrained(folder, dtype="bfloat16")
 
-    road(arguments.folder + "/tiny")
+    load_from(arguments.folder + "/tiny")
     with Watch() as watch:
-        model = road(arguments.folder)
+        model = load_from(arguments.folder)
     return watch.result(owned=sum(p.nbytes for p in model.parameters()))
 
 
@@ -247,15 +247,15 @@ def run_ours(arguments: argparse.Namespace, ours: bool = True) -> dict:
     accelerator = Accelerator(fsdp_plugin=plugin)
     load = accel_moe.from_pretrained if ours else AutoModelForCausalLM.from_pretrained
 
-    def road(folder: str):
+    def load_from(folder: str):
         model = load(folder, dtype="bfloat16")
         accel_moe.prepare(model, moe_ep_degree=arguments.ep)
         optimizer = torch.optim.AdamW(model.parameters())
         return accelerator.prepare(model, optimizer)[0]
 
-    road(arguments.folder + "/tiny")
+    load_from(arguments.folder + "/tiny")
     with Watch() as watch:
-        model = road(arguments.folder)
+        model = load_from(arguments.folder)
     owned = sum(p.to_local().nbytes for p in model.parameters())
     if not ours:
         return watch.result(owned=owned)

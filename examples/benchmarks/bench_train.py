@@ -6,17 +6,21 @@
 
 Each (scenario, number of GPUs, way) runs in processes of its own (train_rank.py): random weights from one seed, bf16
 compute, fused AdamW, no clipping, random tokens; fp32 master weights and no activation checkpointing, unless the
-scenario says so. Reported: the median time of a step from CUDA event to CUDA event, with no synchronisation in between,
-as a training loop runs; tokens/s/GPU, and how many times those of the fastest peer; the greatest peak memory of a rank
-over the timed steps, and the part it is of that peer's; and the loss of the last step (alike for all ways, or something
-is wrong). With --compile each way is timed again in the same processes, its decoder layers compiled as accelerate's
-dynamo_use_regional_compilation does it (which leaves those under activation checkpointing as they are, unless they are
-ours), and compared with the compiled peers. One more step, after those that are timed, runs under the profiler: where
-rank 0's GPU spent it, by kind of kernel (the times overlap; a collective's time includes the wait for the other ranks),
-and for how much of it it was busy at all. The tables are printed and, with --results, replace this benchmark's section
-in that file, with a chart beside it. On a machine without a GPU it runs on gloo ranks, to try the script out.
+scenario says so. Reported:
 
-A way that this installation does not have, and one that runs out of memory, get a row that says so.
+- the median time of a step from CUDA event to CUDA event, with no synchronisation in between;
+- tokens/s/GPU, and their ratio to the fastest peer;
+- the greatest peak memory of a rank over the timed steps, and its ratio to that peer's;
+- the loss of the last step, which must be alike for all ways.
+
+With --compile each way is timed again in the same processes and compared with the compiled peers. Its decoder layers
+are compiled as accelerate's dynamo_use_regional_compilation does it; under activation checkpointing accelerate compiles
+only our layers. One more step runs under the profiler: the time of rank 0's GPU by kind of kernel, and the time it was
+busy. The kinds overlap, and a collective's time includes the wait for the other ranks.
+
+The script prints the tables. With --results they replace this benchmark's section in that file, with a chart beside it.
+On a machine without a GPU it runs on gloo ranks, to try the script out. A way that is not installed, or that runs out
+of memory, gets a row that says so.
 """
 
 from __future__ import annotations
@@ -55,7 +59,7 @@ CONSOLIDATE_WORKERS = 8
 
 @dataclass(frozen=True)
 class Row:
-    """What became of one scenario on so many GPUs, one way."""
+    """The result of one scenario on one number of GPUs, one way."""
 
     scenario: Scenario
     gpus: int
@@ -69,7 +73,7 @@ class Row:
 
     @property
     def rivals(self) -> tuple[str, int, bool]:
-        """Rows that are compared with each other have this alike."""
+        """The key that rows must share to be compared with each other."""
         return self.scenario.name, self.gpus, self.compiled
 
 
@@ -151,7 +155,7 @@ def no_transformers_ep(gpus: int) -> str | None:
 
 
 def consolidate(folder: Path, base: Path) -> dict[str, Any]:
-    """Time the export of what the ranks saved in `folder`."""
+    """Time the export of the checkpoint in `folder`."""
     from accel_moe.weights.hub_format import read_hub_tensors
 
     command = [sys.executable, "-m", "accel_moe.consolidate", "--workers", str(CONSOLIDATE_WORKERS)]

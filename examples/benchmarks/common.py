@@ -1,4 +1,4 @@
-"""What the benchmarks share: a median time, the kernels of a run, a checkpoint of random weights, and a section of
+"""Shared by the benchmarks: a median time, the kernels of a run, a checkpoint of random weights, and a section of
 RESULTS.md that a run replaces."""
 
 from __future__ import annotations

@@ -2,11 +2,11 @@
 
     python examples/benchmarks/scaling_model.py
 
-Nothing is measured here. `MEASURED` holds rates that other benchmarks measured on H100s (RESULTS.md), `LINKS` what the
-links of a DGX H100 are built for and the share of it that collectives usually reach; the rest is counting. The first
-rows of the table are the runs that exist, beside what the model says of them: that is the check. The factor between the
-first of them and the model is applied to the other rows in a column of its own. The GPU bounds the first, the second
-and the fifth, the host the third and the fourth, which check `HOST_MS_PER_LAYER`.
+Nothing is measured here. `MEASURED` holds rates that other benchmarks measured on H100s (RESULTS.md). `LINKS` holds the
+nominal bandwidth of a DGX H100's links, and the share of it that collectives usually reach. The rest is counting. The
+first five rows of the table were run, and check the model. A column of its own applies the factor between the first row
+and the model to the other rows. The GPU bounds the first, the second and the fifth row. The host bounds the third and
+the fourth, which check `HOST_MS_PER_LAYER`.
 """
 
 from __future__ import annotations
@@ -92,13 +92,13 @@ tokens) to 22 (48 layers), compiled no more than 12.6."""
 
 
 def ranks_hit(model: Model, ep: int) -> float:
-    """To how many ranks a token goes, for a router without preferences: each rank at most once."""
+    """Expected number of ranks that a token goes to, under even routing; each rank counts once."""
     others = model.experts - model.experts // ep
     return ep * (1 - comb(others, model.top_k) / comb(model.experts, model.top_k))
 
 
 def terms_ms(job: Job) -> dict[str, float]:
-    """Milliseconds of each term of a step on one GPU, as if none hid another."""
+    """Milliseconds of each term of a step on one GPU, without overlap."""
     m, t = job.model, job.tokens
     runs = 4 if job.checkpointing else 3  # forward, backward twice its work, and the forward again
     ms: dict[str, float] = {}
@@ -125,8 +125,8 @@ def terms_ms(job: Job) -> dict[str, float]:
 
 
 def exchange_ms(job: Job) -> float:
-    """Four exchanges of rows a layer (there and home, forward and backward), each row once per rank. Checkpointing
-    keeps what came, and adds none."""
+    """Four exchanges of rows a layer (dispatch and combine, forward and backward), each row once per rank.
+    Checkpointing keeps the received rows and adds no exchange."""
     m = job.model
     hit = ranks_hit(m, job.ep) / job.ep  # the share of tokens that a given rank gets
     on_node = min(job.ep, job.per_node) - 1
@@ -155,13 +155,13 @@ def fsdp_ms(job: Job, parameters: float, group: int, *, strided: bool) -> float:
 
 
 def host_ms(job: Job) -> float:
-    """The least a step takes, however fast the GPU: the launches, those of checkpointing's second forward included."""
+    """Milliseconds that the host needs to launch a step, including checkpointing's second forward."""
     per_layer = COMPILED_HOST_MS_PER_LAYER if job.compiled else HOST_MS_PER_LAYER
     return job.model.layers * per_layer * (4 / 3 if job.checkpointing else 1)
 
 
 def step_ms(terms: dict[str, float]) -> tuple[float, float]:
-    """Of the GPU: (nothing overlaps, all of FSDP hides behind compute); the truth is between them."""
+    """Milliseconds of the GPU: (without any overlap, with all of FSDP hidden behind compute)."""
     communication = terms["dense FSDP"] + terms["expert FSDP"]
     rest = sum(terms.values()) - communication
     return rest + communication, max(rest, communication)

@@ -2,9 +2,9 @@
 
     python -m torch.distributed.run ... train_rank.py WAY SCENARIO FOLDER [--scenarios YAML --steps N --compile]
 
-Random weights from one seed and random tokens. A scenario with `from_files` is too large to be made on one GPU: its
-weights are written once, layer by layer, in the format of the Hub, and every way reads them into its shards. Rank 0
-writes what it measured to FOLDER/result.json.
+Weights are random from one seed, tokens are random. A scenario with `from_files` is too large for one GPU: its weights
+are written once, layer by layer, in the Hub's format, and every way reads them into its shards. Rank 0 writes the
+measured values to FOLDER/result.json.
 """
 
 from __future__ import annotations
@@ -104,14 +104,14 @@ def read_scenarios(path: Path) -> dict[str, Scenario]:
 
 
 def checkpoint_of(scenario: Scenario, folder: Path) -> Path:
-    """Where its weights are, if it is read from files: alike for all of the same model."""
+    """The folder of the weights, if the scenario reads files; scenarios of one model share it."""
     if not scenario.from_files:
         return folder / scenario.name
     return folder / f"{scenario.model_type}_{scenario.config['num_hidden_layers']}_layers"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Those of bench_train.py that a rank gets, too."""
+    """Add the options that bench_train.py passes on to its ranks."""
     here = Path(__file__).resolve().parent
     parser.add_argument("--scenarios", type=Path, default=here / "scenarios.yaml", metavar="YAML")
     parser.add_argument("--steps", type=int, default=12, help="timed steps (default: %(default)s)")
@@ -171,7 +171,7 @@ def work(way: str, scenario: Scenario, args: argparse.Namespace) -> None:
 
 @dataclass
 class Trained:
-    """What a training loop needs."""
+    """The parts of a training loop."""
 
     model: torch.nn.Module
     optimizer: torch.optim.Optimizer
@@ -255,7 +255,7 @@ def adamw(model: torch.nn.Module) -> torch.optim.Optimizer:
 
 
 def write_checkpoint(scenario: Scenario, final: Path) -> None:
-    """The scenario's random model in the format of the Hub: what transformers' EP trains, which loads by itself."""
+    """Write the scenario's random model in the Hub's format, from which transformers' EP loads it."""
     device, folder = "cuda" if GPU else "cpu", final.with_name(f"{final.name}.part")
     if scenario.from_files:
         write_random_checkpoint(scenario.model_config(), folder, device)
@@ -265,7 +265,7 @@ def write_checkpoint(scenario: Scenario, final: Path) -> None:
 
 
 def compile_layers(model: torch.nn.Module) -> None:
-    """accelerate's regional compilation, on a model that it has wrapped already."""
+    """Apply accelerate's regional compilation to a model that it has wrapped already."""
     import accelerate.accelerator
     import torch._dynamo
 
@@ -324,7 +324,7 @@ def measured(trained: Trained, scenario: Scenario, steps: int) -> dict[str, Any]
 
 
 def profiled(step: Callable[[], Any]) -> dict[str, float]:
-    """Milliseconds of this rank's GPU by kind of kernel, over one step, and those in which it ran any."""
+    """Milliseconds of this rank's GPU over one step: by kind of kernel, and busy with any."""
     kernels, busy_ms = gpu_profile(step)
     split = {BUSY: busy_ms}
     for name, ms, _ in kernels:
@@ -334,7 +334,7 @@ def profiled(step: Callable[[], Any]) -> dict[str, float]:
 
 
 def mark() -> torch.cuda.Event | float:
-    """A moment of the GPU's, or where there is none of the clock's."""
+    """The present moment: a recorded CUDA event, or the clock without a GPU."""
     if not GPU:
         return time.perf_counter()
     event = torch.cuda.Event(enable_timing=True)

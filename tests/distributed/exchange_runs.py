@@ -85,12 +85,12 @@ def groups_after_each_model(case: Case, models: int) -> list[int]:
 
 def differentiate_twice(dispatcher: str) -> str:
     """What a second derivative through an exchange says."""
-    from accel_moe.dispatch import make_dispatcher
+    from accel_moe.dispatch import base, make_dispatcher
 
     dist.init_process_group("gloo")
     exchange = make_dispatcher(dispatcher, dist.group.WORLD, 4)
     hidden = torch.randn(3, 8, requires_grad=True)
-    sent = exchange.dispatch(hidden, torch.tensor([[0, 2], [1, 3], [0, 3]]), torch.rand(3, 2))
+    sent = exchange.dispatch(base.RoutedTokens(hidden, torch.tensor([[0, 2], [1, 3], [0, 3]]), torch.rand(3, 2)))
     out = exchange.combine(sent.rows**2, sent)
     (gradient,) = torch.autograd.grad(out.sum(), hidden, create_graph=True)
     try:
@@ -154,21 +154,12 @@ class Echo:
         self.group, self.rank = group, dist.get_rank(group)
         self.local = num_experts // dist.get_world_size(group)
 
-    def dispatch(
-        self,
-        hidden_states,
-        top_k_index,
-        top_k_weights,
-        *,
-        bytes_per_pair=0,
-        meanwhile=None,
-        bytes_meanwhile=0,
-        counted=False,
-    ):
+    def dispatch(self, tokens, work):
         from torch.distributed.nn.functional import all_gather
 
         from accel_moe.dispatch.base import Dispatched
 
+        hidden_states, top_k_index, top_k_weights = tokens
         rows = torch.cat(all_gather(hidden_states.contiguous(), group=self.group))
         index = [torch.empty_like(top_k_index) for _ in range(dist.get_world_size(self.group))]
         dist.all_gather(index, top_k_index.contiguous(), group=self.group)
@@ -178,10 +169,10 @@ class Echo:
         index, weights = torch.where(ours, index, self.local), torch.where(ours, weights, 0.0)
         return Dispatched(rows, index, weights, int(ours.sum()), handle=hidden_states.shape[0])
 
-    def combine(self, rows, dispatched, *, meanwhile=None):
+    def combine(self, rows, sent, work):
         from torch.distributed.nn.functional import all_reduce
 
-        return all_reduce(rows, group=self.group).split(dispatched.handle)[self.rank]
+        return all_reduce(rows, group=self.group).split(sent.handle)[self.rank]
 
 
 def train_with_toy(case: Case):

@@ -155,6 +155,7 @@ def test_two_models_that_ranks_prepare_in_another_order_are_told_apart():
 
 def other_kind(dispatcher: str, what: str) -> str:
     from accel_moe.dispatch import make_dispatcher
+    from accel_moe.dispatch.base import RoutedTokens
 
     dist.init_process_group("gloo")
     exchange = make_dispatcher(dispatcher, dist.group.WORLD, 8)
@@ -165,10 +166,11 @@ def other_kind(dispatcher: str, what: str) -> str:
     )
     weights = torch.ones(3, top_k, dtype=torch.bfloat16 if other and what == "weights" else torch.float32)
     index = torch.arange(3 * top_k).view(3, top_k) % 8
-    if what == "few":  # the roads of `auto` part between these two
+    if what == "few":  # `auto` decides otherwise between these two
         index, weights = index[:, : 1 + other], weights[:, : 1 + other]
-    text = message_of(lambda: exchange.dispatch(hidden, index, weights))
-    same = exchange.dispatch(torch.ones(3, 8), torch.arange(12).view(3, 4) % 8, torch.ones(3, 4))  # it goes on
+    text = message_of(lambda: exchange.dispatch(RoutedTokens(hidden, index, weights)))
+    good = RoutedTokens(torch.ones(3, 8), torch.arange(12).view(3, 4) % 8, torch.ones(3, 4))
+    same = exchange.dispatch(good)  # it goes on
     assert exchange.combine(same.rows, same).shape == (3, 8)
     return text
 

@@ -9,17 +9,18 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from accel_moe.dispatch.base import Overlap, RoutedTokens
 from tests.ranks import run_ranks
 
 HALF_A_MINUTE = datetime.timedelta(seconds=30)
 
 
 def turns(count: int, pause_s: float) -> list[list[tuple[int, ...]]]:
-    from accel_moe.dispatch.host_all_gather import LARGEST, board_of
+    from accel_moe.dispatch.host_all_gather import LARGEST, host_all_gather_of
 
     dist.init_process_group("gloo")
-    board = board_of(dist.group.WORLD, 2, HALF_A_MINUTE)
-    assert board is not None and board_of(dist.group.WORLD, 2, HALF_A_MINUTE) is board
+    board = host_all_gather_of(dist.group.WORLD, 2, HALF_A_MINUTE)
+    assert board is not None and host_all_gather_of(dist.group.WORLD, 2, HALF_A_MINUTE) is board
     rank, seen = dist.get_rank(), []
     for turn in range(count):
         if random.random() < 0.1:
@@ -34,6 +35,13 @@ def test_every_rank_sees_every_rank_s_numbers_of_this_turn(count, pause_s):
     assert run_ranks(turns, 4, count, pause_s) == [expected] * 4
 
 
+class Large(Overlap):
+    """No work, but an experts function that takes much memory."""
+
+    def __init__(self, bytes_per_pair: int):
+        self.bytes_per_pair = bytes_per_pair
+
+
 def on_two_nodes(how: str) -> tuple[bool, str]:
     from accel_moe.dispatch import AllGatherDispatcher, AutomaticDispatcher, host_all_gather
 
@@ -42,11 +50,11 @@ def on_two_nodes(how: str) -> tuple[bool, str]:
         platform.node = lambda: f"node {dist.get_rank() // 2}"
     elif dist.get_rank() == 3:
         host_all_gather._mapped = lambda path, size: None
-    found = host_all_gather.board_of(dist.group.WORLD, 2, HALF_A_MINUTE) is None
+    found = host_all_gather.host_all_gather_of(dist.group.WORLD, 2, HALF_A_MINUTE) is None
     automatic = AutomaticDispatcher(dist.group.WORLD, 8)
     hidden = torch.ones(3, 4)
-    sent = automatic.dispatch(hidden, torch.arange(24).view(3, 8) % 8, torch.ones(3, 8))
-    assert isinstance(sent.num_pairs, int)  # counted: all_to_all
+    sent = automatic.dispatch(RoutedTokens(hidden, torch.arange(24).view(3, 8) % 8, torch.ones(3, 8)))
+    assert isinstance(sent.num_pairs, int)  # all_to_all
     assert torch.equal(automatic.combine(sent.rows, sent), 4 * hidden)
     try:
         AllGatherDispatcher(dist.group.WORLD, 8)
@@ -61,20 +69,20 @@ def test_ranks_that_share_no_memory_all_take_the_all_to_all(how):
         assert none and "/dev/shm" in error and "moe_dispatcher='auto'" in error
 
 
-def roads(top_k: int, **options) -> list[bool]:
-    """Whether `auto` sent every token to every rank: as it is, on request of a count, and where a rank is small."""
+def exchanges(top_k: int) -> list[bool]:
+    """Whether `auto` sent every token to every rank: as it is, and where a rank is small."""
     from accel_moe.dispatch import AutomaticDispatcher, memory
 
     dist.init_process_group("gloo")
     automatic = AutomaticDispatcher(dist.group.WORLD, 8)
     hidden, index = torch.ones(5, 4), torch.arange(5 * top_k).view(5, top_k) % 8
     took = []
-    for options, capacity in (({}, memory.UNKNOWN), ({"counted": True}, memory.UNKNOWN), ({}, 2**20)):
+    for capacity in (memory.UNKNOWN, 2**20):
         memory.capacity_bytes = lambda device, have=capacity: have if dist.get_rank() == 1 else memory.UNKNOWN
-        sent = automatic.dispatch(hidden, index, torch.ones(5, top_k), bytes_per_pair=2**16, **options)
+        sent = automatic.dispatch(RoutedTokens(hidden, index, torch.ones(5, top_k)), Large(2**16))
         needed = (sent.local_index < 8 // dist.get_world_size()).any(1, keepdim=True)
         out = automatic.combine(sent.rows * needed, sent)
-        took.append(callable(sent.num_pairs))
+        took.append(not isinstance(sent.num_pairs, int))
         ranks = torch.tensor([len(set(row)) for row in (index // (8 // dist.get_world_size())).tolist()])
         torch.testing.assert_close(out, hidden * ranks[:, None])
     return took
@@ -82,8 +90,8 @@ def roads(top_k: int, **options) -> list[bool]:
 
 @pytest.mark.parametrize(("world", "top_k", "expected"), [(2, 2, True), (2, 1, False), (4, 8, True), (4, 2, False)])
 def test_auto_sends_every_token_everywhere_where_most_are_needed_and_all_would_fit(world, top_k, expected):
-    for as_it_is, counted, crowded in run_ranks(roads, world, top_k):
-        assert as_it_is == expected and not counted and not crowded
+    for as_it_is, crowded in run_ranks(exchanges, world, top_k):
+        assert as_it_is == expected and not crowded
 
 
 def crowded() -> str:
@@ -92,10 +100,10 @@ def crowded() -> str:
     dist.init_process_group("gloo")
     dispatcher = AllGatherDispatcher(dist.group.WORLD, 8)
     memory.free_bytes = lambda device: 2**20 if dist.get_rank() == 1 else memory.UNKNOWN
-    tokens = torch.ones(5, 4), torch.zeros(5, 2, dtype=torch.long), torch.ones(5, 2)
+    tokens = RoutedTokens(torch.ones(5, 4), torch.zeros(5, 2, dtype=torch.long), torch.ones(5, 2))
     with pytest.raises(torch.OutOfMemoryError) as caught:
-        dispatcher.dispatch(*tokens, bytes_per_pair=2**20)
-    dispatcher.dispatch(*tokens)
+        dispatcher.dispatch(tokens, Large(2**20))
+    dispatcher.dispatch(tokens)
     return str(caught.value)
 
 
@@ -109,10 +117,10 @@ def one_board_after_another() -> int:
 
     for _ in range(3):
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-        assert host_all_gather.board_of(dist.group.WORLD, 2, HALF_A_MINUTE) is not None
+        assert host_all_gather.host_all_gather_of(dist.group.WORLD, 2, HALF_A_MINUTE) is not None
         dist.destroy_process_group()
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    host_all_gather.board_of(dist.group.WORLD, 2, HALF_A_MINUTE)
+    host_all_gather.host_all_gather_of(dist.group.WORLD, 2, HALF_A_MINUTE)
     return len(host_all_gather._boards)
 
 

@@ -6,6 +6,7 @@ fp32; sums over ranks are taken in another order, hence 1e-5 on values of order 
 import pytest
 import torch
 
+from accel_moe.dispatch.base import RoutedTokens
 from tests.ranks import run_ranks
 
 H, E, K = 16, 8, 3
@@ -67,10 +68,10 @@ def check_routings(dtype, name: str) -> None:
         upstream = torch.randn_like(expected)
         expected_gradients = torch.autograd.grad(expected, (hidden, weights), upstream)
 
-        sent = dispatcher.dispatch(hidden, index, weights)
+        sent = dispatcher.dispatch(RoutedTokens(hidden, index, weights))
         assert sent.local_weights.dtype == dtype and sent.rows.shape[0] >= 1
         ours = sent.local_index < e
-        num_pairs = sent.num_pairs if isinstance(sent.num_pairs, int) else sent.num_pairs()
+        num_pairs = sent.num_pairs if isinstance(sent.num_pairs, int) else sent.num_pairs.wait()
         assert int(ours.sum()) == num_pairs, kind
         assert not sent.local_weights[~ours].any(), kind
         rows = slow_experts(
@@ -103,22 +104,22 @@ def check_chunks(limit: int, name: str) -> None:
     e = E // world
     most = []
 
-    def layer(hidden, index, weights):
-        sent = dispatcher.dispatch(hidden, index, weights)
+    def layer(tokens):
+        sent = dispatcher.dispatch(tokens)
         most.append(sent.rows.shape[0])
         own = matrices[rank * e : (rank + 1) * e]
         return dispatcher.combine(slow_experts(sent.rows, sent.local_index, sent.local_weights, own), sent)
 
     for step, kind in enumerate(KINDS):
-        tokens = tuple(t.to(device) for t in tokens_of(kind, rank, world, step))
+        tokens = RoutedTokens(*(t.to(device) for t in tokens_of(kind, rank, world, step)))
         tokens[0].requires_grad_()
         tokens[2].requires_grad_()
         wanted = (tokens[0], tokens[2], matrices)
-        whole = layer(*tokens)
+        whole = layer(tokens)
         upstream = torch.randn_like(whole)
         expected = torch.autograd.grad(whole, wanted, upstream)
         most.clear()
-        chunked = in_chunks(layer, limit, dist.group.WORLD, tokens)
+        chunked = in_chunks(layer, tokens, limit, dist.group.WORLD)
         assert max(most) <= max(1, world * limit), kind
         # cuBLAS may add in another order for fewer rows: fp32 noise; a CPU does not.
         noise = 1e-5 if device.type == "cuda" else 0.0
@@ -152,7 +153,7 @@ def check_rows_sent_once() -> None:
     dispatcher = AllToAllDispatcher(dist.group.WORLD, E)
     index = torch.tensor([[0, 1, 2], [0, 4, 5], [6, 7, 5]])  # ranks {0}, {0, 1}, {1}
     hidden = torch.arange(3.0)[:, None].expand(3, H) + 10 * rank
-    sent = dispatcher.dispatch(hidden, index, torch.ones(3, 3))
+    sent = dispatcher.dispatch(RoutedTokens(hidden, index, torch.ones(3, 3)))
     expected = [10.0, 11.0, 0.0, 1.0] if rank == 0 else [1.0, 2.0, 11.0, 12.0]  # the other rank's, then our own
     assert sent.rows[:, 0].tolist() == expected
     assert (sent.handle.num_sent, sent.handle.num_own) == (2, 2)  # our own do not travel

@@ -57,12 +57,12 @@ def test_gradient_checkpointing_of_transformers_does_not_exchange_twice(family, 
 def test_what_is_kept_survives_a_model_that_changes_its_experts_output_in_place():
     from torch.utils.checkpoint import checkpoint
 
-    from accel_moe.dispatch.replay import kept_exchanges, remember
+    from accel_moe.dispatch.replay import kept_exchanges, replayed
 
     class Exchange(torch.autograd.Function):
         @staticmethod
         def forward(ctx, x):
-            return remember(lambda: 2 * x, handed_out=True)
+            return replayed(lambda: 2 * x, handed_out=True)
 
         @staticmethod
         def backward(ctx, gradient):

@@ -10,9 +10,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from accel_moe.kernels.autograd import experts, experts_in_halves
-from accel_moe.kernels.deferred_count import LaterPairs
-from accel_moe.kernels.glu import Gate
+from accel_moe.kernels import autograd
+from accel_moe.kernels.autograd import ExpertWeights
+from accel_moe.kernels.deferred_count import DeferredCount
+from accel_moe.kernels.glu import Glu
+from accel_moe.kernels.hints import Hints
 
 pytestmark = pytest.mark.gpu
 
@@ -63,6 +65,14 @@ def run(fn, args, dout, **kwargs):
     return [out.detach(), *torch.autograd.grad(out, leaves, dout.to(out.dtype))]
 
 
+def experts(
+    x, w1, w2, index, weights, act="silu", *, b1=None, b2=None, glu=None, gated=True, transposed=False, **hints
+):
+    """autograd.experts, with its records spelt out."""
+    own = ExpertWeights(w1, w2, b1, b2, transposed)
+    return autograd.experts(x, own, index, weights, glu or Glu(act, gated), Hints(**hints))
+
+
 def ours(*args, **kwargs):
     return experts(*args, act="silu", **kwargs)
 
@@ -97,16 +107,15 @@ def test_bf16_error_is_no_larger_than_grouped_mm(name):
         assert m <= 1.1 * p and m < 2e-2, (n, mine, peer)
 
 
-@pytest.mark.parametrize("road", ["fused", "two halves"])
-def test_gpt_oss_like_experts_at_real_width(road):
-    """Both roads in bf16: transposed, biased, interleaved and clamped. 2e-2 as for the edges below."""
+def test_gpt_oss_like_experts_at_real_width():
+    """In bf16: transposed, biased, interleaved and clamped. 2e-2 as for the edges below."""
     T, K, H, I, E = 1024, 4, 2880, 2880, 8
     x, w1, w2, index, weights = make(T, K, H, I, E, torch.bfloat16)
     w1, w2 = w1.transpose(1, 2).contiguous(), w2.transpose(1, 2).contiguous()
     b1, b2 = (torch.randn(E, n, device="cuda").bfloat16() for n in (2 * I, H))
     dout = torch.randn(x.shape, device="cuda").bfloat16()
 
-    gate = Gate(interleaved=True, alpha=1.702, shift=1.0, limit=7.0)
+    gate = Glu(interleaved=True, alpha=1.702, shift=1.0, limit=7.0)
 
     def loop(x, w1, w2, b1, b2, index, weights):
         out = torch.zeros_like(x)
@@ -116,13 +125,11 @@ def test_gpt_oss_like_experts_at_real_width(road):
             out = out.index_add(0, token, y * weights[token, k, None])
         return out
 
-    def halves(x, w1, w2, b1, b2, index, weights):
-        if road == "two halves":
-            return experts_in_halves(x, w1, w2, b1, b2, index, weights, gate, transposed=True)
-        return experts(x, w1, w2, index, weights, "silu", b1=b1, b2=b2, gate=gate.numbers, transposed=True)
+    def fused(x, w1, w2, b1, b2, index, weights):
+        return experts(x, w1, w2, index, weights, b1=b1, b2=b2, glu=gate, transposed=True)
 
     results = []
-    for function, dtype in ((halves, torch.bfloat16), (loop, torch.float32)):
+    for function, dtype in ((fused, torch.bfloat16), (loop, torch.float32)):
         leaves = [t.to(dtype).requires_grad_() for t in (x, w1, w2, b1, b2)] + [weights.clone().requires_grad_()]
         out = function(*leaves[:5], index, leaves[5])
         results.append([out, *torch.autograd.grad(out, leaves, dout.to(dtype))])
@@ -206,9 +213,9 @@ def test_an_up_projection_that_is_computed_again_gives_the_same_bits(pairs):
     args = make(2048, 8, 2048, 768, 128, torch.bfloat16)
     args[3] = args[3].masked_fill(args[3] >= 64, 128)  # half the experts are elsewhere
     count = int((args[3] < 128).sum())
-    options = {"num_pairs": {"unknown": None, "counted": count, "later": LaterPairs(lambda: count, 0.5)}[pairs]}
+    options = {"num_pairs": {"unknown": None, "counted": count, "later": DeferredCount(lambda: count, 0.5)}[pairs]}
     dout = torch.randn_like(args[0])
-    for again, once in zip(run(ours, args, dout, keep_h=False, **options), run(ours, args, dout, **options)):
+    for again, once in zip(run(ours, args, dout, recompute_up=True, **options), run(ours, args, dout, **options)):
         assert torch.equal(again, once)
 
 

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 from torch.distributed.checkpoint import FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata
 
-from accel_moe.checkpoint.dcp import ChecksumWriter
+from accel_moe.checkpoint.dcp_write import ChecksumWriter
 
 
 def test_the_metadata_that_save_returns_is_filled_in_where_torch_fills_in_a_copy(tmp_path, monkeypatch):

@@ -6,8 +6,6 @@ import json
 import os
 import shutil
 import signal
-import threading
-from concurrent.futures import Future
 
 import pytest
 import torch
@@ -15,13 +13,21 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from accel_moe import consolidate
-from accel_moe.checkpoint import export, export_out, export_write
+from accel_moe.checkpoint import export_out, export_write, opened
 from accel_moe.checkpoint.base_model import open_base
 from accel_moe.checkpoint.export_plan import plan_export
 from accel_moe.checkpoint.export_write import write_export
 from accel_moe.errors import CheckpointError, HubFormatError
 from accel_moe.weights.hub_format import safetensors_files
-from tests.exports import assert_same_tensors, make_trained, one_line_error, read_weights, run, write_checkpoint
+from tests.exports import (
+    assert_same_tensors,
+    make_trained,
+    one_line_error,
+    read_weights,
+    run,
+    write_checkpoint,
+    write_manifest_of,
+)
 from tests.tiny import tiny_model
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
@@ -30,8 +36,7 @@ FAMILIES = ["qwen3_moe", "mixtral", "granitemoe", "olmoe", "deepseek_v3", "glm4_
 
 @pytest.fixture
 def trained(tmp_path):
-    """(checkpoint, base, weights) of a tiny Qwen3-MoE: the base differs from the trained model in every
-    value."""
+    """(checkpoint, base, weights) of a tiny Qwen3-MoE. The base differs from the trained model in every value."""
     return make_trained(tmp_path, "qwen3_moe")
 
 
@@ -175,7 +180,7 @@ def test_a_base_saved_from_the_bare_model_keeps_its_keys_without_prefix(tmp_path
 
 def test_an_interrupted_export_goes_on_where_it_stopped(tmp_path, trained, monkeypatch):
     checkpoint, base, expected = trained
-    plan = plan_export(export.open_checkpoint([checkpoint]), open_base(str(base)))
+    plan = plan_export(opened.open_checkpoint([checkpoint]), open_base(str(base)))
     monkeypatch.setattr(export_write, "_SYNC_BYTES", 1)
     calls = []
     real = export_write._GroupWriter.write
@@ -198,28 +203,35 @@ def test_an_interrupted_export_goes_on_where_it_stopped(tmp_path, trained, monke
     assert_same_tensors(read_weights(tmp_path / "out"), expected)
 
 
-def test_what_is_written_before_the_check_has_passed_does_not_count(tmp_path, trained, monkeypatch):
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_nothing_is_written_of_a_damaged_checkpoint(tmp_path, trained, capsys, workers):
     checkpoint, base, _ = trained
-    plan = plan_export(export.open_checkpoint([checkpoint]), open_base(str(base)))
-    monkeypatch.setattr(export_write, "_SYNC_BYTES", 1)  # note every group
-    check = Future()
-    write = export_write._GroupWriter.write
+    write_manifest_of(checkpoint)
+    data = next((checkpoint / "pytorch_model_fsdp_0").glob("*.distcp"))
+    content = bytearray(data.read_bytes())
+    content[len(content) // 2] ^= 1
+    data.write_bytes(content)
+    line = one_line_error(capsys, "--workers", workers, checkpoint, tmp_path / "out", base)
+    assert "checkpoint is damaged: " in line and data.name in line and "checksum" in line
+    assert not list(tmp_path.glob("out*"))
 
-    def interrupted(self, index):
-        if index == 2:
-            raise KeyboardInterrupt
-        return write(self, index)
 
-    monkeypatch.setattr(export_write._GroupWriter, "write", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        write_export(plan, tmp_path / "out", vouched=check)
-    assert (tmp_path / "out.tmp" / export_out.JOURNAL).read_text().count(".") == 0
-    monkeypatch.setattr(export_write._GroupWriter, "write", write)
-    resumed = []
-    threading.Timer(0.2, check.set_exception, [CheckpointError("damaged")]).start()
-    with pytest.raises(CheckpointError, match="damaged"):
-        write_export(plan, tmp_path / "out", on_resume=resumed.append, vouched=check)
-    assert not resumed and not list(tmp_path.glob("out*"))
+def test_an_export_goes_on_only_after_a_check_of_the_same_kind(tmp_path, trained):
+    checkpoint, base, expected = trained
+    plan = plan_export(opened.open_checkpoint([checkpoint]), open_base(str(base)))
+
+    def stop(_):
+        raise KeyboardInterrupt
+
+    def resumed(**options):
+        seen = []
+        with pytest.raises(KeyboardInterrupt):
+            write_export(plan, tmp_path / "out", on_resume=seen.append, before_commit=stop, **options)
+        return bool(seen)
+
+    assert [resumed(verified_by=kind) for kind in ("sizes", "checksums", "checksums")] == [False, False, True]
+    write_export(plan, tmp_path / "out", verified_by="checksums")
+    assert_same_tensors(read_weights(tmp_path / "out"), expected)
 
 
 def test_an_interrupted_export_of_another_checkpoint_is_not_resumed(tmp_path, trained, monkeypatch):
@@ -233,7 +245,7 @@ def test_an_interrupted_export_of_another_checkpoint_is_not_resumed(tmp_path, tr
 
 def test_two_exports_into_one_folder_do_not_mix(tmp_path, trained, capsys):
     checkpoint, base, _ = trained
-    plan = plan_export(export.open_checkpoint([checkpoint]), open_base(str(base)))
+    plan = plan_export(opened.open_checkpoint([checkpoint]), open_base(str(base)))
 
     def second(_):
         with pytest.raises(CheckpointError, match="another process"):
@@ -368,12 +380,12 @@ def test_a_quantised_base_is_refused(tmp_path, trained):
     config["quantization_config"] = {"quant_method": "fp8"}
     (base / "config.json").write_text(json.dumps(config))
     with pytest.raises(HubFormatError, match="quantised \\(fp8\\)"):
-        plan_export(export.open_checkpoint([checkpoint]), open_base(str(base)))
+        plan_export(opened.open_checkpoint([checkpoint]), open_base(str(base)))
 
 
 def test_inspect_tells_what_a_checkpoint_holds_without_reading_tensors(tmp_path, trained, capsys, monkeypatch):
     checkpoint, _, _ = trained
-    monkeypatch.setattr(export.TensorReader, "read", None)
+    monkeypatch.setattr(opened.TensorReader, "read", None)
     assert run("--inspect", checkpoint) == 0
     told = capsys.readouterr().out
     assert "model.embed_tokens.weight [64, 32]" in told and "no manifest" in told

@@ -10,9 +10,9 @@ import pytest
 
 from accel_moe.checkpoint import durable, export_out
 from accel_moe.checkpoint.base_model import open_base
-from accel_moe.checkpoint.export import open_checkpoint
 from accel_moe.checkpoint.export_plan import plan_export
 from accel_moe.checkpoint.export_write import write_export
+from accel_moe.checkpoint.opened import open_checkpoint
 from accel_moe.errors import CheckpointError
 from tests.exports import assert_same_tensors, make_trained, one_line_error, read_weights, run
 
@@ -125,7 +125,7 @@ def no_work(monkeypatch):
         raise AssertionError("work was done first")
 
     monkeypatch.setattr(manifest, "file_digest", read)
-    monkeypatch.setattr("accel_moe.checkpoint.dcp.TensorReader.read", read)
+    monkeypatch.setattr("accel_moe.checkpoint.tensor_reader.TensorReader.read", read)
 
 
 @pytest.mark.core

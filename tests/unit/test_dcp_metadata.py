@@ -8,8 +8,9 @@ import pickle
 import pytest
 import torch.distributed.checkpoint as dist_cp
 
-from accel_moe.checkpoint.dcp import FolderReader, TensorReader
+from accel_moe.checkpoint.dcp_read import FolderReader
 from accel_moe.checkpoint.manifest import read_manifest
+from accel_moe.checkpoint.tensor_reader import TensorReader
 from accel_moe.errors import CheckpointError
 from tests.exports import make_trained, one_line_error, run, write_manifest_of
 
@@ -67,7 +68,7 @@ def test_a_metadata_file_that_names_a_function_is_refused_whoever_vouches_for_it
         manifest = (checkpoint / "accel_moe_manifest.json").read_text()
     set_trap(checkpoint, sprung)
     if vouched:  # a manifest that was made to fit
-        from accel_moe.checkpoint.manifest import file_digest
+        from accel_moe.checkpoint.checksums import file_digest
 
         old = read_manifest(checkpoint)
         entry = old.files[0]["pytorch_model_fsdp_0/.metadata"]

@@ -13,6 +13,7 @@ from accel_moe.dispatch.replay import kept_exchanges
 from accel_moe.experts import layer as experts_layer
 from accel_moe.experts import recognise
 from accel_moe.experts.state import prepared_state, swapped_layers
+from accel_moe.experts.work import view_of
 from tests.tiny import batches, tiny_model
 
 FAMILIES = ["mixtral", "qwen3_moe", "olmoe", "deepseek_v3", "granitemoe", "glm4_moe"]
@@ -169,16 +170,21 @@ def test_eager_is_refused_under_expert_parallelism():
         accel_moe.prepare(tiny_model(), moe_ep_degree=2, moe_kernel="eager")
 
 
-def test_recomputing_the_up_projection_is_refused_where_another_kernel_or_an_unknown_gate_keeps_it(monkeypatch):
+def test_recomputing_the_up_projection_is_refused_where_another_kernel_keeps_it(monkeypatch):
     with pytest.raises(ValueError, match=r"moe_recompute_up_projection needs moe_kernel scattermoe.*run grouped_mm"):
         accel_moe.prepare(tiny_model(), moe_recompute_up_projection=True)
     monkeypatch.setattr(recognise, "triton_can_run", lambda: True)
+    accel_moe.prepare(tiny_model(), moe_recompute_up_projection=True)
+
+
+def test_auto_gives_an_unknown_gate_to_grouped_mm_and_scattermoe_refuses_it_by_name(monkeypatch):
+    monkeypatch.setattr(recognise, "triton_can_run", lambda: True)
     model = tiny_model()
     model.model.layers[1].mlp.experts._apply_gate = lambda h: torch.sin(h.chunk(2, -1)[0])
-    with pytest.raises(ValueError, match=r"layers\.1.*needs a gate that our kernels know"):
-        accel_moe.prepare(model, moe_recompute_up_projection=True)
+    with pytest.raises(ValueError, match=r"layers\.1.*_apply_gate computes a gate that the kernels do not know.*auto"):
+        accel_moe.prepare(model, moe_kernel="scattermoe")
     assert prepared_state(model) is None
-    accel_moe.prepare(tiny_model(), moe_recompute_up_projection=True)
+    assert accel_moe.prepare(model)._accel_moe.kernel == "grouped_mm"
 
 
 def test_recomputing_the_up_projection_keeps_less_for_backward(monkeypatch):
@@ -197,8 +203,7 @@ def test_recomputing_the_up_projection_keeps_less_for_backward(monkeypatch):
         kept[recompute] = sum(sizes), loss, gradients
         layers = [layer for _, layer in swapped_layers(model)]
         assert all(
-            experts_layer._local_view(layer, layer._accel_moe_layer, torch.float32).keep_h != recompute
-            for layer in layers
+            view_of(layer, layer._accel_moe_layer, torch.float32).hints.recompute_up == recompute for layer in layers
         )
     tokens, width = batches(1)[0].numel(), layers[0].gate_up_proj.shape[1]
     assert kept[False][0] - kept[True][0] == len(layers) * tokens * model.config.num_experts_per_tok * width
@@ -238,18 +243,18 @@ def test_a_marked_layer_that_was_never_sharded_raises_in_its_forward():
 
 
 class Alone:
-    """A dispatcher of one rank; notes what it may do meanwhile in backward."""
+    """A dispatcher of one rank; notes the work that it may overlap with its backward."""
 
     group = None
 
     def __init__(self):
-        self.meanwhile = []
+        self.overlaps = []
 
-    def dispatch(self, hidden_states, top_k_index, top_k_weights, *, meanwhile=None, **_):
-        return Dispatched(hidden_states, top_k_index, top_k_weights, top_k_index.numel(), None)
+    def dispatch(self, tokens, work):
+        return Dispatched(*tokens, tokens.index.numel())
 
-    def combine(self, rows, dispatched, *, meanwhile=None):
-        self.meanwhile.append(meanwhile)
+    def combine(self, rows, sent, work):
+        self.overlaps.append(work.for_backward())
         return rows
 
 
@@ -262,8 +267,8 @@ def test_weights_are_not_cast_beside_the_exchange_for_a_backward_that_runs_the_l
     state.dispatcher, state.compute_dtype = Alone(), torch.float32
     with kept_exchanges()[0] if again else contextlib.nullcontext():
         layer(torch.randn(3, 32), torch.tensor([[0, 1], [2, 3], [3, 0]]), torch.rand(3, 2))
-    (meanwhile,) = state.dispatcher.meanwhile
-    assert (meanwhile is None) == again
+    (overlap,) = state.dispatcher.overlaps
+    assert (overlap is None) == again
 
 
 def test_expert_load_counts_slots_since_the_last_call():

@@ -6,7 +6,7 @@ import pytest
 import torch
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from accel_moe.kernels.cached_launch import Entry
+from accel_moe.kernels.cached_launch import CachedLaunch
 
 
 def parameter(name, constexpr=False, any_value=False):
@@ -41,7 +41,7 @@ class Compiled:
 @pytest.fixture
 def kernel(monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    return Entry(Jit())
+    return CachedLaunch(Jit())
 
 
 def launch(kernel, x=None, n=5, stride=16, flag=True, block=64, **options):

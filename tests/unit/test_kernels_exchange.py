@@ -69,8 +69,8 @@ def test_the_kernels_do_what_plain_torch_does(kind, tokens, ranks, own):
     for step in (rows.pack, rows_triton.pack):
         step(packed[0][0], None, None, packed[0][1].contiguous(), returned, none, e, 1)
         assert torch.equal(returned.values, packed[0][0]) and torch.equal(returned.weights, packed[0][1])
-    wanted_home = rows.sum_home(returned, kept, wanted_slot, index, e)
-    home = rows_triton.sum_home(returned[:2], kept[:2], wanted_slot, index, e)
+    wanted_home = rows.combine(returned, kept, wanted_slot, index, e)
+    home = rows_triton.combine(returned[:2], kept[:2], wanted_slot, index, e)
     for found, wanted in zip(home, wanted_home):
         assert torch.equal(found, wanted)
 
@@ -89,7 +89,7 @@ def test_rows_without_weights_or_without_values():
             sent, own = (layout.view(layout.empty(n, source.device)) for n in (leaves, stays))
             module.pack(source[:, :hidden], copy, None, weights if dtype else None, sent, own, e, 2)
             parts = (sent[:2], own[:2]) if module is rows_triton else (sent, own)
-            home = module.sum_home(*parts, slot, index, e)
+            home = module.combine(*parts, slot, index, e)
             results.append([t for t in (*sent, *own, *home) if t is not None])
         for found, wanted in zip(results[1], results[0]):
             assert torch.equal(found, wanted)

@@ -9,11 +9,12 @@ shapes are in tests/gpu.
 import pytest
 import torch
 
-from accel_moe.kernels import launch, ops
-from accel_moe.kernels.autograd import experts, experts_in_halves
+from accel_moe.kernels import autograd, launch, ops
+from accel_moe.kernels.autograd import ExpertWeights
 from accel_moe.kernels.casts import Casts
-from accel_moe.kernels.deferred_count import LaterPairs
-from accel_moe.kernels.glu import Gate
+from accel_moe.kernels.deferred_count import DeferredCount
+from accel_moe.kernels.glu import Glu
+from accel_moe.kernels.hints import Hints
 from accel_moe.kernels.routing import sort_slots
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="interpreted: see tests/gpu")
@@ -25,6 +26,14 @@ ACTIVATIONS = {
     "relu": torch.relu,
     "relu2": lambda x: torch.relu(x) ** 2,
 }
+
+
+def experts(
+    x, w1, w2, index, weights, act="silu", *, b1=None, b2=None, glu=None, gated=True, transposed=False, **hints
+):
+    """autograd.experts, with its records spelt out."""
+    own = ExpertWeights(w1, w2, b1, b2, transposed)
+    return autograd.experts(x, own, index, weights, glu or Glu(act, gated), Hints(**hints))
 
 
 def eager(x, w1, w2, index, weights, act="silu", gate=None):
@@ -60,8 +69,7 @@ def make_with_sentinels():
 def options_of(kind, args):
     """The options of a kind of layer; args become those of one."""
     if kind == "interleaved":
-        gate = Gate("silu", interleaved=True)
-        return dict(gate=gate.numbers, act=gate.act)
+        return dict(glu=Glu("silu", interleaved=True))
     if kind == "biased":
         return dict(act="silu", b1=torch.randn(4, 40), b2=torch.randn(4, 24))
     if kind == "not gated":
@@ -159,7 +167,7 @@ def test_pairs_that_are_counted_later_give_the_same_bits_whatever_was_kept(kind,
     args, sentinel = make_with_sentinels()
     options = options_of(kind, args)
     pairs = int((~sentinel).sum())
-    later = LaterPairs(lambda: pairs, share)
+    later = DeferredCount(lambda: pairs, share)
     assert (later.likely(120) < pairs) == (share < 0.4)  # then backward computes the pre-activation again
     dout = torch.randn(40, 24, generator=torch.Generator().manual_seed(1))
     found = run(experts, args, dout, num_pairs=later, **options)
@@ -175,7 +183,7 @@ def test_an_up_projection_that_is_computed_again_gives_the_same_bits_and_is_not_
     args, sentinel = make_with_sentinels()
     options = options_of(kind, args)
     count = int((~sentinel).sum())
-    options["num_pairs"] = {"unknown": None, "counted": count, "later": LaterPairs(lambda: count, 0.9)}[pairs]
+    options["num_pairs"] = {"unknown": None, "counted": count, "later": DeferredCount(lambda: count, 0.9)}[pairs]
     dout = torch.randn(40, 24, generator=torch.Generator().manual_seed(1))
     kept, found = {}, {}
     for keep_h in (True, False):
@@ -185,10 +193,12 @@ def test_an_up_projection_that_is_computed_again_gives_the_same_bits_and_is_not_
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            found[keep_h] = run(experts, args, dout, keep_h=keep_h, **options)
+            found[keep_h] = run(experts, args, dout, recompute_up=not keep_h, **options)
     for again, once in zip(found[False], found[True], strict=True):
         assert torch.equal(again, once)
-    rows = {"unknown": 120, "counted": count, "later": options["num_pairs"] and LaterPairs(int, 0.9).likely(120)}[pairs]
+    rows = {"unknown": 120, "counted": count, "later": options["num_pairs"] and DeferredCount(int, 0.9).likely(120)}[
+        pairs
+    ]
     assert kept[True] - kept[False] == rows * args[1].shape[1]
 
 
@@ -197,7 +207,7 @@ def test_an_up_projection_that_is_computed_again_compiles_into_one_graph(biased)
     x, w1, w2, index, weights = make()
     biases = dict(b1=torch.randn(4, 40, requires_grad=True), b2=torch.randn(4, 24)) if biased else {}
     leaves = [t.requires_grad_() for t in (x, w1, w2, weights)] + [b for b in biases.values() if b.requires_grad]
-    layer = lambda: experts(x, w1, w2, index, weights, "silu", keep_h=False, **biases)  # noqa: E731
+    layer = lambda: experts(x, w1, w2, index, weights, "silu", recompute_up=True, **biases)  # noqa: E731
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     results = [[out, *torch.autograd.grad(out.sum(), leaves)] for out in (compiled(), layer())]
     for actual, expected in zip(*results, strict=True):
@@ -215,8 +225,8 @@ def test_forward_its_repetition_and_evaluation_are_tuned_for_the_same_number_of_
 
     monkeypatch.setattr(launch, "tuned", noted)
     args = make(T=40, K=3)
-    later = LaterPairs(lambda: 120, 0.5)  # more than is likely: computed again, whatever is kept
-    run(experts, args, torch.ones(40, 24), act="silu", num_pairs=later, keep_h=keep_h)
+    later = DeferredCount(lambda: 120, 0.5)  # more than is likely: computed again, whatever is kept
+    run(experts, args, torch.ones(40, 24), act="silu", num_pairs=later, recompute_up=not keep_h)
     with torch.no_grad():
         experts(*args, "silu", num_pairs=later)
     assert tuned_for == [later.likely(120)] * 3 and later.likely(120) < 120
@@ -225,7 +235,7 @@ def test_forward_its_repetition_and_evaluation_are_tuned_for_the_same_number_of_
 def test_later_pairs_that_turn_out_to_be_none():
     args = make()
     args[3] = torch.full_like(args[3], 4)
-    out, *grads = check(args, num_pairs=LaterPairs(lambda: 0, 0.5))
+    out, *grads = check(args, num_pairs=DeferredCount(lambda: 0, 0.5))
     assert not out.any() and not any(g.any() for g in grads)
 
 
@@ -244,7 +254,7 @@ def test_rows_ready_is_told_the_very_gradients_before_those_of_the_experts(froze
         order.append("ready")
         told.extend(grad.detach().clone() for grad in (grad_x, grad_weights))
 
-    experts(x, w1, w2, index, weights, "silu", rows_ready=ready).sum().backward()
+    experts(x, w1, w2, index, weights, "silu", on_input_grads=ready).sum().backward()
     assert order == ["ready"] + ["weight_grad"] * (0 if frozen == "experts" else 2)
     for grad, leaf in zip(told, (x, weights)):
         assert torch.equal(grad, leaf.grad) if leaf.requires_grad else not grad.numel()
@@ -289,7 +299,7 @@ def test_gathered_rows_are_padded_with_zeros_to_whole_blocks():
         assert not block[len(token) :].any()
 
 
-@pytest.mark.parametrize("gate", [None, Gate(interleaved=True, alpha=1.7, shift=1.0, limit=0.5)], ids=str)
+@pytest.mark.parametrize("gate", [None, Glu(interleaved=True, alpha=1.7, shift=1.0, limit=0.5)], ids=str)
 @pytest.mark.parametrize("shape", [{}, {"T": 70, "K": 3, "H": 40, "I": 36, "E": 5}], ids=str)
 def test_operands_read_by_descriptor_give_the_same(shape, gate, monkeypatch, poisoned):
     """The interpreter knows descriptors too: here every operand that the copy engine of a newer chip would bring."""
@@ -300,17 +310,16 @@ def test_operands_read_by_descriptor_give_the_same(shape, gate, monkeypatch, poi
     args = make(**shape)
     args[3][::3, 0] = args[1].shape[0]  # sentinels: rows at the end of the buffers that nobody wrote
     dout = torch.randn(args[0].shape, generator=torch.Generator().manual_seed(1))
-    numbers = gate.numbers if gate else ()
-    assert_close(run(experts, args, dout, act="silu", gate=numbers), run(eager, args, dout, gate=gate))
+    assert_close(run(experts, args, dout, glu=gate), run(eager, args, dout, gate=gate))
     assert len(descriptors) == 11  # by launch: W1; a, W2; dout, W2; dout, sa; dh, x; dh, W1
 
 
 def test_interleaved_pairs_of_16_bits_are_read_and_written_as_words():
     """fp16: half a unit in the last place is 5e-4 of a value, and every result is rounded a few times on the way."""
-    gate = Gate(interleaved=True, alpha=1.7, shift=1.0, limit=0.5)
+    gate = Glu(interleaved=True, alpha=1.7, shift=1.0, limit=0.5)
     args, dout = make(), torch.randn(19, 24, generator=torch.Generator().manual_seed(1))
     half = [t.half() if t.is_floating_point() else t for t in args]
-    actual = run(experts, half, dout.half(), act="silu", gate=gate.numbers)
+    actual = run(experts, half, dout.half(), glu=gate)
     rounded = [t.float() if t.is_floating_point() else t for t in half]
     for a, e in zip(actual, run(eager, rounded, dout.half().float(), gate=gate), strict=True):
         assert (a.float() - e).abs().max() <= 4e-3 * e.abs().max()
@@ -440,15 +449,11 @@ def test_what_does_not_fit_is_refused_with_what_was_found(change, message):
         experts(*args, "silu")
 
 
-@pytest.mark.parametrize("halves", [False, True])
-def test_bf16_is_refused_in_the_interpreter_whose_products_of_it_are_wrong(halves):
+def test_bf16_is_refused_in_the_interpreter_whose_products_of_it_are_wrong():
     x, w1, w2 = (torch.ones(shape, dtype=torch.bfloat16) for shape in ((2, 16), (4, 32, 16), (4, 16, 16)))
     index, weights = torch.tensor([[0], [1]]), torch.ones(2, 1)
     with pytest.raises(ValueError, match=r"bfloat16 under TRITON_INTERPRET=1.*Use float32 or float16.*grouped_mm"):
-        if halves:
-            experts_in_halves(x, w1, w2, None, None, index, weights, lambda h: h.chunk(2, -1)[0])
-        else:
-            experts(x, w1, w2, index, weights, "silu")
+        experts(x, w1, w2, index, weights)
 
 
 def test_fp16_is_right_in_the_interpreter():

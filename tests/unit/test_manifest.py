@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
 
 from accel_moe.checkpoint import manifest as m
+from accel_moe.checkpoint.checksums import BLOCK_BYTES, StreamDigest, file_digest
 from accel_moe.checkpoint.manifest import Chunk, FileEntry, Manifest, TensorEntry, check_chunks, check_files
 
 FILES = {"model/data.distcp": b"x" * 1000, "model/.metadata": b"meta", "rng_0.pkl": b"state"}
@@ -17,7 +19,7 @@ def write(folder, algorithm="blake2b", node=0, nodes=("host-a",)) -> Manifest:
     for path, content in FILES.items():
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         (folder / path).write_bytes(content)
-    entries = {p: FileEntry(len(c), m.file_digest(folder / p, algorithm)) for p, c in FILES.items()}
+    entries = {p: FileEntry(len(c), file_digest(folder / p, algorithm)) for p, c in FILES.items()}
     files = tuple(entries if i == node else {f"other{i}.pkl": FileEntry(1, "00")} for i in range(len(nodes)))
     tensor = TensorEntry((4, 2), "float32", (Chunk((0, 0), (4, 2), "data.distcp"),))
     made = Manifest(
@@ -115,21 +117,36 @@ def test_every_flipped_bit_of_a_manifest_is_seen(tmp_path):
         assert again == made  # a blank between two tokens, say
 
 
-@pytest.mark.parametrize("size", [0, 1, m.BLOCK_BYTES - 1, m.BLOCK_BYTES, m.BLOCK_BYTES + 1, 3 * m.BLOCK_BYTES + 5])
+@pytest.mark.parametrize("size", [0, 1, BLOCK_BYTES - 1, BLOCK_BYTES, BLOCK_BYTES + 1, 3 * BLOCK_BYTES + 5])
 def test_a_checksum_does_not_depend_on_how_the_bytes_came_nor_on_threads(tmp_path, size):
     content = bytes(range(256)) * (size // 256 + 1)
     content = content[:size]
     (tmp_path / "file").write_bytes(content)
     with ThreadPoolExecutor(3) as pool:
-        pieces = m.StreamDigest("blake2b", pool)
+        pieces = StreamDigest("blake2b", pool)
         for start in range(0, size, 999_983):
             pieces.update(content[start : start + 999_983])
         expected = pieces.hexdigest()
-        assert m.file_digest(tmp_path / "file", "blake2b", pool) == expected
-    assert m.file_digest(tmp_path / "file", "blake2b") == expected
+        assert file_digest(tmp_path / "file", "blake2b", pool) == expected
+    assert file_digest(tmp_path / "file", "blake2b") == expected
     if size:
         (tmp_path / "file").write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-        assert m.file_digest(tmp_path / "file", "blake2b") != expected
+        assert file_digest(tmp_path / "file", "blake2b") != expected
+
+
+def test_a_checkpoint_with_the_other_checksum_is_still_verified(tmp_path):
+    pytest.importorskip("xxhash")
+    made = write(tmp_path, algorithm="xxh3_128")
+    assert not problems(tmp_path, made)
+    (tmp_path / "model/data.distcp").write_bytes(b"y" * 1000)
+    assert any("data.distcp does not match its checksum" in line for line in problems(tmp_path, made))
+
+
+def test_the_other_checksum_without_its_package_says_how_to_go_on(tmp_path, monkeypatch):
+    made = replace(write(tmp_path), digest_algorithm="xxh3_128")
+    monkeypatch.setitem(sys.modules, "xxhash", None)
+    with pytest.raises(m.CheckpointError, match="Install xxhash, or set moe_verify: sizes"):
+        problems(tmp_path, made)
 
 
 def test_an_unknown_checksum_says_how_to_go_on(tmp_path):

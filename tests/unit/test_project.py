@@ -1,6 +1,6 @@
-"""The project holds to its own rules: floors, README, what may be committed, what an import does.
+"""The project holds to its own rules: floors, README and docs, what may be committed, what an import does.
 
-python tests/unit/test_project.py      brings README's table of options up to date
+python tests/unit/test_project.py      brings the tables of docs/options.md and docs/families.md up to date
 """
 
 import re
@@ -13,17 +13,21 @@ import pytest
 import transformers
 
 from accel_moe import supported
-from accel_moe.config import TABLE_BEGIN, TABLE_END, options_table
+from accel_moe.config import TABLE_BEGIN, TABLE_END, option_names, options_table
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 README = REPOSITORY / "README.md"
-ARCHITECTURE = REPOSITORY / "docs" / "architecture.md"
+CONTRIBUTING = REPOSITORY / "CONTRIBUTING.md"
+RESULTS = REPOSITORY / "examples" / "benchmarks" / "RESULTS.md"
+DOCS = REPOSITORY / "docs"
+ARCHITECTURE, OPTIONS, FAMILIES = DOCS / "architecture.md", DOCS / "options.md", DOCS / "families.md"
+PAGES = (README, CONTRIBUTING, *sorted(DOCS.glob("*.md")), RESULTS, RESULTS.with_name("SCALING.md"))
 TREE_BEGIN, TREE_END = "<!-- tree:begin -->", "<!-- tree:end -->"
 FAMILIES_BEGIN, FAMILIES_END = "<!-- families:begin -->", "<!-- families:end -->"
 TEST_COMMAND = 'python -m pip install -e ".[test]" && python -m pytest'
 
 
-def between(begin, end, page=README):
+def between(begin, end, page):
     return page.read_text().split(begin)[1].split(end)[0].strip("\n")
 
 
@@ -65,8 +69,10 @@ def test_the_file_tree_has_a_sentence_for_every_file():
     assert not [path for path, sentence in tree_paths() if not sentence and not path.endswith("/")]
 
 
-def test_readme_table_of_options_is_the_one_of_the_code():
-    assert between(TABLE_BEGIN, TABLE_END) == options_table(), "run `python tests/unit/test_project.py`"
+def test_the_table_of_options_is_the_one_of_the_code():
+    table = between(TABLE_BEGIN, TABLE_END, OPTIONS)
+    assert table == options_table(), "run `python tests/unit/test_project.py`"
+    assert not [name for name in option_names() if f"| `{name}` |" not in table]
 
 
 def families_table():
@@ -75,11 +81,80 @@ def families_table():
     return done.stdout.strip()
 
 
-def test_readme_table_of_families_is_what_the_command_prints():
-    table = between(FAMILIES_BEGIN, FAMILIES_END)
+def test_the_table_of_families_is_what_the_command_prints():
+    table = between(FAMILIES_BEGIN, FAMILIES_END, FAMILIES)
     if f"transformers {transformers.__version__}:" not in table:
-        pytest.skip(f"README's table is of another transformers than {transformers.__version__}")
+        pytest.skip(f"the page's table is of another transformers than {transformers.__version__}")
     assert table == families_table(), "run `python tests/unit/test_project.py`"
+
+
+def test_readme_counts_families_as_the_table_does():
+    counted = r"transformers (\d+\.\d+)\.\d+: (\d+) families with experts, (\d+) supported .*, (\d+) refused"
+    version, found, works, refused = re.search(counted, between(FAMILIES_BEGIN, FAMILIES_END, FAMILIES)).groups()
+    row = f"| models | {works} of the {found} Mixture-of-Experts families of transformers {version}, "
+    assert row in README.read_text() and f"the other {refused} are refused" in README.read_text()
+
+
+def test_readme_reads_in_five_minutes():
+    lines, size = len(README.read_text().splitlines()), README.stat().st_size
+    assert lines <= 150 and size <= 10_000, f"README.md has {lines} lines and {size} bytes; 150 and 10,000 are allowed"
+
+
+def test_readme_measures_against_peers_with_the_newest_transformers_and_copies_results():
+    measured = README.read_text().split("\n## Measured\n")[1].split("\n## ")[0]
+    section = RESULTS.read_text().split("\n## Experts layer\n")[1].split("\n### ")[0]
+    rows = [line for line in measured.splitlines() if re.match(r"\| [a-z0-9.-]+ \| ", line)]
+    assert rows == [line for line in section.splitlines() if re.match(r"\| [a-z0-9.-]+ \| ", line)] and len(rows) > 5
+    newest = next(row.newest for row in supported.VERSIONS if row.name == "transformers")
+    with_what = rf"NVIDIA H100 80GB HBM3, torch \S+, triton \S+, transformers {re.escape(newest)}\.\d+"
+    found = [re.search(with_what, " ".join(text.split())) for text in (measured, section)]
+    assert all(found) and found[0][0] == found[1][0]
+
+
+def anchors_of(page):
+    """As GitHub makes them of the headings: lower case, no punctuation, hyphens for spaces."""
+    prose = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+    headings = re.findall(r"^#+ (.*)$", prose, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_link_of_a_page_leads_somewhere(page):
+    broken = []
+    for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        place, _, anchor = link.partition("#")
+        target = (page.parent / place).resolve() if place else page
+        if "://" not in link and not (target.exists() and (not anchor or anchor in anchors_of(target))):
+            broken.append(link)
+    assert not broken
+
+
+def commands_of(page):
+    """(path of the script or module, [flags]) of each command of ours on a page, in a block or in a line of text."""
+    text = page.read_text().replace("\\\n", " ")
+    program = r"python -m (?P<module>accel_moe(?:\.\w+)+)|(?P<script>(?:examples|tests)/[\w/]+\.py)"
+    for found in re.finditer(rf"(?:{program})(?P<arguments>[^`\n]*)", text):
+        path = found["script"] or found["module"].replace(".", "/") + ".py"
+        yield path, re.findall(r"(?<!\S)--[a-z][a-z-]*", found["arguments"])
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_command_of_a_page_exists_with_its_flags(page):
+    wrong = []
+    for path, flags in commands_of(page):
+        if not (REPOSITORY / path).is_file():
+            wrong.append(path)
+            continue
+        beside = (REPOSITORY / path).parent.glob("*.py") if path.startswith("examples/") else [REPOSITORY / path]
+        known = "".join(file.read_text() for file in beside)
+        wrong += [f"{path} {flag}" for flag in flags if f'"{flag}"' not in known]
+    assert not wrong
+
+
+def test_contributing_names_every_marker_of_the_tests():
+    markers = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["tool"]["pytest"]["ini_options"]["markers"]
+    text = CONTRIBUTING.read_text()
+    assert not [marker for marker in markers if f"| `{marker.split(':')[0]}` |" not in text]
 
 
 def test_readme_has_the_two_commands_and_ci_runs_the_second():
@@ -157,15 +232,78 @@ assert "scattermoe" in ALL_EXPERTS_FUNCTIONS.valid_keys()
     assert done.returncode == 0, done.stderr
 
 
-def bring_readme_up_to_date():
-    text = README.read_text()
-    for begin, end, table in [
-        (TABLE_BEGIN, TABLE_END, options_table()),
-        (FAMILIES_BEGIN, FAMILIES_END, families_table()),
+def _printed_by(code: str) -> list[str]:
+    """The words that a fresh Python prints."""
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.split()
+
+
+def test_the_help_of_consolidate_imports_nothing_that_only_training_needs():
+    probe = """
+import contextlib, runpy, sys
+sys.argv = ["consolidate", "--help"]
+with contextlib.redirect_stdout(None), contextlib.suppress(SystemExit):
+    runpy.run_module("accel_moe.consolidate", run_name="__main__")
+print(*sys.modules)
+"""
+    imported = _printed_by(probe)
+    assert "accel_moe.experts.registration" in imported
+    ours = [name for name in imported if name.startswith(("accel_moe.kernels", "accel_moe.hooks"))]
+    assert not ours
+    assert not {"torch.distributed.fsdp", "torch", "transformers", "accelerate"} & set(imported)
+
+
+@pytest.mark.parametrize("first, then", [("transformers.integrations.moe", "accel_moe"), ("accel_moe", "transformers")])
+def test_scattermoe_is_registered_whichever_is_imported_first(first, then):
+    probe = f"""
+import sys, {first}, {then}
+from transformers.integrations import moe
+assert moe.ALL_EXPERTS_FUNCTIONS["scattermoe"].__module__ == "accel_moe.kernels.scattermoe"
+assert "SourceFileLoader" in str(moe.__loader__), moe.__loader__
+assert moe.__spec__.loader is moe.__loader__
+print(*(type(finder).__module__ for finder in sys.meta_path))
+"""
+    assert "accel_moe.experts.registration" not in _printed_by(probe), "the import hook has done its work, and is gone"
+
+
+def test_scattermoe_is_registered_by_the_second_import_where_the_first_failed():
+    probe = """
+import sys, accel_moe
+sys.modules["transformers.integrations.sonicmoe"] = None  # the interface imports it
+try:
+    import transformers.integrations.moe
+except ImportError:
+    del sys.modules["transformers.integrations.sonicmoe"]
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+print("scattermoe" in ALL_EXPERTS_FUNCTIONS.valid_keys())
+"""
+    assert _printed_by(probe) == ["True"]
+
+
+def test_the_public_names_are_there_before_they_are_imported():
+    probe = """
+import sys, accel_moe
+assert set(accel_moe.__all__) <= set(dir(accel_moe)) and "torch" not in sys.modules
+from accel_moe import MoEConfig
+assert "torch" not in sys.modules
+from accel_moe import *
+import pickle
+assert pickle.loads(pickle.dumps((prepare, from_pretrained, expert_load, MoEConfig))) == (
+    accel_moe.prepare, accel_moe.from_pretrained, accel_moe.expert_load, MoEConfig)
+assert accel_moe.dispatch.DISPATCHERS and not hasattr(accel_moe, "no_such_name")
+"""
+    assert _printed_by(probe) == []
+
+
+def bring_tables_up_to_date():
+    for page, begin, end, table in [
+        (OPTIONS, TABLE_BEGIN, TABLE_END, options_table()),
+        (FAMILIES, FAMILIES_BEGIN, FAMILIES_END, families_table()),
     ]:
-        text = f"{text.split(begin)[0]}{begin}\n{table}\n{end}{text.split(end)[1]}"
-    README.write_text(text)
+        text = page.read_text()
+        page.write_text(f"{text.split(begin)[0]}{begin}\n{table}\n{end}{text.split(end)[1]}")
 
 
 if __name__ == "__main__":
-    bring_readme_up_to_date()
+    bring_tables_up_to_date()

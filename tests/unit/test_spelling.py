@@ -232,4 +232,4 @@ def test_a_mesh_size_that_accelerate_does_not_read_is_answered_with_the_key_that
 
 def test_a_key_with_accelerates_prefix_that_accelerate_does_not_know_is_refused():
     message = outcome(yaml_of("parallelism_config", "parallelism_config_dp_shrad_size"))
-    assert "accelerate knows no such key" in message and "parallelism_config_dp_shard_size" in message
+    assert "accelerate has no such key" in message and "parallelism_config_dp_shard_size" in message

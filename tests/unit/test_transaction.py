@@ -21,7 +21,8 @@ from pathlib import Path
 import pytest
 
 from accel_moe.checkpoint import advice, durable, folders, node_local, transaction
-from accel_moe.checkpoint.manifest import MANIFEST_NAME, FileEntry, Manifest, file_digest, read_manifest
+from accel_moe.checkpoint.checksums import file_digest
+from accel_moe.checkpoint.manifest import MANIFEST_NAME, FileEntry, Manifest, read_manifest
 from accel_moe.checkpoint.manifest import write_manifest as write
 from accel_moe.errors import CheckpointError
 from tests.kills import every_event
@@ -424,7 +425,7 @@ def test_consolidate_opens_a_checkpoint_whose_commit_was_cut_short(tmp_path, cut
     import torch
     import torch.distributed.checkpoint as dist_cp
 
-    from accel_moe.checkpoint.export import open_checkpoint
+    from accel_moe.checkpoint.opened import open_checkpoint
 
     final = tmp_path / "c"
     model, name = tmp_path / "saved" / "pytorch_model_fsdp_0", "__0_0.distcp"

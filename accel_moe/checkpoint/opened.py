@@ -1,14 +1,4 @@
-"""From a DCP checkpoint to Hub-format safetensors, group by group: the engine of `accel_moe.consolidate`.
-
-    open_checkpoint(folders)            what is there, and whether a manifest vouches for it      here
-    check_checkpoint(checkpoint)        files, sizes, checksums, chunks: before any result counts  here
-    plan_export(checkpoint, base, …)    which parameters become which tensors of which file        export_plan.py
-    write_export(plan, out, …)          stream: read a group, convert it, write its tensors        export_write.py
-    verify_export(plan, out)            load the result with transformers, compare                 export_verify.py
-
-No process group and no GPU. Memory is that of the largest group (one layer's experts, usually) and its copy,
-whatever the model's size.
-"""
+"""The checkpoint that `accel_moe.consolidate` exports: opened and checked, without a process group or a GPU."""
 
 from __future__ import annotations
 
@@ -17,18 +7,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
-from accel_moe.checkpoint.dcp import (
+from accel_moe.checkpoint.dcp_metadata import (
     METADATA_NAME,
     MODEL_FOLDER,
-    TensorReader,
     same_layout,
     tensors_of,
     was_written_with_manifest,
 )
 from accel_moe.checkpoint.folders import is_committed, numbered, refuse_unfinished
 from accel_moe.checkpoint.manifest import Manifest, check_files, known_paths, read_manifest
+from accel_moe.checkpoint.tensor_reader import TensorReader
 from accel_moe.checkpoint.transaction import recover
 from accel_moe.errors import CheckpointError
 
@@ -50,8 +38,8 @@ class Checkpoint:
 def open_checkpoint(folders: Sequence[str | os.PathLike]) -> Checkpoint:
     """Opens a checkpoint folder, or the folders that several nodes wrote of one checkpoint.
 
-    The model's DCP folder itself is accepted too. Raises CheckpointError: missing, never committed, no model
-    in it, folders of different checkpoints, a manifest that was lost.
+    The model's DCP folder itself is accepted too. Raises CheckpointError: missing, never committed, no model in it,
+    folders of different checkpoints, a manifest that was lost.
     """
     roots = []
     dcp_folder = f"{MODEL_FOLDER}_0"
@@ -73,23 +61,21 @@ def open_checkpoint(folders: Sequence[str | os.PathLike]) -> Checkpoint:
     manifests = [manifest for root in roots if (manifest := read_manifest(root)) is not None]
     if any(manifest != manifests[0] for manifest in manifests[1:]):
         raise CheckpointError(
-            f"{', '.join(map(str, roots))} are of different checkpoints (their manifests differ). Give the "
-            f"folders that "
-            "the nodes wrote in one save."
+            f"{', '.join(map(str, roots))} are of different checkpoints (their manifests differ). Give the folders "
+            "that the nodes wrote in one save."
         )
     manifest = manifests[0] if manifests else None
     reader = TensorReader([root / dcp_folder for root in holders], manifest)
     if manifest is None and was_written_with_manifest(reader.metadata):
         raise CheckpointError(
-            f"{roots[0]} was written with a manifest, and it is gone: the copy is incomplete. Copy the "
-            f"folder again, all "
-            "of its files."
+            f"{roots[0]} was written with a manifest, and it is gone: the copy is incomplete. Copy the folder again, "
+            "all of its files."
         )
     return Checkpoint(tuple(roots), dcp_folder, manifest, reader)
 
 
 def _no_checkpoint(folder: Path, dcp_folder: str) -> str:
-    """What to say of a folder without a DCP model: what it is instead, and which folder to give."""
+    """The message for a folder without a DCP model: its kind, if known, and which folder to give."""
     names = sorted(path.name for path in folder.iterdir())
     found = ", ".join(names[:6]) or "nothing"
     text = f"{folder} is not a sharded checkpoint: expected {dcp_folder}/ in it, found {found}."
@@ -156,9 +142,9 @@ def model_files(checkpoint: Checkpoint) -> dict[str, int]:
 
 
 def describe(checkpoint: Checkpoint) -> list[str]:
-    """What a checkpoint holds, as lines for a terminal. Reads the manifest and DCP's metadata, no tensor."""
+    """The checkpoint's description, as lines for a terminal. Reads the manifest and DCP's metadata, no tensor."""
     tensors = checkpoint.reader.tensors
-    sizes = {name: _entry_bytes(entry.shape, entry.dtype) for name, entry in tensors.items()}
+    sizes = {name: checkpoint.reader.size_bytes(name) for name in tensors}
     dtypes = sorted({entry.dtype for entry in tensors.values()})
     lines = [f"checkpoint   {', '.join(map(str, checkpoint.roots))}"]
     manifest = checkpoint.manifest
@@ -169,25 +155,17 @@ def describe(checkpoint: Checkpoint) -> list[str]:
         lines += [
             f"step         {manifest.step if manifest.step is not None else 'unknown'}",
             f"model        {manifest.model_type or 'unknown'}, base {manifest.base_model or 'unknown'}",
-            f"layout       world size {manifest.world_size}: dp_replicate {manifest.dp_replicate}, efsdp "
-            f"{manifest.efsdp}, "
-            f"ep {manifest.ep}; written by {', '.join(manifest.nodes)}",
+            f"layout       world size {manifest.world_size}: dp_replicate {manifest.dp_replicate}, "
+            f"efsdp {manifest.efsdp}, ep {manifest.ep}; written by {', '.join(manifest.nodes)}",
             f"versions     {versions}",
-            f"files        {len(known_paths(manifest))}, {manifest.size_bytes / 1e9:.3f} GB, checksums "
-            f"{manifest.digest_algorithm}",
+            f"files        {len(known_paths(manifest))}, {manifest.size_bytes / 1e9:.3f} GB, "
+            f"checksums {manifest.digest_algorithm}",
         ]
     lines.append(
-        f"weights      {len(tensors)} tensors, {sum(sizes.values()) / 1e9:.3f} GB, {', '.join(dtypes)}, in "
-        f"{len({c.file for e in tensors.values() for c in e.chunks})} file(s)"
+        f"weights      {len(tensors)} tensors, {sum(sizes.values()) / 1e9:.3f} GB, {', '.join(dtypes)}, "
+        f"in {len({c.file for e in tensors.values() for c in e.chunks})} file(s)"
     )
     for name in sorted(sizes, key=lambda n: -sizes[n])[:5]:
         entry = tensors[name]
         lines.append(f"  {sizes[name] / 1e6:10.2f} MB  {name} {list(entry.shape)} in {len(entry.chunks)} chunk(s)")
     return lines
-
-
-def _entry_bytes(shape: Sequence[int], dtype: str) -> int:
-    count = 1
-    for length in shape:
-        count *= length
-    return count * getattr(torch, dtype).itemsize

@@ -1,0 +1,159 @@
+"""torch.distributed.checkpoint (DCP) with checksums: a FileSystemWriter that knows the size and checksum of every file
+it wrote, and a planner for nodes with disks of their own.
+
+The layout is DCP's own (`.metadata` and `__<rank>_<n>.distcp`), so stock accelerate and torch read it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import os
+import pickle
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch.distributed.checkpoint import DefaultSavePlanner, FileSystemWriter
+from torch.distributed.checkpoint.filesystem import FileSystem
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+from torch.distributed.checkpoint.planner import SavePlan
+from torch.distributed.checkpoint.storage import WriteResult
+
+from accel_moe.checkpoint.checksums import StreamDigest
+from accel_moe.checkpoint.dcp_metadata import MANIFEST_MARK
+from accel_moe.checkpoint.durable import fsync
+from accel_moe.checkpoint.manifest import FileEntry
+
+COPY_AHEAD_BYTES = 10_000_000  # DCP's default: what is copied from the GPU ahead of the writing
+
+
+class _ChecksumStream(io.RawIOBase):
+    """A write-only stream that feeds a file and its checksum."""
+
+    def __init__(self, raw: Any, digest: StreamDigest) -> None:
+        self._raw, self._digest = raw, digest
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        return self._digest.update(data, meanwhile=lambda: self._raw.write(data))
+
+    def tell(self) -> int:
+        return self._digest.size_bytes  # the stream is only appended to
+
+    def flush(self) -> None:
+        self._raw.flush()
+
+    def fileno(self) -> int:
+        return self._raw.fileno()
+
+
+class _ChecksumFileSystem(FileSystem):
+    """DCP's file system; every file opened for writing leaves its size and checksum in `written`."""
+
+    def __init__(self, algorithm: str, pool: ThreadPoolExecutor) -> None:
+        self.written: dict[str, FileEntry] = {}
+        self._algorithm, self._pool = algorithm, pool
+
+    @contextmanager
+    def create_stream(self, path: str | os.PathLike, mode: str) -> Iterator[io.IOBase]:
+        with super().create_stream(path, mode) as raw:
+            if mode != "wb":
+                yield raw
+                return
+            digest = StreamDigest(self._algorithm, self._pool)
+            yield _ChecksumStream(raw, digest)
+            raw.flush()
+            fsync(raw.fileno())
+            self.written[str(path)] = FileEntry(digest.size_bytes, digest.hexdigest())
+
+    def rename(self, path: str | os.PathLike, new_path: str | os.PathLike) -> None:
+        super().rename(path, new_path)
+        if str(path) in self.written:
+            self.written[str(new_path)] = self.written.pop(str(path))
+
+
+class NodePlanner(DefaultSavePlanner):
+    """DCP's planner, for nodes with disks of their own: what several ranks hold is written once on each node.
+
+    DCP writes a replicated value (the optimizer's step counts, HSDP's second copy) on one rank of the world, and a
+    node without that rank could not resume from its own disk. Ranks of one node have one number in `leaders`.
+    """
+
+    def __init__(self, leaders: Sequence[int]) -> None:
+        super().__init__()
+        self._leaders = leaders
+
+    def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
+        plans, metadata = super().create_global_plan(all_plans)
+        self.global_plan = with_node_copies(all_plans, plans, self._leaders)
+        return self.global_plan, metadata
+
+
+def with_node_copies(wanted: Sequence[SavePlan], plans: Sequence[SavePlan], leaders: Sequence[int]) -> list[SavePlan]:
+    """`plans` (deduplicated over the world) and, per node, what its ranks `wanted` and none of them kept."""
+    items = [list(plan.items) for plan in plans]
+    for leader in set(leaders):
+        members = [r for r, other in enumerate(leaders) if other == leader]
+        kept = {item.index for r in members for item in items[r]}
+        for r in members:
+            for item in wanted[r].items:
+                if item.index not in kept:
+                    items[r].append(item)
+                    kept.add(item.index)
+    return [dataclasses.replace(plan, items=own) for plan, own in zip(plans, items)]
+
+
+class ChecksumWriter(FileSystemWriter):
+    """FileSystemWriter whose `file_entries()` says what this rank wrote: {file name: FileEntry}.
+
+    Files are fsynced before DCP's write step ends. `pool`'s threads compute the checksum from the bytes on their way to
+    the disk. The file is not read back, so the checksum is that of the bytes the program meant to write.
+
+    Ranks that write to one disk have one leader in `leaders`. With several disks the coordinator's `node_metadata` has
+    the `.metadata` for each other disk, by leader. It differs only in the files of values that each node copied.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike,
+        algorithm: str,
+        pool: ThreadPoolExecutor,
+        leaders: Sequence[int] = (0,),
+        copy_ahead_bytes: int = COPY_AHEAD_BYTES,
+    ) -> None:
+        # DCP's own fsync fails the save where the file system has none: the file system above does it
+        super().__init__(path, sync_files=False, overwrite=False, per_thread_copy_ahead=copy_ahead_bytes)
+        self.fs = _ChecksumFileSystem(algorithm, pool)
+        self._leaders = leaders
+        self.node_metadata: dict[int, bytes] = {}
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        first = self._leaders[0]
+        results_of_rank0s_disk = self._own_last(first, results)
+        super().finish(metadata, results_of_rank0s_disk)
+        # torch 2.11 fills in a copy, and dist_cp.save returns this one
+        metadata.storage_data = {
+            written.index: written.storage_data for some in results_of_rank0s_disk for written in some
+        }
+        metadata.storage_meta = self.storage_meta()
+        for leader in set(self._leaders) - {first}:
+            own_last = self._own_last(leader, results)
+            storage = {written.index: written.storage_data for some in own_last for written in some}
+            self.node_metadata[leader] = pickle.dumps(dataclasses.replace(metadata, storage_data=storage))
+
+    def _own_last(self, leader: int, results: list[list[WriteResult]]) -> list[list[WriteResult]]:
+        """Of two results for one value DCP takes the later one, so this disk's ranks come last."""
+        if len(set(self._leaders)) == 1:
+            return results
+        return [results[r] for r in sorted(range(len(results)), key=lambda r: self._leaders[r] == leader)]
+
+    def storage_meta(self) -> StorageMeta:
+        return StorageMeta(save_id=self.save_id, modules=[MANIFEST_MARK])
+
+    def file_entries(self) -> dict[str, FileEntry]:
+        return {Path(path).name: entry for path, entry in self.fs.written.items()}

@@ -1,0 +1,160 @@
+"""One forward's own work: the weights as the experts function sees them, their casts, and the counting of tokens.
+
+Nothing of it needs the exchange, so a dispatcher may overlap the two.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.distributed.tensor import DTensor
+
+from accel_moe.dispatch.base import Dispatched, Overlap, RoutedTokens
+from accel_moe.dispatch.replay import runs_again
+from accel_moe.experts.expert_counts import count_tokens
+from accel_moe.experts.state import LayerState
+from accel_moe.experts.view import KNOWN_PARAMETERS, ExpertsView, as_interface, shim_answers
+from accel_moe.kernels import scattermoe
+from accel_moe.kernels.casts import Casts
+from accel_moe.kernels.hints import Hints
+
+
+class LayerWork(Overlap):
+    """The work of one forward of one layer."""
+
+    def __init__(self, module: Any, tokens: RoutedTokens):
+        self._module, self._layer = module, module._accel_moe_layer
+        self._dtype, self._index = tokens.rows.dtype, tokens.index
+        self._view: ExpertsView | None = None
+        self._ready = False
+        if self._layer.chunk_tokens:
+            self.prepare_weights()  # backward runs the chunks again, when PEFT lends nothing any more
+
+    @property
+    def bytes_per_pair(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The activation [I] of one (row, expert) pair, and with a backward to come the pre-activation, [2I] or [I],
+        too, whether it is kept for it or computed again."""
+        layer = self._layer
+        if layer.pair_widths is None:
+            layout: Any = as_interface(self._module)
+            intermediate: int = layout.down_proj.shape[-2 if layout.is_transposed else -1]
+            layer.pair_widths = intermediate, (3 if layout.has_gate else 2) * intermediate
+        return layer.pair_widths[torch.is_grad_enabled()] * self._dtype.itemsize
+
+    @property
+    def bytes_of_weights(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Bytes this rank's expert weights take once cast to the compute dtype; weights already in it count as 0."""
+        layer, dtype = self._layer, self._dtype
+        if dtype not in layer.cast_bytes:
+            stored = (p for p in parameters_of(self._module).values() if p.dtype != dtype)
+            layer.cast_bytes[dtype] = sum(p.numel() for p in stored) // layer.ep * dtype.itemsize
+        return layer.cast_bytes[dtype]
+
+    def prepare_weights(self) -> None:
+        if self._view is None:
+            self._view = view_of(self._module, self._layer, self._dtype)
+            count_tokens(self._layer, self._index)
+        if (casts := self._view.hints.casts) is not None:
+            casts.prepare()
+        self._ready = True
+
+    def for_backward(self) -> Callable[[], None] | None:
+        casts = None if self._view is None else self._view.hints.casts
+        # a forward that is run again makes casts of its own, and these would lie beside them
+        return None if casts is None or runs_again() else casts.prepare
+
+    def view(self, sent: Dispatched) -> ExpertsView:
+        """The module as the experts function sees it, for the rows that were sent."""
+        if not self._ready:
+            self.prepare_weights()
+        self._ready = False  # each chunk has casts of its own
+        assert self._view is not None
+        return self._view.with_hints(num_pairs=sent.num_pairs, on_input_grads=sent.on_input_grads)
+
+    def rows(self, sent: Dispatched) -> torch.Tensor:
+        """[R, H]; contiguous for other kernels than ours, which take rows with a stride."""
+        return sent.rows if self._layer.kernel == "scattermoe" else sent.rows.contiguous()
+
+
+class _ScaleWeightGradients(torch.autograd.Function):
+    """Identity on a group of weights; multiplies their gradients."""
+
+    @staticmethod
+    def forward(ctx, scale: float, *weights: torch.Tensor):
+        ctx.scale = scale
+        return tuple(w.view_as(w) for w in weights)
+
+    @staticmethod
+    def backward(ctx, *gradients: torch.Tensor):
+        return None, *(g * ctx.scale for g in gradients)
+
+
+def view_of(module: Any, layer: LayerState, dtype: torch.dtype) -> ExpertsView:
+    """The rank's own experts in `dtype`, under the 1/ep gradient scale.
+
+    A rank's expert gradient is a sum over the tokens of its whole ep group, while the loss of each rank is a mean over
+    its own tokens and FSDP averages over efsdp alone: without the factor expert gradients are ep times too large, and
+    the gradient norm with them. Our kernels apply the factor in the epilogue of their weight gradient.
+    """
+    scale, weights = 1.0 / layer.ep, parameters_of(module)
+    local = {name: w.to_local() if isinstance(w, DTensor) else w for name, w in weights.items()}
+    casts = _casts_of(module, layer, local, dtype)
+    if casts is None:
+        local = {name: w.to(dtype) for name, w in local.items()}
+    if layer.ep > 1 and (layer.deltas or layer.kernel != "scattermoe"):
+        trained = [name for name, weight in local.items() if weight.requires_grad]
+        if trained:
+            local.update(zip(trained, _ScaleWeightGradients.apply(scale, *(local[name] for name in trained))))
+        scale = 1.0
+    _add_low_rank(layer, weights, local, dtype)
+    answers: dict[str, Any] = {**local, **(shim_answers(module, layer.shim) if layer.shim is not None else {})}
+    if layer.ep > 1:
+        answers.update(num_experts=layer.num_local_experts, _is_expert_parallel=True)
+    elif layer.splits_identity_experts:
+        # identity slots are sentinels now, which grouped_mm must skip
+        answers.update(gate_up_proj=local["gate_up_proj"][: layer.num_experts], _is_expert_parallel=True)
+    hints = Hints(scale, casts=casts, glu=layer.glu, recompute_up=layer.recompute_up)
+    return ExpertsView(module, hints, **answers)
+
+
+def _add_low_rank(
+    layer: LayerState, weights: dict[str, torch.Tensor], local: dict[str, torch.Tensor], dtype: torch.dtype
+) -> None:
+    """PEFT's change of each weight, added to this rank's part of it.
+
+    lora_A and lora_B are dense: FSDP averages them over every rank, of which one per ep group has the gradient of an
+    expert, summed over the group. That is the mean over ranks: no factor here.
+    """
+    for name, changes in layer.deltas.items():
+        first = weights[name].device_mesh.get_local_rank("ep") * layer.num_local_experts  # pyright: ignore
+        own = slice(first, first + layer.num_local_experts)
+        for change in changes:
+            left, right = change.left[own].to(dtype), change.right[own].to(dtype)
+            local[name] = torch.baddbmm(local[name], left, right, alpha=change.scale)
+
+
+def _casts_of(module: Any, layer: LayerState, weights: dict[str, torch.Tensor], dtype: torch.dtype) -> Casts | None:
+    """Casts for our kernels, which take weights as they are stored and write their gradients in that dtype. None if all
+    weights are in `dtype`, and for other kernels, whose weights are cast under autograd."""
+    if all(w.dtype == dtype for w in weights.values()) or torch.compiler.is_compiling():
+        return None
+    if layer.glu is None or layer.deltas or layer.shim is not None:
+        return None
+    # with ep 1, PEFT computes the weights for the length of a forward
+    return Casts([weights[name] for name in scattermoe.parameter_names(module)], dtype, of_module=layer.ep > 1)
+
+
+def parameters_of(module: Any) -> dict[str, torch.Tensor]:
+    """The weights as they read: with ep 1, PEFT parametrises them for the length of a forward."""
+    found = ((name, getattr(module, name, None)) for name in sorted(KNOWN_PARAMETERS))
+    return {name: p for name, p in found if isinstance(p, torch.Tensor)}
+
+
+def compute_dtype(module: Any, hidden_states: torch.Tensor) -> torch.dtype:
+    """autocast's dtype under autocast; else the weights' own, which FSDP2's mixed precision has already cast."""
+    if torch.is_autocast_enabled(hidden_states.device.type):
+        return torch.get_autocast_dtype(hidden_states.device.type)
+    # not _parameters: PEFT's LoRA on experts makes down_proj a property
+    return module._accel_moe_layer.compute_dtype or module.down_proj.dtype  # pyright: ignore[reportReturnType]

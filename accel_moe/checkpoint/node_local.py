@@ -1,17 +1,22 @@
 """Checkpoints on node-local disks: each node has a folder of its own, and all of them are one checkpoint.
 
 A shared disk is the case of one folder. Otherwise each disk has a leader, the lowest rank that writes to it: it creates
-the folder, seals it and commits it. All disks have sealed before one commits. Killed between two commits, some have the
-new checkpoint and some the sealed folder; `recover_everywhere` commits the rest.
+the folder, seals it and commits it. A node can resume from its own disk, so a value that several nodes hold is written
+once on each. All disks have sealed before one commits. Killed between two commits, some have the new checkpoint and
+some the sealed folder; `recover_everywhere` commits the rest.
 
-Every public function here is a collective of all ranks.
+Every public function of this file is a collective of all ranks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+
+from torch.distributed.checkpoint import DefaultSavePlanner
+from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.planner import SavePlan
 
 from accel_moe import ranks
 from accel_moe.checkpoint import folders, transaction
@@ -90,6 +95,37 @@ def metadata_of_other_nodes(disks: Disks, work: Path, node_metadata: dict[str, d
                 (work / folder / METADATA_NAME).write_bytes(by_leader[ranks.rank()])
 
     return write
+
+
+class NodePlanner(DefaultSavePlanner):
+    """DCP's planner, for nodes with disks of their own: what several ranks hold is written once on each node.
+
+    DCP writes a replicated value (the optimizer's step counts, HSDP's second copy) on one rank of the world, and a
+    node without that rank could not resume from its own disk. Ranks of one node have one number in `leaders`.
+    """
+
+    def __init__(self, leaders: Sequence[int]) -> None:
+        super().__init__()
+        self._leaders = leaders
+
+    def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
+        plans, metadata = super().create_global_plan(all_plans)
+        self.global_plan = _with_node_copies(all_plans, plans, self._leaders)
+        return self.global_plan, metadata
+
+
+def _with_node_copies(wanted: Sequence[SavePlan], plans: Sequence[SavePlan], leaders: Sequence[int]) -> list[SavePlan]:
+    """`plans` (deduplicated over the world) and, per node, what its ranks `wanted` and none of them kept."""
+    items = [list(plan.items) for plan in plans]
+    for leader in set(leaders):
+        members = [r for r, other in enumerate(leaders) if other == leader]
+        kept = {item.index for r in members for item in items[r]}
+        for r in members:
+            for item in wanted[r].items:
+                if item.index not in kept:
+                    items[r].append(item)
+                    kept.add(item.index)
+    return [replace(plan, items=own) for plan, own in zip(plans, items)]
 
 
 def recover_everywhere(final: Path | None, parent: Path | None = None) -> None:

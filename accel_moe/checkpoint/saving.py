@@ -41,10 +41,10 @@ from accel_moe.checkpoint.advice import run_advised
 from accel_moe.checkpoint.checksums import ALGORITHM, file_digest, hashing_pool
 from accel_moe.checkpoint.dcp_metadata import METADATA_NAME, check_metadata, tensors_of
 from accel_moe.checkpoint.dcp_read import FolderReader
-from accel_moe.checkpoint.dcp_write import COPY_AHEAD_BYTES, ChecksumWriter, NodePlanner
+from accel_moe.checkpoint.dcp_write import COPY_AHEAD_BYTES, ChecksumWriter
 from accel_moe.checkpoint.durable import fsync_folder, fsync_path
 from accel_moe.checkpoint.manifest import FileEntry, Manifest, write_manifest
-from accel_moe.checkpoint.node_local import Disks
+from accel_moe.checkpoint.node_local import Disks, NodePlanner
 from accel_moe.errors import CheckpointError
 from accel_moe.experts.state import prepared_state
 

@@ -14,7 +14,7 @@ from accel_moe import config, dispatch, hooks, ranks
 from accel_moe.experts import forwards, probe, recognise
 from accel_moe.experts.state import PreparedState, prepared_state
 from accel_moe.experts.swap import recompute_refusal, swap
-from accel_moe.weights import load, load_folders
+from accel_moe.weights import plan, request
 
 logger = logging.getLogger("accel_moe")
 
@@ -61,7 +61,7 @@ def prepare(model: Model, **options: object) -> Model:
     model._accel_moe = state
     if ranks.is_rank0():
         logger.info("%s; %d experts layers run %s", resolved.describe(), len(layers), kernel)
-        if resolved.config.moe_ep_degree > 1 and (saved := load.saving(model)):
+        if resolved.config.moe_ep_degree > 1 and (saved := plan.memory_saved(model)):
             logger.info(saved)
     return model
 
@@ -93,15 +93,15 @@ def from_pretrained(model_name_or_path: str | os.PathLike, *args: Any, model_cla
     """
     if model_class is None:
         from transformers import AutoModelForCausalLM as model_class
-    if not load.deferred(os.environ):
+    if not request.deferred(os.environ):
         return model_class.from_pretrained(model_name_or_path, *args, **kwargs)
-    load.refuse_arguments(kwargs)
-    load_folders.refuse_other_folders(model_name_or_path, kwargs)
-    load.refuse_quantised(str(model_name_or_path), load.read_config(model_name_or_path, kwargs))
+    request.refuse_arguments(kwargs)
+    request.refuse_other_folders(model_name_or_path, kwargs)
+    request.refuse_quantised(str(model_name_or_path), request.read_config(model_name_or_path, kwargs))
     hooks.install()
-    with load.quiet_but_rank_0(), hooks.planning_loads():
+    with request.quiet_but_rank_0(), hooks.planning_loads():
         loaded = model_class.from_pretrained(model_name_or_path, *args, **kwargs)
-    load.watch_edits(loaded)
+    plan.watch_edits(loaded)
     return loaded
 
 

@@ -103,10 +103,10 @@ def consolidate(args: argparse.Namespace) -> int:
     import torch
 
     from accel_moe.checkpoint import opened
-    from accel_moe.checkpoint.base_model import open_base
     from accel_moe.checkpoint.export_out import check_room, check_writable, place_of
     from accel_moe.checkpoint.export_plan import plan_export
-    from accel_moe.weights.hub_format import parse_size
+    from accel_moe.weights.base_model import open_base
+    from accel_moe.weights.safetensors import parse_size
 
     *folders, out, base_name = args.paths
     place = place_of(Path(out))

@@ -26,7 +26,7 @@ from accel_moe import (
 from accel_moe.checkpoint import background, for_accelerate, for_trainer
 from accel_moe.experts import adapters
 from accel_moe.patching import patches_of
-from accel_moe.weights import load
+from accel_moe.weights import plan
 
 logger = logging.getLogger("accel_moe")
 
@@ -38,7 +38,7 @@ PEFT_TABLE = patches_of(adapters)
 """In place where PEFT was imported."""
 CPU_TABLE = patches_of(cpu)
 """`accel_moe.cpu.enable()` installs it."""
-LOAD_TABLE = patches_of(load)
+LOAD_TABLE = patches_of(plan)
 """In place only while from_pretrained runs."""
 
 _ALL = (*TABLE, *PEFT_TABLE, *CPU_TABLE, *LOAD_TABLE)

@@ -30,7 +30,8 @@ from accel_moe.experts.recognise import find_experts
 from accel_moe.experts.state import PreparedState, prepared_state
 from accel_moe.names import plain_name
 from accel_moe.patching import ACCELERATE, patch
-from accel_moe.weights import load
+from accel_moe.weights.fill import fill, share_real
+from accel_moe.weights.plan import check_together, pending, settle
 
 logger = logging.getLogger("accel_moe")
 
@@ -78,20 +79,20 @@ def fsdp2_prepare_model(original, accelerator, model):
 @contextmanager
 def _values_from_files(accelerator, model: nn.Module) -> Iterator[None]:
     """Around the sharding of a model with a load plan: it is sharded on meta, and then its values are read."""
-    waiting = load.pending(model)
+    waiting = pending(model)
     if waiting is None:
         yield
         return
     plugin = accelerator.state.fsdp_plugin
-    load.settle(model)
-    load.share_real(model, accelerator.device)
+    settle(model)
+    share_real(model, accelerator.device)
     ram_efficient, plugin.cpu_ram_efficient_loading = plugin.cpu_ram_efficient_loading, False  # rank 0 has no values
     try:
         yield
     finally:
         plugin.cpu_ram_efficient_loading = ram_efficient
     offloaded = isinstance(plugin.cpu_offload, CPUOffloadPolicy)
-    load.fill(model, torch.device("cpu") if offloaded else accelerator.device)
+    fill(model, torch.device("cpu") if offloaded else accelerator.device)
 
 
 @contextmanager
@@ -102,12 +103,12 @@ def _models_on_meta(accelerator, args: tuple[Any, ...]) -> Iterator[None]:
     back by name. Without FSDP2 a model with a load plan is loaded whole, first.
     """
     models = [arg for arg in args if isinstance(arg, nn.Module)]
-    planned = [model for model in models if load.pending(model) is not None]
+    planned = [model for model in models if pending(model) is not None]
     optimizers = [arg for arg in args if isinstance(arg, torch.optim.Optimizer)]
-    load.check_together(models, optimizers)
+    check_together(models, optimizers)
     if not accelerator.is_fsdp2:
         for model in planned:
-            load.fill(model, torch.device("cpu"))
+            fill(model, torch.device("cpu"))
     models = [m for m in models if accelerator.is_fsdp2 and any(p.is_meta for p in m.parameters())]
     names = {id(p): plain_name(name) for model in models for name, p in model.named_parameters()}
     optimizers = optimizers if models else []

@@ -114,7 +114,7 @@ def _own_experts(parameter: nn.Parameter, ep_mesh: DeviceMesh, dtype: torch.dtyp
     device = torch.device(ep_mesh.device_type, torch.cuda.current_device()) if ep_mesh.device_type == "cuda" else "cpu"
     experts = parameter.shape[0] // ep_mesh.size()
     first = ep_mesh.get_local_rank() * experts
-    if parameter.is_meta and not from_rank0:  # its values are read into the shard later
+    if parameter.is_meta and not from_rank0:  # its values are read into the shard later: weights/fill.py
         return torch.empty((experts, *parameter.shape[1:]), dtype=dtype, device="meta")
     if not from_rank0:
         return parameter.detach().narrow(0, first, experts).to(device=device, dtype=dtype, copy=True)

@@ -12,7 +12,7 @@ from accel_moe import consolidate
 from accel_moe.checkpoint.checksums import ALGORITHM, file_digest
 from accel_moe.checkpoint.manifest import FileEntry, Manifest, write_manifest
 from accel_moe.checkpoint.tensor_reader import TensorReader
-from accel_moe.weights.hub_format import safetensors_files
+from accel_moe.weights.safetensors import safetensors_files
 from tests.tiny import tiny_model
 
 

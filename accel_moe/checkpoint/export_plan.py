@@ -10,20 +10,13 @@ from typing import Any
 
 import torch
 
-from accel_moe.checkpoint.base_model import BaseModel
 from accel_moe.checkpoint.opened import Checkpoint
-from accel_moe.checkpoint.quantised import refuse_quantised_tensors, refuse_scaled_tensors
 from accel_moe.checkpoint.tensor_reader import TensorReader
 from accel_moe.errors import CheckpointError, HubFormatError, first_few
-from accel_moe.weights.hub_format import (
-    DTYPE_NAMES,
-    DTYPES,
-    ConversionGroup,
-    HubConverter,
-    HubTensor,
-    shard_names,
-    tied_names,
-)
+from accel_moe.weights.base_model import BaseModel
+from accel_moe.weights.quantised import refuse_quantised_tensors, refuse_scaled_tensors
+from accel_moe.weights.safetensors import DTYPE_NAMES, HubTensor, shard_names
+from accel_moe.weights.transforms import ConversionGroup, HubConverter, tied_names
 
 
 @dataclass(frozen=True)
@@ -202,7 +195,7 @@ def _additions(
 def main_dtype(tensors: Iterable[HubTensor]) -> str:
     sizes: dict[str, int] = {}
     for tensor in tensors:
-        if DTYPES[tensor.dtype].is_floating_point:
+        if tensor.torch_dtype.is_floating_point:
             sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.size_bytes
     return max(sizes, key=lambda dtype: sizes[dtype]) if sizes else "F32"
 

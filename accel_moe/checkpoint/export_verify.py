@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 from accel_moe.checkpoint.export_plan import ExportPlan, stored_name
-from accel_moe.weights.hub_format import DTYPES, HubConverter, HubTensor, meta_model, read_header, read_hub_tensors
+from accel_moe.weights.hub_config import meta_model
+from accel_moe.weights.safetensors import Reader, read_hub_tensors
+from accel_moe.weights.transforms import HubConverter
 
 
 def verify_export(plan: ExportPlan, folder: Path, *, on_bytes: Callable[[int], None] | None = None) -> list[str]:
@@ -30,37 +32,25 @@ def verify_export(plan: ExportPlan, folder: Path, *, on_bytes: Callable[[int], N
     problems += [f"{name} would not be loaded" for name in converter.dry_load.missing]
     problems += list(converter.dry_load.mismatched)
     problems += [f"{key} would be an unexpected key" for key in converter.base_only if key not in extras]
-    headers = {file: read_header(folder / file) for file in {tensor.file for tensor in written.values()}}
     reader = plan.checkpoint.reader
     tied_in_result = converter.tied_aliases()
     compared: set[str] = set()
-    for group in converter.groups:
-        hub = {key: _read_tensor(folder, written[key], headers) for key in group.targets}
-        loaded = converter.load(group, hub)
-        stored_as = next(iter(hub.values())).dtype
-        for name, tensor in loaded.items():
-            names = [n for n in (name, *tied_in_result.get(name, ())) if n in reader.tensors]
-            for stored in names or [stored_name(plan, name)]:
-                compared.add(stored)
-                if _hash(tensor) != _hash(reader.read(stored).to(stored_as).to(tensor.dtype)):
-                    keys = ", ".join(group.targets)
-                    problems.append(f"{name} loads with other values than the checkpoint has of {stored} ({keys})")
-        if on_bytes is not None:
-            on_bytes(sum(written[key].size_bytes for key in group.targets))
+    with Reader(folder=folder) as files:
+        for group in converter.groups:
+            hub = {key: files.tensor(written[key]) for key in group.targets}
+            loaded = converter.load(group, hub)
+            stored_as = next(iter(hub.values())).dtype
+            for name, tensor in loaded.items():
+                names = [n for n in (name, *tied_in_result.get(name, ())) if n in reader.tensors]
+                for stored in names or [stored_name(plan, name)]:
+                    compared.add(stored)
+                    if _hash(tensor) != _hash(reader.read(stored).to(stored_as).to(tensor.dtype)):
+                        keys = ", ".join(group.targets)
+                        problems.append(f"{name} loads with other values than the checkpoint has of {stored} ({keys})")
+            if on_bytes is not None:
+                on_bytes(sum(written[key].size_bytes for key in group.targets))
     left_out = [name for name in reader.tensors if name not in compared]
     return problems + [f"{name} is in the checkpoint and not in the result" for name in left_out]
-
-
-def _read_tensor(folder: Path, tensor: HubTensor, headers: Mapping[str, dict]) -> torch.Tensor:
-    header = headers[tensor.file]
-    begin, end = header[tensor.key]["data_offsets"]
-    with open(folder / tensor.file, "rb") as stream:
-        stream.seek(header["__data_start__"] + begin)
-        data = bytearray(end - begin)
-        stream.readinto(data)
-    if not data:
-        return torch.empty(tensor.shape, dtype=DTYPES[tensor.dtype])
-    return torch.frombuffer(data, dtype=DTYPES[tensor.dtype]).reshape(tensor.shape)
 
 
 def _hash(tensor: torch.Tensor) -> bytes:

@@ -26,7 +26,7 @@ from accel_moe.checkpoint.durable import fsync, fsync_path, lock
 from accel_moe.checkpoint.export_out import JOURNAL, Output, appear, place_of, put_back
 from accel_moe.checkpoint.export_plan import ExportPlan, main_dtype, stored_name
 from accel_moe.errors import CheckpointError
-from accel_moe.weights.hub_format import DTYPES, INDEX_NAME, SINGLE_NAME, HubTensor, header_bytes
+from accel_moe.weights.safetensors import DTYPES, INDEX_NAME, SINGLE_NAME, HubTensor, header_bytes
 
 _SYNC_BYTES = 1 << 30  # what an interrupted export may have to write again
 
@@ -51,7 +51,7 @@ class _GroupWriter:
         written = 0
         for key in list(converted):
             output = self.plan.outputs[key]
-            tensor = converted.pop(key).to(DTYPES[output.dtype]).contiguous()
+            tensor = converted.pop(key).to(output.torch_dtype).contiguous()
             assert tuple(tensor.shape) == output.shape, (key, tensor.shape, output.shape)
             self._write_at(output, memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
             written += output.size_bytes
@@ -66,8 +66,8 @@ class _GroupWriter:
             self._memory[slot] = torch.empty(size_bytes, dtype=torch.uint8)
         return reader.read(stored, self._memory[slot])
 
-    def write_raw(self, key: str, data: bytes) -> int:
-        self._write_at(self.plan.outputs[key], memoryview(data))
+    def write_raw(self, key: str, data: memoryview) -> int:
+        self._write_at(self.plan.outputs[key], data)
         return len(data)
 
     def _write_at(self, output: HubTensor, data: memoryview) -> None:

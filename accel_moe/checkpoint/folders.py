@@ -28,8 +28,8 @@ from pathlib import Path
 from typing import Any
 
 from accel_moe.checkpoint import durable
-from accel_moe.checkpoint.manifest import MANIFEST_NAME
 from accel_moe.errors import CheckpointError
+from accel_moe.names import MANIFEST_NAME
 
 JOURNAL_NAME = ".accel_moe_commit.json"  # in a folder whose new files are being moved into place (transaction.py)
 _UNFINISHED = re.compile(r"^(?P<kind>tmp|old|del)-0-(?P<id>[a-p]{12})\.(?P<name>.+)$")

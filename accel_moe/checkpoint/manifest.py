@@ -29,8 +29,8 @@ from typing import Any
 from accel_moe.checkpoint.checksums import DIGEST_BYTES, file_digest, hashing_pool
 from accel_moe.checkpoint.durable import fsync, fsync_folder
 from accel_moe.errors import CheckpointError
+from accel_moe.names import MANIFEST_NAME
 
-MANIFEST_NAME = "accel_moe_manifest.json"
 FORMAT_VERSION = 1
 
 

@@ -27,8 +27,9 @@ from pathlib import Path, PurePosixPath
 
 from accel_moe.checkpoint import durable, folders
 from accel_moe.checkpoint.folders import JOURNAL_NAME
-from accel_moe.checkpoint.manifest import MANIFEST_NAME, read_manifest
+from accel_moe.checkpoint.manifest import read_manifest
 from accel_moe.errors import CheckpointError
+from accel_moe.names import MANIFEST_NAME
 
 _PREPARED = "commit.json"  # the journal, until it is linked to its place
 _NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EACCES, errno.EMLINK, errno.EINVAL}

@@ -33,10 +33,10 @@ from accel_moe.checkpoint.dcp_metadata import (
     was_written_with_manifest,
 )
 from accel_moe.checkpoint.dcp_read import FolderReader
-from accel_moe.checkpoint.manifest import MANIFEST_NAME, Manifest, check_files, known_paths, read_manifest
+from accel_moe.checkpoint.manifest import Manifest, check_files, known_paths, read_manifest
 from accel_moe.checkpoint.saving import option
 from accel_moe.errors import CheckpointError, first_few
-from accel_moe.names import plain_name
+from accel_moe.names import MANIFEST_NAME, plain_name
 from accel_moe.whereabouts import listed
 
 _Stamp = tuple[int, int, int, int]

@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -18,14 +17,8 @@ from torch import nn
 from accel_moe.dispatch.base import RoutedTokens
 from accel_moe.dispatch.chunks import in_chunks
 from accel_moe.experts.state import LayerState
-from accel_moe.experts.view import (
-    SHIMS,
-    is_decorated,
-)
+from accel_moe.experts.view import SHIMS, is_decorated
 from accel_moe.experts.work import LayerWork, compute_dtype
-
-if TYPE_CHECKING:
-    pass
 
 
 class ScatterMoE(nn.Module):

@@ -24,7 +24,7 @@ from torch import nn
 
 @dataclass(frozen=True)
 class Origin:
-    """Where the values of a tensor come from.
+    """The weight of the files whose values a tensor has.
 
     Attributes:
         name: the weight's name when the files were planned.
@@ -63,32 +63,8 @@ class DeferredTensor(torch.Tensor):
         # torch refuses real data for a tensor on meta. Swapping keeps the object, which modules and optimizers hold.
         torch.utils.swap_tensors(self, nn.Parameter(value, requires_grad) if is_param else value.detach())
 
-    def detach(self) -> torch.Tensor:
-        return self._same_values(super().detach())
-
-    def clone(self, *args: Any, **options: Any) -> torch.Tensor:
-        return self._same_values(super().clone(*args, **options))
-
-    def contiguous(self, *args: Any, **options: Any) -> torch.Tensor:
-        return self._same_values(super().contiguous(*args, **options))
-
-    def to(self, *args: Any, **options: Any) -> torch.Tensor:
-        return self._same_values(super().to(*args, **options))
-
     def type(self, *args: Any, **options: Any) -> Any:
         return self._same_values(super().type(*args, **options)) if args or options else super().type()
-
-    def float(self, *args: Any, **options: Any) -> torch.Tensor:
-        return self._same_values(super().float(*args, **options))
-
-    def double(self, *args: Any, **options: Any) -> torch.Tensor:
-        return self._same_values(super().double(*args, **options))
-
-    def half(self, *args: Any, **options: Any) -> torch.Tensor:
-        return self._same_values(super().half(*args, **options))
-
-    def bfloat16(self, *args: Any, **options: Any) -> torch.Tensor:
-        return self._same_values(super().bfloat16(*args, **options))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
         if id(self) not in memo:
@@ -104,6 +80,15 @@ class DeferredTensor(torch.Tensor):
         if origin is not None and result.dtype != self.dtype:
             origin = replace(origin, casts=(*origin.casts, result.dtype))
         return _defer(result, origin, torch.Tensor, False)
+
+
+def _keeping_values(name: str) -> Any:
+    plain = getattr(torch.Tensor, name)
+    return lambda self, *args, **options: self._same_values(plain(self, *args, **options))
+
+
+for _name in ("detach", "clone", "contiguous", "to", "float", "double", "half", "bfloat16"):
+    setattr(DeferredTensor, _name, _keeping_values(_name))
 
 
 def defer(tensor: torch.Tensor, name: str) -> None:
@@ -141,7 +126,7 @@ def is_deferred(tensor: torch.Tensor) -> bool:
 
 
 def origin_of(tensor: torch.Tensor) -> Origin | None:
-    """Where its values come from; None for an ordinary tensor, and for one that was changed since."""
+    """The source of its values; None for an ordinary tensor, and for one that was changed since."""
     if not isinstance(tensor, DeferredTensor) or (origin := tensor._origin) is None:
         return None
     if tensor._stamp is None:

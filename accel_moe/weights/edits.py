@@ -1,10 +1,10 @@
-"""What a user did to a model between accel_moe.from_pretrained and accelerator.prepare: kept, or refused by name.
+"""Edits of a model between accel_moe.from_pretrained and accelerator.prepare: kept, or refused by name.
 
-    still stands for a weight of the files, wherever it is now    its values are read (`origins`)
-    has values of its own: a new head, load_state_dict(assign=True)   it keeps them
-    on meta, and neither                                          refused: nobody knows its values
+    a tensor stands for a weight of the files, wherever it is now       its values are read (`origins`)
+    it has its own values: a new head, load_state_dict(assign=True)     it keeps them
+    it is on meta, and neither                                          refused: nobody knows its values
 
-All ranks are to have made the same edits; `check_ranks` compares them before anything is sharded.
+All ranks must have made the same edits; `check_ranks` compares them before anything is sharded.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ MEND = (
 def origins(
     name: str, tensors: Mapping[str, torch.Tensor], planned: Mapping[str, tuple[int, ...]]
 ) -> dict[str, Origin]:
-    """By name in the model: the weight of the files that each tensor on meta stands for. Pure.
+    """Name in the model → the weight of the files that a tensor on meta stands for. Pure.
 
     Args:
         name: the checkpoint's.
@@ -81,7 +81,7 @@ def check_optimizers(optimizers: Sequence[torch.optim.Optimizer], own: set[int])
 
 
 def check_ranks(tensors: Mapping[str, torch.Tensor], error: Exception | None) -> None:
-    """Raise `error`, or what another rank found, on every rank; and compare what the ranks hold.
+    """Raise `error`, or another rank's, on every rank; and compare the tensors of all ranks.
 
     A collective over the world, if there is one.
 

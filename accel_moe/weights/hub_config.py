@@ -1,15 +1,46 @@
-"""The config of a model folder: read without asking anybody, its own code run only when that was allowed."""
+"""The config of a model folder, the class it names, and the model on meta that it describes.
+
+Nothing is asked on the terminal, and the folder's own code runs only if that was allowed.
+"""
 
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from accel_moe.errors import HubFormatError
 
 
+def meta_model(folder: Path, *, tied: bool = True, trust_remote_code: bool = False) -> Any:
+    """The model that `folder`'s config describes, on meta: parameters have shapes and no memory.
+
+    With `tied` false its word embeddings are not tied, whatever the config says (`untied_config`).
+
+    Raises:
+        HubFormatError: there is no config, its architecture is not in this transformers, or it needs code of the
+            folder's own that may not be run.
+    """
+    import transformers
+
+    config = read_config(folder, trust_remote_code)
+    if not tied:
+        config = type(config).from_dict(untied_config(folder, trust_remote_code))
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        # fp32, whatever the config says: a tensor loaded into it keeps its bf16 or fp32 values
+        if found := model_class(folder, config, trust_remote_code):
+            return found._from_config(config, dtype=torch.float32)
+        return transformers.AutoModelForCausalLM.from_config(
+            config, dtype=torch.float32, trust_remote_code=trust_remote_code
+        )
+
+
 def read_config(folder: Path, trust_remote_code: bool) -> Any:
+    """The folder's config. Raises HubFormatError: it has none, or transformers cannot read it."""
     import transformers
 
     if not (folder / "config.json").is_file():
@@ -24,11 +55,12 @@ def read_config(folder: Path, trust_remote_code: bool) -> Any:
                 f"its own, {', '.join(_own_code(folder))}, which was not run. Read it, then add --trust-remote-code."
             ) from None
         raise HubFormatError(
-            f"transformers {transformers.__version__} cannot read {folder / 'config.json'}: {_first_line(error)}"
+            f"transformers {transformers.__version__} cannot read {folder / 'config.json'}: {first_line(error)}"
         ) from None
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """An error in a line; its type if it says nothing."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 

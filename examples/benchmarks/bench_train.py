@@ -156,7 +156,7 @@ def no_transformers_ep(gpus: int) -> str | None:
 
 def consolidate(folder: Path, base: Path) -> dict[str, Any]:
     """Time the export of the checkpoint in `folder`."""
-    from accel_moe.weights.hub_format import read_hub_tensors
+    from accel_moe.weights.safetensors import read_hub_tensors
 
     command = [sys.executable, "-m", "accel_moe.consolidate", "--workers", str(CONSOLIDATE_WORKERS)]
     command += [str(folder / "state"), str(folder / "hub"), str(base)]

@@ -58,7 +58,7 @@ def load(case: Case, how: Load, folder: str, ours: bool, seed: int = 5):
     import transformers
 
     import accel_moe
-    from accel_moe.weights.load import pending
+    from accel_moe.weights.plan import pending
 
     model_class = getattr(transformers, f"AutoModelFor{how.head}")
     torch.manual_seed(seed)

@@ -242,12 +242,12 @@ def weight_distance(run: Run, oracle: Run) -> float:
 
 def sabotage_no_ep_scale() -> None:
     """The predecessor's fault: expert gradients ep times too large."""
-    from accel_moe.experts import layer as experts_layer
+    from accel_moe.experts import work
 
     def unscaled(ctx, *gradients):
         return None, *gradients
 
-    experts_layer._ScaleWeightGradients.backward = staticmethod(unscaled)
+    work._ScaleWeightGradients.backward = staticmethod(unscaled)
 
 
 def sabotage_router_gradient() -> None:

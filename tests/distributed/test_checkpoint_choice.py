@@ -9,7 +9,7 @@ import shutil
 import pytest
 import torch
 
-from accel_moe.checkpoint.manifest import MANIFEST_NAME
+from accel_moe.names import MANIFEST_NAME
 from tests.distributed import choice_runs as runs
 from tests.distributed import fault_runs, trainer_checkpoints
 from tests.ranks import run_ranks

@@ -16,7 +16,7 @@ import torch
 
 from accel_moe import MoEConfig
 from accel_moe.checkpoint import saving
-from accel_moe.weights.hub_format import HubTensor, header_bytes, shard_names
+from accel_moe.weights.safetensors import HubTensor, header_bytes, shard_names
 from tests.ranks import run_ranks
 
 LAYERS = {"2GB": 19, "4GB": 39}  # 120 MB each in fp32, most of it one gate_up_proj of 64 MiB

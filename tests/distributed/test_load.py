@@ -133,7 +133,7 @@ def unreadable_on_rank_1(case: Case, how: Load, folder: str) -> str:
     import os
 
     import accel_moe.cpu
-    from accel_moe.weights import load as module
+    from accel_moe.weights.safetensors import Reader
     from tests.distributed.loading import load
     from tests.distributed.parity import accelerator_for, optimizer_of
 
@@ -145,7 +145,7 @@ def unreadable_on_rank_1(case: Case, how: Load, folder: str) -> str:
         def broken(*_):
             raise OSError("the disk is gone")
 
-        module.Reader.into = broken
+        Reader.into = broken
     try:
         accelerator.prepare(model, optimizer_of(model, case))
     except RuntimeError as error:
@@ -213,14 +213,14 @@ def test_trainer_trains_it_like_a_model_of_plain_from_pretrained(case, tmp_path)
 
 def sabotaged(case: Case, how: Load, folder: str) -> list[str]:
     """The rows of a rank are off by one shard: the comparison must see it."""
-    from accel_moe.weights import load as module
+    from accel_moe.weights import place
 
-    original = module.own_rows
+    original = place.own_rows
 
     def wrong_rows(rows, placements, mesh_shape, coordinate):
         return original(rows, placements, mesh_shape, [size - 1 - at for size, at in zip(mesh_shape, coordinate)])
 
-    module.own_rows = wrong_rows
+    place.own_rows = wrong_rows
     return compare_roads(case, how, folder)
 
 

@@ -9,11 +9,11 @@ import os
 import pytest
 
 from accel_moe.checkpoint import durable, export_out
-from accel_moe.checkpoint.base_model import open_base
 from accel_moe.checkpoint.export_plan import plan_export
 from accel_moe.checkpoint.export_write import write_export
 from accel_moe.checkpoint.opened import open_checkpoint
 from accel_moe.errors import CheckpointError
+from accel_moe.weights.base_model import open_base
 from tests.exports import assert_same_tensors, make_trained, one_line_error, read_weights, run
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")

@@ -9,8 +9,8 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from accel_moe.checkpoint.quantised import scaled_tensors
-from accel_moe.weights.hub_format import DTYPES, HubTensor
+from accel_moe.weights.quantised import scaled_tensors
+from accel_moe.weights.safetensors import DTYPES, HubTensor
 from tests.exports import make_trained, one_line_error, run, write_checkpoint
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")

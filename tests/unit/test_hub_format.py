@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import struct
 
 import pytest
@@ -11,17 +12,19 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from accel_moe.errors import HubFormatError
-from accel_moe.weights.hub_format import (
-    HubConverter,
+from accel_moe.weights import safetensors
+from accel_moe.weights.hub_config import meta_model
+from accel_moe.weights.safetensors import (
     HubTensor,
     header_bytes,
-    meta_model,
     parse_size,
     read_header,
     read_hub_tensors,
+    read_range,
     safetensors_files,
     shard_names,
 )
+from accel_moe.weights.transforms import HubConverter
 from tests.tiny import tiny_model
 
 # Families whose keys, or whose way from keys to parameters, differ from each other; the sizes are as small as they go.
@@ -172,6 +175,18 @@ def test_a_file_that_is_no_safetensors_file_is_told_apart(tmp_path, content):
         read_header(tmp_path / "model.safetensors")
 
 
+@pytest.mark.parametrize("has_preadv", [True, False])
+def test_a_range_of_bytes_is_read_up_to_the_end_of_the_file(tmp_path, monkeypatch, has_preadv):
+    if not has_preadv:
+        monkeypatch.delattr(os, "preadv", raising=False)
+    monkeypatch.setattr(safetensors, "STAGING_BYTES", 7)
+    (tmp_path / "file").write_bytes(bytes(range(100)))
+    with open(tmp_path / "file", "rb") as stream:
+        inside, across = bytearray(50), bytearray(50)
+        assert read_range(stream.fileno(), memoryview(inside), 10) == 50 and inside == bytes(range(10, 60))
+        assert read_range(stream.fileno(), memoryview(across), 90) == 10 and across[:10] == bytes(range(90, 100))
+
+
 def test_a_folder_without_weights_or_config_says_what_was_expected(tmp_path):
     (tmp_path / "pytorch_model.bin").write_text("")
     with pytest.raises(HubFormatError, match=r"expected model.safetensors.index.json or .*found pytorch_model.bin"):
@@ -201,7 +216,7 @@ def test_a_header_is_laid_out_as_safetensors_lays_it_out(tmp_path):
     }
     save_file(tensors, tmp_path / "theirs.safetensors", metadata={"format": "pt"})
     theirs = read_header(tmp_path / "theirs.safetensors")
-    described = [HubTensor(k, theirs[k]["dtype"], tuple(t.shape), "f") for k, t in tensors.items()]
+    described = [HubTensor(k, theirs[k].dtype, tuple(t.shape), "f") for k, t in tensors.items()]
     header, offsets = header_bytes(described)
     content = bytearray(header)
     for key in sorted(offsets, key=offsets.get):
@@ -210,9 +225,8 @@ def test_a_header_is_laid_out_as_safetensors_lays_it_out(tmp_path):
     (tmp_path / "ours.safetensors").write_bytes(content)
     ours = load_file(tmp_path / "ours.safetensors")
     assert all(torch.equal(ours[k], t) and ours[k].dtype == t.dtype for k, t in tensors.items())
-    assert {k: v["data_offsets"] for k, v in theirs.items() if k in tensors} == {
-        k: v["data_offsets"] for k, v in read_header(tmp_path / "ours.safetensors").items() if k in tensors
-    }
+    ours = read_header(tmp_path / "ours.safetensors")
+    assert {key: tensor.start for key, tensor in ours.items()} == {key: tensor.start for key, tensor in theirs.items()}
 
 
 def test_shards_fill_in_order_and_one_file_has_the_plain_name():

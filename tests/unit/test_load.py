@@ -16,7 +16,8 @@ from transformers.core_model_loading import Chunk, Concatenate, Interleave, Merg
 
 import accel_moe
 from accel_moe import hooks
-from accel_moe.weights import hub_loading, load
+from accel_moe.weights import fill, load_groups, place, request, safetensors
+from accel_moe.weights.plan import check_unchanged, pending
 from tests.tiny import tiny_model
 
 
@@ -66,14 +67,14 @@ def damaged(checkpoint, tmp_path):
 )
 def test_loading_waits_for_prepare_where_fsdp2_may_come(environ, waits, monkeypatch):
     monkeypatch.setattr("accelerate.state.is_initialized", lambda: False)
-    assert load.deferred(environ) is waits
+    assert request.deferred(environ) is waits
 
 
 def test_one_process_loads_at_once_and_patches_nothing(checkpoint, monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     monkeypatch.setattr("accelerate.state.is_initialized", lambda: False)
     model = accel_moe.from_pretrained(checkpoint, dtype="float32")
-    assert load.pending(model) is None and not any(p.is_meta for p in model.parameters())
+    assert pending(model) is None and not any(p.is_meta for p in model.parameters())
     assert hooks.installed() == []
 
 
@@ -132,14 +133,14 @@ def test_missing_and_unexpected_weights_are_reported_by_rank_0_alone(rank, repor
     with CaptureLogger(logging.get_logger("transformers.modeling_utils")) as log:
         model = accel_moe.from_pretrained(damaged[0])
     assert log.out.count("LOAD REPORT") == log.out.count("surplus") == log.out.count("model.norm.weight") == reports
-    assert load.pending(model).plan.missing == ("model.norm.weight",)
+    assert pending(model).plan.missing == ("model.norm.weight",)
     assert torch.equal(model.model.norm.weight, torch.ones(32)), "not initialised as transformers does"
 
 
 # --- what is refused
 
 
-@pytest.mark.parametrize("argument", sorted(load.REFUSED_ARGUMENTS))
+@pytest.mark.parametrize("argument", sorted(request.REFUSED_ARGUMENTS))
 def test_an_argument_that_shards_cannot_honour_is_refused_by_name(argument, many_ranks, checkpoint):
     with pytest.raises(
         ValueError, match=rf"cannot load into shards with {argument}='x': .*accel_moe\.prepare\(model\)"
@@ -248,32 +249,32 @@ def test_a_header_whose_offsets_do_not_fit_the_shapes_is_refused(many_ranks, dam
 def test_a_file_that_changes_before_prepare_is_refused(many_ranks, damaged):
     folder, file = damaged
     model = accel_moe.from_pretrained(folder)
-    plan = load.pending(model).plan
-    load.check_unchanged(model, plan)
+    plan = pending(model).plan
+    check_unchanged(model, plan)
     os.truncate(file, 8)
     with pytest.raises(ValueError, match=f"{file.name} is gone or has changed"):
-        load.check_unchanged(model, plan)
+        check_unchanged(model, plan)
 
 
 def test_a_model_that_was_changed_before_prepare_is_refused(many_ranks, checkpoint):
     model = accel_moe.from_pretrained(checkpoint)
     model.extra = torch.nn.Linear(2, 2, device="meta")
     with pytest.raises(ValueError, match=r"extra\.weight was added on meta after"):
-        load.check_unchanged(model, load.pending(model).plan)
+        check_unchanged(model, pending(model).plan)
     del model.extra
     model.lm_head = torch.nn.Linear(32, 65, bias=False, device="meta")
     with pytest.raises(ValueError, match=r"lm_head\.weight has shape \(65, 32\)"):
-        load.check_unchanged(model, load.pending(model).plan)
+        check_unchanged(model, pending(model).plan)
 
 
 def test_adapters_made_on_meta_are_refused_with_what_to_do(many_ranks, checkpoint):
     peft = pytest.importorskip("peft")
     model = accel_moe.from_pretrained(checkpoint)
-    plan = load.pending(model).plan
+    plan = pending(model).plan
     wrapped = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"]))
-    assert load.pending(wrapped).plan is plan
+    assert pending(wrapped).plan is plan
     with pytest.raises(ValueError, match=r"q_proj\.lora_A.*was added on meta after .*accel_moe\.prepare\(model\)"):
-        load.check_unchanged(wrapped, plan)
+        check_unchanged(wrapped, plan)
 
 
 # --- the other way
@@ -301,7 +302,7 @@ def test_weights_that_are_stored_twice_are_tied_only_if_they_are_equal(equal, ma
     save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
     plain = AutoModelForCausalLM.from_pretrained(tmp_path)
     ours = accel_moe.from_pretrained(tmp_path)
-    load.fill(ours, torch.device("cpu"))
+    fill.fill(ours, torch.device("cpu"))
     assert (plain.lm_head.weight is plain.model.embed_tokens.weight) is equal
     assert (ours.lm_head.weight is ours.model.embed_tokens.weight) is equal
     assert torch.equal(ours.lm_head.weight, plain.lm_head.weight)
@@ -322,7 +323,7 @@ def test_own_rows_are_those_of_ep_first_and_fsdp_over_what_is_left(rows, efsdp, 
             parts = of_ep.chunk(efsdp)
             expected = parts[i].tolist() if i < len(parts) else []
             placements = [Replicate(), _StridedShard(0, split_factor=ep), Shard(0)]
-            first, count = load.own_rows(rows, placements, (2, efsdp, ep), (1, i, j))
+            first, count = place.own_rows(rows, placements, (2, efsdp, ep), (1, i, j))
             assert list(range(first, first + count)) == expected
             seen += expected
     assert sorted(seen) == list(range(rows))
@@ -330,7 +331,7 @@ def test_own_rows_are_those_of_ep_first_and_fsdp_over_what_is_left(rows, efsdp, 
 
 def test_a_shard_on_another_dim_is_refused():
     with pytest.raises(ValueError, match="only dim 0"):
-        load.own_rows(4, [Shard(1)], (2,), (0,))
+        place.own_rows(4, [Shard(1)], (2,), (0,))
 
 
 # --- which rows a transform may be fed
@@ -341,14 +342,14 @@ def group_of(operations, sources, targets):
 
     converter = WeightConverter([*sources], [*targets], operations)
     stored = {
-        pattern: tuple(hub_loading.StoredTensor(pattern, shape, torch.float32, "file", 0) for shape in shapes)
+        pattern: tuple(safetensors.HubTensor(pattern, "F32", shape, "file", 0) for shape in shapes)
         for pattern, shapes in sources.items()
     }
-    return hub_loading.LoadGroup(next(iter(targets)), targets, stored, converter)
+    return load_groups.LoadGroup(next(iter(targets)), targets, stored, converter)
 
 
 def road(operations, sources, targets):
-    return hub_loading.road_of(group_of(operations, sources, targets))
+    return load_groups.road_of(group_of(operations, sources, targets))
 
 
 def test_stacked_experts_are_read_into_place_whichever_name_sorts_first():

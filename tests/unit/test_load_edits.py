@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 import accel_moe
 from accel_moe import hooks
-from accel_moe.weights import load
+from accel_moe.weights import fill, plan
 from tests.tiny import tiny_model
 
 NAME = r"(lm_head|model\.(embed_tokens|norm|layers\.\d))\.?\S*weight"
@@ -203,13 +203,13 @@ def all_of(model):
 def test_an_edit_is_kept_as_plain_from_pretrained_keeps_it(edit, tie, prepared, folders):
     plain = AutoModelForCausalLM.from_pretrained(folders[tie], dtype="float32")
     ours = accel_moe.from_pretrained(folders[tie], dtype="float32")
-    assert load.pending(ours) is not None
+    assert plan.pending(ours) is not None
     if prepared:
         accel_moe.prepare(ours, moe_kernel="grouped_mm")
     with torch.no_grad():
         edit(plain)
         edit(ours)
-    load.fill(ours, torch.device("cpu"))
+    fill.fill(ours, torch.device("cpu"))
     expected, found = all_of(plain), all_of(ours)
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
@@ -230,7 +230,7 @@ def test_buffers_of_the_files_follow_their_layers_and_casts(tmp_path):
         first, second, third = model.model.layers
         model.model.layers = nn.ModuleList([first, third, second])
         model.bfloat16().float()
-    load.fill(roads[1], torch.device("cpu"))
+    fill.fill(roads[1], torch.device("cpu"))
     expected, found = map(all_of, roads)
     assert expected["model.layers.1.mlp.gate.e_score_correction_bias"][0].item() == torch.tensor(1.1).bfloat16().item()
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
@@ -337,13 +337,13 @@ def test_an_edit_whose_result_nobody_can_know_is_refused_by_the_tensors_name(edi
     model = accel_moe.from_pretrained(folders[tie], dtype="float32")
     with pytest.raises(ValueError, match=rf"^{NAME}.* after accel_moe\.from_pretrained\(\).*Load with transformers'"):
         edit(model)
-        load.check_unchanged(model, load.pending(model).plan)
+        plan.check_unchanged(model, plan.pending(model).plan)
 
 
 def test_an_untouched_model_loses_its_deferred_tensors_when_it_is_filled(folders):
     model = accel_moe.from_pretrained(folders[False], dtype="float32")
     before = {name: id(p) for name, p in model.named_parameters()}
-    load.fill(model, torch.device("cpu"))
+    fill.fill(model, torch.device("cpu"))
     assert {type(p) for p in model.parameters()} == {nn.Parameter}
     assert before == {name: id(p) for name, p in model.named_parameters()}, "an optimizer would hold others"
 
@@ -353,7 +353,7 @@ def test_a_dropped_layer_is_not_read(folders):
     for layers in (2, 1):
         model = accel_moe.from_pretrained(folders[False], dtype="float32")
         model.model.layers = model.model.layers[:layers]
-        read[layers] = load.fill(model, torch.device("cpu")).read_bytes
+        read[layers] = fill.fill(model, torch.device("cpu")).read_bytes
     layer = sum(p.nbytes for p in model.model.layers[0].parameters())
     assert read[2] - read[1] == layer
 
@@ -361,7 +361,7 @@ def test_a_dropped_layer_is_not_read(folders):
 def test_a_copy_of_the_whole_model_is_filled_like_the_model(folders):
     model = copy.deepcopy(accel_moe.from_pretrained(folders[True], dtype="float32"))
     plain = AutoModelForCausalLM.from_pretrained(folders[True], dtype="float32")
-    load.fill(model, torch.device("cpu"))
+    fill.fill(model, torch.device("cpu"))
     assert all(torch.equal(tensor, all_of(plain)[name]) for name, tensor in all_of(model).items())
     assert model.lm_head.weight is model.model.embed_tokens.weight
 
@@ -369,16 +369,16 @@ def test_a_copy_of_the_whole_model_is_filled_like_the_model(folders):
 def test_an_optimizer_with_a_parameter_that_was_replaced_since_is_refused(folders):
     model = accel_moe.from_pretrained(folders[False], dtype="float32")
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    load.check_together([model], [optimizer])
+    plan.check_together([model], [optimizer])
     new_head(model)
     with pytest.raises(
         ValueError, match=r"The optimizer holds lm_head\.weight, of shape \(64, 32\).*Make the optimizer"
     ):
-        load.check_together([model], [optimizer])
+        plan.check_together([model], [optimizer])
 
 
 def test_the_message_says_how_to_give_values(folders):
     model = accel_moe.from_pretrained(folders[False], dtype="float32")
     zeroed(model)
     with pytest.raises(ValueError, match=re.escape("load_state_dict(..., assign=True)")):
-        load.check_unchanged(model, load.pending(model).plan)
+        plan.check_unchanged(model, plan.pending(model).plan)

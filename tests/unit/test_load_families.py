@@ -9,8 +9,10 @@ import pytest
 import torch
 
 from accel_moe import hooks
-from accel_moe.weights import load
-from accel_moe.weights.hub_format import read_header
+from accel_moe.weights import fill, request
+from accel_moe.weights.place import Place, own_rows
+from accel_moe.weights.plan import pending
+from accel_moe.weights.safetensors import read_header
 from tests.families import tiny_families
 
 FAMILIES = [source.name for source in tiny_families.families()]
@@ -18,7 +20,7 @@ RANKS = 4
 
 
 def planned(model_class, folder, **options):
-    with load.quiet_but_rank_0(), hooks.planning_loads():
+    with request.quiet_but_rank_0(), hooks.planning_loads():
         return model_class.from_pretrained(folder, **options)
 
 
@@ -28,12 +30,11 @@ def named(model):
 
 def stored_bytes(folder):
     """Of all tensors in the files, which may hold more than the model does (inkling2's padded vocabulary)."""
-    entries = [e for file in Path(folder).glob("*.safetensors") for n, e in read_header(file).items() if n[:2] != "__"]
-    return sum(end - begin for begin, end in (entry["data_offsets"] for entry in entries))
+    return sum(t.size_bytes for file in Path(folder).glob("*.safetensors") for t in read_header(file).values())
 
 
 def rows_of_rank(tensor, rank, ranks=RANKS):
-    return load.own_rows(tensor.shape[0], [torch.distributed.tensor.Shard(0)], [ranks], [rank])
+    return own_rows(tensor.shape[0], [torch.distributed.tensor.Shard(0)], [ranks], [rank])
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -51,7 +52,7 @@ def family(request, tmp_path_factory):
 def test_a_planned_model_filled_whole_is_the_plain_one(family):
     model_class, folder, plain = family
     model = planned(model_class, folder, dtype="float32")
-    report = load.fill(model, torch.device("cpu"))
+    report = fill.fill(model, torch.device("cpu"))
     ours, expected = named(model), named(plain)
     assert ours.keys() == expected.keys()
     for name, tensor in expected.items():
@@ -66,15 +67,15 @@ def test_a_planned_model_filled_whole_is_the_plain_one(family):
 def test_each_rank_s_rows_are_the_plain_model_s(family):
     model_class, folder, plain = family
     model = planned(model_class, folder, dtype="float32")
-    plan, expected = load.pending(model).plan, named(plain)
+    plan, expected = pending(model).plan, named(plain)
     for rank in range(RANKS):
         places = {}
         for name in plan.dtypes:
             whole = expected[name]
             first, count = rows_of_rank(whole, rank) if whole.dim() else (0, 1)
             shape = (count, *whole.shape[1:]) if whole.dim() else ()
-            places[name] = load.Place(torch.full(shape, float("nan")).to(whole.dtype), first, count)
-        load.read_into(places, plan, model)
+            places[name] = Place(torch.full(shape, float("nan")).to(whole.dtype), first, count)
+        fill.read_into(places, plan, model)
         for name, place in places.items():
             rows = expected[name].detach()
             rows = rows[place.first : place.first + place.count] if rows.dim() else rows
@@ -83,7 +84,7 @@ def test_each_rank_s_rows_are_the_plain_model_s(family):
 
 def test_experts_are_read_by_the_rows_a_rank_owns(family):
     model_class, folder, _ = family
-    plan = load.pending(planned(model_class, folder, dtype="float32")).plan
+    plan = pending(planned(model_class, folder, dtype="float32")).plan
     roads = {name: group.road for group in plan.groups for name in group.targets if ".experts." in name}
     whole = {name for name, road in roads.items() if road == "whole"}
     assert not whole, f"{model_class.__name__} reads whole layers of experts: {sorted(whole)[:2]}"

@@ -14,8 +14,8 @@ import time
 import pytest
 
 from accel_moe.checkpoint import durable, folders, resume
-from accel_moe.checkpoint.manifest import MANIFEST_NAME
 from accel_moe.errors import CheckpointError
+from accel_moe.names import MANIFEST_NAME
 
 ID = "abcdefghijkl"
 

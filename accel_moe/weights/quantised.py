@@ -1,4 +1,4 @@
-"""Bases that trained weights cannot be written after: their values mean something only together with scales.
+"""Refusals of quantised bases: trained weights cannot be written into tensors that mean something only with scales.
 
 A quantised base says so in its config, in the dtype of its tensors, or in the tensors that lie beside them.
 transformers loads some of them dequantised, and then a trained weight would be cast to the stored dtype while the scale
@@ -12,8 +12,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from accel_moe.errors import HubFormatError
-from accel_moe.weights.hub_format import DTYPES, HubTensor
+from accel_moe.errors import HubFormatError, first_few
+from accel_moe.weights.safetensors import HubTensor
 
 _PLAIN_FLOATS = {"F64", "F32", "F16", "BF16", "C64"}
 _CONFIG_KEYS = ("quantization_config", "compression_config", "quantization")
@@ -26,11 +26,6 @@ _FIX = (
     "Trained weights cannot be written so. Give a dequantised copy of the base: load it dequantised, in bfloat16, with "
     "transformers, model.save_pretrained(COPY), the tokenizer too, and give COPY as the base."
 )
-
-
-def is_plain_float(dtype: str) -> bool:
-    """Whether safetensors' dtype holds values that stand for themselves."""
-    return dtype in _PLAIN_FLOATS
 
 
 def refuse_quantised_config(folder: Path, name: str) -> None:
@@ -62,7 +57,7 @@ def scaled_tensors(base: Mapping[str, HubTensor]) -> dict[str, list[str]]:
     """Key → the keys of its scales, for each tensor that is not made of plain floats and has some."""
     found = {}
     for key, tensor in base.items():
-        if is_plain_float(tensor.dtype):
+        if tensor.dtype in _PLAIN_FLOATS:
             continue
         if scales := [name for name in _scale_names(key) if name in base and name != key]:
             found[key] = scales
@@ -87,13 +82,12 @@ def refuse_quantised_tensors(base: Mapping[str, HubTensor], trained: Mapping[str
     scaled = scaled_tensors(base)
     wrong = []
     for key, floating in trained.items():
-        if key not in base or is_plain_float(base[key].dtype):
+        if key not in base or base[key].dtype in _PLAIN_FLOATS:
             continue
-        if floating or key in scaled or DTYPES[base[key].dtype].is_floating_point:
+        if floating or key in scaled or base[key].torch_dtype.is_floating_point:
             wrong.append(_describe(base[key], scaled.get(key, [])))
     if wrong:
-        more = f" (and {len(wrong) - 3} more)" if len(wrong) > 3 else ""
-        raise HubFormatError(f"{name} is quantised: {'; '.join(wrong[:3])}{more}. {_FIX}")
+        raise HubFormatError(f"{name} is quantised: {first_few(wrong)}. {_FIX}")
 
 
 def refuse_scaled_tensors(base: Mapping[str, HubTensor], name: str) -> None:

@@ -1,6 +1,7 @@
-"""What a folder that was given to `accel_moe.from_pretrained` holds, where it is no model: said by its own name.
+"""What is asked of from_pretrained: whether weights wait for the shards, and the arguments and folders it refuses.
 
-transformers answers most of these with "Unrecognized model", and takes an adapter for its base.
+transformers answers most folders that are no model with "Unrecognized model", and takes an adapter for its base. Here
+each is refused by its own name.
 """
 
 from __future__ import annotations
@@ -8,11 +9,102 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from accel_moe import ranks
+
+HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 EXPECTED = "accel_moe.from_pretrained() expects a model: config.json and *.safetensors."
+REFUSED_ARGUMENTS = {
+    "gguf_file": "GGUF weights are quantised blocks that no rank can cut into shards",
+    "quantization_config": "quantised weights cannot be cut into shards and trained",
+    "load_in_4bit": "quantised weights cannot be cut into shards and trained",
+    "load_in_8bit": "quantised weights cannot be cut into shards and trained",
+    "device_map": "accelerator.prepare decides where each shard lives",
+    "state_dict": "there is no file to read the shards from",
+    "distributed_config": "transformers would shard the model itself",
+    "tp_plan": "transformers would shard the model itself",
+    "tp_size": "transformers would shard the model itself",
+    "device_mesh": "transformers would shard the model itself",
+}
+PLAIN_ROAD = (
+    "Load it with transformers' own from_pretrained and pass the model to accel_moe.prepare(model), or remove the "
+    "argument."
+)
+
+
+def deferred(environ: Mapping[str, str]) -> bool:
+    """Whether weights wait for accelerator.prepare: in a launch that uses, or may come to use, FSDP2.
+
+    One process without FSDP loads at once, and so do DeepSpeed, Megatron and FSDP1, which want the whole model.
+    """
+    from accelerate.state import AcceleratorState, is_initialized
+
+    if is_initialized():
+        state = AcceleratorState()
+        plugin = getattr(state, "fsdp_plugin", None)
+        return plugin is not None and plugin.fsdp_version == 2
+    if environ.get("ACCELERATE_USE_DEEPSPEED", "") == "true" or environ.get("ACCELERATE_USE_MEGATRON_LM", "") == "true":
+        return False
+    if environ.get("ACCELERATE_USE_FSDP", "").lower() in ("true", "1"):
+        return environ.get("FSDP_VERSION", "2") == "2"  # the launcher always says; Trainer sets no version here
+    return int(environ.get("WORLD_SIZE", 1)) > 1  # the Accelerator may still be given an FSDP2 plugin
+
+
+def refuse_arguments(arguments: Mapping[str, Any]) -> None:
+    """Raises ValueError for a from_pretrained argument that a sharded load cannot honour."""
+    for name, why in REFUSED_ARGUMENTS.items():
+        if arguments.get(name) not in (None, False):
+            raise ValueError(
+                f"accel_moe.from_pretrained() cannot load into shards with {name}={arguments[name]!r}: {why}. "
+                f"{PLAIN_ROAD}"
+            )
+
+
+def refuse_quantised(name: str, config: Any) -> None:
+    """Raises ValueError for a checkpoint whose config says that it is quantised."""
+    found = getattr(config, "quantization_config", None)
+    if found is None:
+        return
+    method = found.get("quant_method", "?") if isinstance(found, dict) else getattr(found, "quant_method", "?")
+    raise ValueError(
+        f"{name} is quantised ({getattr(method, 'value', method)}): its weights are packed, and cannot be cut into "
+        "shards and trained. Give a dequantised copy of it, or load it with transformers' from_pretrained and its "
+        "quantization config's dequantize=True, and pass the model to accel_moe.prepare(model)."
+    )
+
+
+def read_config(name: str | os.PathLike, arguments: Mapping[str, Any]) -> Any:
+    """The config that from_pretrained will use, or None where only it can tell."""
+    from transformers import AutoConfig, PreTrainedConfig
+
+    config = arguments.get("config")
+    if isinstance(config, PreTrainedConfig):
+        return config
+    options = {key: arguments[key] for key in (*HUB_OPTIONS, "trust_remote_code") if key in arguments}
+    try:
+        return AutoConfig.from_pretrained(config or name, **options)
+    except (OSError, ValueError):  # an adapter's folder, or code that must be trusted: from_pretrained says it better
+        return None
+
+
+@contextmanager
+def quiet_but_rank_0() -> Iterator[None]:
+    """Only rank 0 prints transformers' load report, and no rank leaves loading to rank 0 (accelerate's short cut)."""
+    from accelerate.utils import patch_environment
+    from transformers.utils import logging
+
+    verbosity = logging.get_verbosity()
+    if not ranks.is_rank0():
+        logging.set_verbosity_error()
+    try:
+        with patch_environment(FSDP_CPU_RAM_EFFICIENT_LOADING="false"):
+            yield
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 def refuse_other_folders(name: str | os.PathLike, arguments: Mapping[str, Any]) -> None:
@@ -38,9 +130,9 @@ def refuse_other_folders(name: str | os.PathLike, arguments: Mapping[str, Any]) 
 def _refuse_adapter(name: str | os.PathLike, arguments: Mapping[str, Any]) -> None:
     from transformers.utils import find_adapter_config_file
 
-    options = ("cache_dir", "force_download", "token", "revision", "local_files_only", "subfolder")
+    options = {key: arguments[key] for key in HUB_OPTIONS if key in arguments}
     try:
-        found = find_adapter_config_file(str(name), **{key: arguments[key] for key in options if key in arguments})
+        found = find_adapter_config_file(str(name), **options)
     except (OSError, ValueError):  # not reachable, or no such repository: from_pretrained says it better
         return
     if found is None:
@@ -58,7 +150,7 @@ def _refuse_adapter(name: str | os.PathLike, arguments: Mapping[str, Any]) -> No
 
 
 def _kind(folder: Path, files: list[str]) -> str:
-    """In words, what it is instead; "" where nothing is known."""
+    """The rest of the sentence "<folder> …" that names what it is instead of a model; "" if nothing is known."""
     if any((folder / part / ".metadata").is_file() for part in ("", *files)):
         return (
             f"is a sharded training checkpoint (torch.distributed.checkpoint). {EXPECTED} Go on training from it: load "
@@ -98,10 +190,6 @@ def _kind(folder: Path, files: list[str]) -> str:
     if "config.json" in files:
         return f"has a config.json and no weights; it holds {_listed(files)}. {EXPECTED}"
     return ""
-
-
-def _is_model(folder: Path) -> bool:
-    return (folder / "config.json").is_file() and any(folder.glob("*.safetensors"))
 
 
 def _listed(files: list[str]) -> str:

@@ -1,34 +1,34 @@
-"""The base model that a checkpoint is exported after: a local folder, or a Hub id of which only small files
-are fetched.
+"""The base model that a checkpoint is exported after: a local folder, or the small files of a Hub id.
 
-The base says how the result looks (keys, shapes, dtypes, files: hub_format.py), and gives the files that are
-not weights: config, generation config, tokenizers, processors, chat templates, the model's own code, licence. From a
-Hub id those files and the safetensors headers are fetched, never the weights, unless extra keys are to be kept. Without
-a network a whole copy in the Hub's cache will do.
+The base says how the result looks (keys, shapes, dtypes, files: transforms.py), and gives the files that are not
+weights: config, generation config, tokenizers, processors, chat templates, the model's own code, licence. From a Hub id
+these files and the safetensors headers are fetched, never the weights, unless extra keys are to be kept. Without a
+network a whole copy in the Hub's cache will do.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from accel_moe.checkpoint.manifest import MANIFEST_NAME
-from accel_moe.checkpoint.quantised import refuse_quantised_config
+import torch
+
 from accel_moe.errors import HubFormatError
-from accel_moe.weights.hub_config import untied_config
-from accel_moe.weights.hub_format import (
-    DTYPES,
+from accel_moe.names import MANIFEST_NAME
+from accel_moe.weights.hub_config import first_line, meta_model, untied_config
+from accel_moe.weights.quantised import refuse_quantised_config
+from accel_moe.weights.safetensors import (
     INDEX_NAME,
     SINGLE_NAME,
     HubTensor,
-    meta_model,
+    Reader,
     read_header,
     read_hub_tensors,
-    unknown_dtypes,
+    refuse_unknown_dtypes,
 )
 
 # What a model folder has beside its weights. Named by suffix, so that a new tokenizer file is not forgotten.
@@ -44,8 +44,7 @@ _WEIGHT_INDEX_SUFFIX = ".index.json"
 
 @dataclass(frozen=True)
 class BaseModel:
-    """A base: `folder` has its small files (and its weights when it is local), `tensors` its Hub tensors by
-    key."""
+    """A base: `folder` has its small files (and its weights if it is local), `tensors` its Hub tensors by key."""
 
     name: str
     folder: Path
@@ -70,7 +69,7 @@ class BaseModel:
         return sorted(found)
 
     def left_behind(self) -> list[str]:
-        """What else the base's folder has, but for weights that the result has, too, and hidden files."""
+        """The folder's files that do not go into the result, but for weights that it replaces and hidden files."""
         weights = {tensor.file for tensor in self.tensors.values()}
         taken = set(self.copied_files())
         left = []
@@ -92,20 +91,16 @@ class BaseModel:
             (out / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(self.folder / name, out / name)
 
-    def read_raw(self, keys: Iterable[str]) -> Iterable[tuple[str, bytes]]:
-        """(key, raw little-endian bytes) of base tensors, one at a time; a Hub base fetches the files they
-        are in."""
-        headers: dict[str, tuple[Path, dict]] = {}
-        for key in keys:
-            file = self.tensors[key].file
-            if file not in headers:
-                path = self.folder / file if self.is_local else _download(self.name, file)
-                headers[file] = path, read_header(path)
-            path, header = headers[file]
-            begin, end = header[key]["data_offsets"]
-            with open(path, "rb") as stream:
-                stream.seek(header["__data_start__"] + begin)
-                yield key, stream.read(end - begin)
+    def read_raw(self, keys: Iterable[str]) -> Iterator[tuple[str, memoryview]]:
+        """(key, raw little-endian bytes) of base tensors, one at a time; a Hub base fetches the files they are in."""
+        headers: dict[str, dict[str, HubTensor]] = {}
+        with Reader() as reader:
+            for key in keys:
+                file = self.tensors[key].file
+                if file not in headers:
+                    headers[file] = read_header(self.folder / file if self.is_local else _download(self.name, file))
+                tensor = reader.tensor(headers[file][key])
+                yield key, memoryview(tensor.view(-1).view(torch.uint8).numpy())
 
 
 def _is_copied(path: Path) -> bool:
@@ -123,10 +118,13 @@ def _is_copied_folder(path: Path) -> bool:
 
 
 def open_base(name: str, trust_remote_code: bool = False) -> BaseModel:
-    """A base by folder or Hub id. Raises HubFormatError: not a folder and not on the Hub, no weights, neither network
-    nor a copy in the cache.
+    """A base by folder or Hub id.
 
     `trust_remote_code` lets code of the base's own be run, where its architecture is not in transformers.
+
+    Raises:
+        HubFormatError: it is not a folder and not on the Hub, has no weights, or there is neither a network nor a copy
+            in the cache.
     """
     folder = Path(os.path.expanduser(name))
     if folder.is_dir():
@@ -163,8 +161,7 @@ def _open_hub(repo: str, trust_remote_code: bool) -> BaseModel:
         for file, header in metadata.files_metadata.items()
         for key, info in header.tensors.items()
     }
-    if unknown := sorted({t.dtype for t in tensors.values()} - set(DTYPES)):
-        raise HubFormatError(unknown_dtypes(repo, unknown))
+    refuse_unknown_dtypes(repo, tensors.values())
     if not tensors:
         raise HubFormatError(f"{repo} has no safetensors weights: expected {SINGLE_NAME} or {INDEX_NAME}.")
     return BaseModel(repo, Path(folder), tensors, False, trust_remote_code)
@@ -174,8 +171,8 @@ def _open_cached(repo: str, why: Exception, trust_remote_code: bool) -> BaseMode
     """The copy in the Hub's cache, with its weights, for when the Hub could not be asked. Raises HubFormatError."""
     import huggingface_hub
 
-    reason = str(why).strip().splitlines()[0] if str(why).strip() else type(why).__name__
-    not_asked = f"{repo} is not a local folder, and the Hub could not be asked ({type(why).__name__}: {reason})"
+    asked = f"{type(why).__name__}: {first_line(why)}"
+    not_asked = f"{repo} is not a local folder, and the Hub could not be asked ({asked})"
     try:
         folder = Path(huggingface_hub.snapshot_download(repo, local_files_only=True))
     except Exception:
@@ -198,7 +195,6 @@ def _download(repo: str, file: str) -> Path:
         return Path(huggingface_hub.hf_hub_download(repo, file))
     except Exception as error:
         raise HubFormatError(
-            f"{file} of {repo} could not be fetched ({type(error).__name__}), and --keep-extra needs it. "
-            f"Give a local "
-            "copy of the base model."
+            f"{file} of {repo} could not be fetched ({type(error).__name__}), and --keep-extra needs it. Give "
+            "a local copy of the base model."
         ) from None

@@ -1,15 +1,15 @@
-"""Whether all ranks bring the same model with the same settings, asked at `accelerator.prepare` before anything else.
+"""`accelerator.prepare` first compares the ranks: all must bring the same model with the same settings.
 
-A rank with another degree, another number of layers or experts, another width would hang the others, end them by
-SIGABRT in a collective whose sizes differ, or train on without a word. So the first thing that ranks exchange is what
-they are about to prepare:
+A rank with another degree, another number of layers or experts, or another width would hang the others, end them by
+SIGABRT in a collective whose sizes differ, or train on without a word. So ranks exchange first what they are about to
+prepare:
 
     1. arrive     each rank says so in the job's key-value store, and waits until all have. A rank that never called
-                  accel_moe.prepare() has no patches and does not come: it is named, first in a warning, and at the
-                  process group's timeout in an error, instead of one collective pairing with another
+                  accel_moe.prepare() has no patches and does not come. A warning names it, and an error does at the
+                  process group's timeout; without this step one collective would pair with another
     2. compare    the options, and a digest of the model; only where digests differ, the models in words   collective
 
-The decisions are pure functions of what was gathered, so that every rank comes to the same.
+Every decision is a pure function of the gathered values, so all ranks decide alike.
 """
 
 from __future__ import annotations
@@ -18,14 +18,13 @@ import datetime
 import hashlib
 import logging
 import re
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
 
 import torch.distributed as dist
 from torch import nn
 
-from accel_moe import config
+from accel_moe import ranks, whereabouts
+from accel_moe.config import config_mismatch, spell_ranks
 from accel_moe.experts.state import PreparedState, swapped_layers
 from accel_moe.mesh import default_timeout
 from accel_moe.names import plain_name
@@ -34,41 +33,38 @@ from accel_moe.weights.deferred_tensors import DeferredTensor
 logger = logging.getLogger("accel_moe")
 
 _WARN_S = 20.0
-"""After so long the ranks that are missing are named, and then each time that it has doubled."""
-_NAP_S = (0.005, 0.25)
+"""Seconds until the first warning names the missing ranks; each further warning comes after twice the time."""
 _NUMBERS = re.compile(r"top_?k|per_tok|expert|group|scal|norm|limit|alpha|hidden|intermediate|ffn")
-"""Attributes of routers and experts that no weight shows."""
+"""Names of the numbers of routers and experts that no weight shows."""
 _SHOWN = 4
 
 _comparisons = 0
 
 
 def compare_ranks(model: nn.Module, state: PreparedState) -> None:
-    """The first collective of all, of every rank; nothing in one process.
+    """Raise on every rank if the ranks differ. A collective over the world, the first of all; nothing in one process.
 
     Raises:
         ValueError: options or models differ; the same words on every rank.
-        RuntimeError: ranks did not come before the process group's timeout; on those that did.
+        RuntimeError: some ranks did not come before the process group's timeout; raised on the others.
     """
     global _comparisons
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+    if not ranks.distributed():
         return
     _comparisons += 1
     _arrive(f"accel_moe/prepare/{_comparisons}")
     ours = describe(model, state)
     digest = hashlib.sha256(repr(ours).encode()).hexdigest()
-    everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, (state.resolved.for_comparison(), digest))
-    if (message := config.config_mismatch([options for options, _ in everyone])) is not None:
+    everyone = ranks.gather((state.resolved.for_comparison(), digest), over=dist.group.WORLD)
+    if (message := config_mismatch([options for options, _ in everyone])) is not None:
         raise ValueError(message)
     if len({digest for _, digest in everyone}) == 1:
         return
-    dist.all_gather_object(everyone, ours)
-    raise ValueError(model_mismatch(everyone))
+    raise ValueError(model_mismatch(ranks.gather(ours, over=dist.group.WORLD)))
 
 
 def describe(model: nn.Module, state: PreparedState) -> dict[str, str]:
-    """What must be the same on every rank, in words, by name: every parameter, and each experts layer's numbers."""
+    """By name, in words: every parameter, and each experts layer's numbers. All must be the same on every rank."""
     found = {"the kernel of the experts": state.kernel}
     for name, parameter in model.named_parameters():
         words = "trained" if parameter.requires_grad else "frozen"
@@ -95,15 +91,15 @@ def _numbers_of(module: nn.Module) -> Iterator[tuple[str, int | float | bool]]:
 
 
 def model_mismatch(per_rank: Sequence[Mapping[str, str]]) -> str:
-    """What differs between the ranks' models, of which some do, and on which ranks."""
+    """The message for models that differ: the first differences, and the ranks that have each value."""
     names = dict.fromkeys(name for found in per_rank for name in found)
     differences = []
     for name in names:
-        ranks_with: dict[str, list[int]] = {}
+        members: dict[str, list[int]] = {}
         for rank, found in enumerate(per_rank):
-            ranks_with.setdefault(found.get(name, "absent"), []).append(rank)
-        if len(ranks_with) > 1:
-            values = ", ".join(f"{value} on {config.spell_ranks(ranks)}" for value, ranks in ranks_with.items())
+            members.setdefault(found.get(name, "absent"), []).append(rank)
+        if len(members) > 1:
+            values = ", ".join(f"{value} on {spell_ranks(at)}" for value, at in members.items())
             differences.append(f"{name} is {values}")
     more = f"; and {len(differences) - _SHOWN} more" if len(differences) > _SHOWN else ""
     return (
@@ -113,21 +109,21 @@ def model_mismatch(per_rank: Sequence[Mapping[str, str]]) -> str:
 
 
 def _arrive(place: str) -> None:
-    """Say in the job's store that this rank is there, and wait for the others."""
+    """Say in the job's store that this rank is there, and wait for the others. Raises RuntimeError."""
     store = dist.distributed_c10d._get_default_store()
-    rank, ranks = dist.get_rank(), dist.get_world_size()
+    rank, world_size = dist.get_rank(), dist.get_world_size()
     timeout = default_timeout() or datetime.timedelta(minutes=30)
 
     def all_there() -> bool:
-        return store.add(place, 0) >= ranks
+        return store.add(place, 0) >= world_size
 
     def missing() -> list[int]:
-        return [other for other in range(ranks) if not store.check([f"{place}/{other}"])]
+        return [other for other in range(world_size) if not store.check([f"{place}/{other}"])]
 
     try:
         store.set(f"{place}/{rank}", "there")
         store.add(place, 1)
-        wait_for_all(all_there, missing, rank, ranks, timeout.total_seconds())
+        wait_for_all(all_there, missing, rank, world_size, timeout.total_seconds())
     except dist.DistError as error:
         raise RuntimeError(
             "The job's key-value store is gone, which rank 0 or the launcher holds: it has died. See its log."
@@ -135,24 +131,18 @@ def _arrive(place: str) -> None:
 
 
 def wait_for_all(
-    all_there: Callable[[], bool], missing: Callable[[], list[int]], rank: int, ranks: int, timeout_s: float
+    all_there: Callable[[], bool], missing: Callable[[], list[int]], rank: int, world_size: int, timeout_s: float
 ) -> None:
-    """Until all_there(). The first rank that is there warns of those that are `missing`.
+    """Return when all_there(). Until then the first rank that is there warns of the `missing`.
 
     Raises:
         RuntimeError: they did not come within timeout_s.
     """
-    since, nap, warn_after = time.monotonic(), _NAP_S[0], min(_WARN_S, timeout_s / 2)
-    while not all_there():
-        time.sleep(nap)
-        nap = min(2 * nap, _NAP_S[1])
-        waited = time.monotonic() - since
-        if waited < min(warn_after, timeout_s):
+    warn_after = min(_WARN_S, timeout_s / 2)
+    for waited in whereabouts.waiting(all_there):
+        if waited < min(warn_after, timeout_s) or not (late := missing()):
             continue
-        late = missing()
-        if not late:
-            continue
-        words = f"{config.spell_ranks(late)} of {ranks} did not come to accelerator.prepare() with a prepared model"
+        words = f"{spell_ranks(late)} of {world_size} did not come to accelerator.prepare() with a prepared model"
         if waited >= timeout_s:
             raise RuntimeError(
                 f"{words} within {timeout_s:.0f} s (the process group's timeout). Either a rank does not call "
@@ -160,7 +150,7 @@ def wait_for_all(
                 "Expected the same calls on every rank. For slow loading, give Accelerator an "
                 "InitProcessGroupKwargs(timeout=...) that is longer."
             )
-        if rank == min(set(range(ranks)) - set(late)):
+        if rank == min(set(range(world_size)) - set(late)):
             logger.warning(
                 "%s after %.0f s. They may still load their model; or they do not call accel_moe.prepare(model), which "
                 "every rank must. This ends in an error after %.0f s.",

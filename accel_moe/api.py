@@ -10,7 +10,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
-from accel_moe import config, dispatch, hooks
+from accel_moe import config, dispatch, hooks, ranks
 from accel_moe.experts import forwards, probe, recognise
 from accel_moe.experts.state import PreparedState, prepared_state
 from accel_moe.experts.swap import recompute_refusal, swap
@@ -59,7 +59,7 @@ def prepare(model: Model, **options: object) -> Model:
     swap(layers, state)
     forwards.watch_first_forwards(model)
     model._accel_moe = state
-    if int(os.environ.get("RANK", 0)) == 0:
+    if ranks.is_rank0():
         logger.info("%s; %d experts layers run %s", resolved.describe(), len(layers), kernel)
         if resolved.config.moe_ep_degree > 1 and (saved := plan.memory_saved(model)):
             logger.info(saved)

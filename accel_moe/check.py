@@ -3,7 +3,7 @@
 Three things can change with an update. The check looks at each:
 
 1. the versions themselves;
-2. the functions that hooks.py patches: their parameters are compared, as at `prepare()`;
+2. the functions that are patched: their parameters are compared, as at `prepare()`;
 3. transformers' experts interface: small layers of a few families run through our forward, with the kernels that every
    machine has. Output and every gradient are compared with the family's own loop.
 
@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from accel_moe import catalogue, hooks, supported
+from accel_moe import catalogue, hooks, patching, supported
 from accel_moe.config import MoEConfig, ResolvedConfig
 from accel_moe.experts import recognise, view
 from accel_moe.experts.state import PreparedState
@@ -87,7 +87,7 @@ def _versions() -> Iterator[Finding]:
 
 def _patches() -> Iterator[Finding]:
     for patch in (*hooks.TABLE, *hooks.CPU_TABLE, *hooks.LOAD_TABLE):
-        why = hooks.off_leash(patch)
+        why = patching.off_leash(patch)
         yield Finding(patch.target, "moved" if why else "as expected", "", why or "ok", why is not None)
 
 

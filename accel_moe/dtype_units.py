@@ -1,12 +1,12 @@
 """FSDP units of one dtype: a router that stays fp32 in a bf16 model gets a unit of its own.
 
 FSDP2 wants one dtype for all trained parameters of a unit, and accelerate makes one unit of a decoder layer. Without
-mixed precision a model may hold two: transformers keeps the routers of some families fp32 in a bf16 model
+mixed precision a layer may hold two dtypes: transformers keeps the routers of some families fp32 in a bf16 model
 (`_keep_in_fp32_modules_strict`), PEFT its adapters. Plain accelerate fails there, in the first forward. Here the
-modules of the other dtype become units first, by the policy that accelerate asks of every module, from the innermost
-out. Values, gradients and the optimizer's dtypes are those of one process.
+modules of the other dtype become units first: accelerate asks its policy about every module, from the innermost out,
+and the policy also says yes to them. Values, gradients and the optimizer's dtypes equal a run's in one process.
 
-With mixed precision accelerate makes every trained parameter fp32 before, and nothing is done here.
+With mixed precision accelerate makes every trained parameter fp32 first, and this file changes nothing.
 """
 
 from __future__ import annotations
@@ -22,31 +22,33 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+from accel_moe.experts.state import prepared_state
 from accel_moe.names import plain_name
+from accel_moe.patching import ACCELERATE, patch
 
 Policy = Callable[[nn.Module], bool]
 
 
 def units_of_one_dtype(model: nn.Module, policy: Policy | None, ignored: set[nn.Parameter]) -> Policy | None:
-    """accelerate's `policy` (None: the model is one unit), which also wraps the modules of another dtype.
+    """accelerate's `policy` (None: the model is one unit), extended to the modules of another dtype.
 
     Args:
         ignored: parameters that FSDP leaves alone.
 
     Raises:
-        ValueError: a module has trained parameters of two dtypes in its own hands.
+        ValueError: one module has trained parameters of two dtypes itself.
     """
     wrapped: set[nn.Module] = {m for m in model.modules() if isinstance(m, FSDPModule) or (policy and policy(m))}
-    alone: set[nn.Module] = set()
-    while odd := _odd_modules(model, wrapped | alone, ignored):
-        alone |= odd
-    if not alone:
+    own_units: set[nn.Module] = set()
+    while odd := _odd_modules(model, wrapped | own_units, ignored):
+        own_units |= odd
+    if not own_units:
         return policy
-    return lambda module: module in alone or (policy is not None and policy(module))
+    return lambda module: module in own_units or (policy is not None and policy(module))
 
 
 def _odd_modules(model: nn.Module, roots: set[nn.Module], ignored: set[nn.Parameter]) -> set[nn.Module]:
-    """Modules whose trained parameters are of another dtype than the rest of their unit."""
+    """Modules whose trained parameters have another dtype than the rest of their unit."""
     found: set[nn.Module] = set()
     units: dict[nn.Module, dict[nn.Module, Counter[torch.dtype]]] = {}
     for root, name, module in _with_roots(model, model, "", roots):
@@ -72,7 +74,7 @@ def _odd_modules(model: nn.Module, roots: set[nn.Module], ignored: set[nn.Parame
 def _with_roots(
     module: nn.Module, root: nn.Module, name: str, roots: set[nn.Module]
 ) -> Iterator[tuple[nn.Module, str, nn.Module]]:
-    """(root of its unit, name, module), each module once for each place that it has."""
+    """(root of its unit, name, module), once for each place where a module stands."""
     root = module if module in roots else root
     yield root, name, module
     for child_name, child in module.named_children():
@@ -80,10 +82,10 @@ def _with_roots(
 
 
 def _trained(module: nn.Module, ignored: set[nn.Parameter]) -> Counter[torch.dtype]:
-    """Values by dtype, of the trained parameters that the module uses itself and FSDP is yet to shard.
+    """By dtype, the number of trained values that the module uses itself and that FSDP is yet to shard.
 
-    A unit's parameters are there while its own forward runs. Those of a child whose weight the module reads, instead
-    of calling it (`self.conv1d.weight`), are to be in the module's unit.
+    A unit's parameters are whole while its own forward runs. A module may read a child's weight instead of calling the
+    child (`self.conv1d.weight`): such a weight has to be in the module's unit, and is counted here.
     """
     counts: Counter[torch.dtype] = Counter()
     read = [child for name, child in module.named_children() if name in _reads(type(module))]
@@ -96,7 +98,7 @@ def _trained(module: nn.Module, ignored: set[nn.Parameter]) -> Counter[torch.dty
 
 @functools.cache
 def _reads(cls: type[nn.Module]) -> frozenset[str]:
-    """The names of children whose weights the code of `cls` reads, as far as it can be seen."""
+    """The names of children whose weights the source of `cls` reads as `self.<name>.weight` or `.bias`."""
     found: set[str] = set()
     for one in cls.__mro__:
         if one.__module__.startswith("torch.nn."):
@@ -111,8 +113,10 @@ def _reads(cls: type[nn.Module]) -> frozenset[str]:
 
 
 def _main_dtype(model: nn.Module, root: nn.Module, modules: dict[nn.Module, Counter[torch.dtype]]) -> torch.dtype:
-    """The dtype that a unit keeps: its root's own, or that of tied embeddings, which accelerate shards with what is
-    around them; else the one with most values."""
+    """The dtype that a unit keeps: its root's own; else its tied embeddings'; else the one of most values.
+
+    accelerate shards tied embeddings in the unit around them.
+    """
     if root in modules:
         return next(iter(modules[root]))
     tied = _tied_embeddings(model)
@@ -134,3 +138,23 @@ def _tied_embeddings(model: nn.Module) -> nn.Module | None:
 
 def _names(counts: Counter[torch.dtype]) -> str:
     return " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in counts))
+
+
+@patch(
+    "accelerate.utils.fsdp_utils.fsdp2_prepare_auto_wrap_policy",
+    why="FSDP2 refuses trained parameters of two dtypes in one unit, such as fp32 routers in a bf16 model. The policy "
+    "is where accelerate decides on units; a policy of the user's own would replace that of the decoder layers.",
+    tested=ACCELERATE,
+)
+def fsdp2_prepare_auto_wrap_policy(original, fsdp2_plugin, model):
+    policy = original(fsdp2_plugin, model)
+    if prepared_state(model) is None:
+        return policy
+    return units_of_one_dtype(model, policy, _ignored_parameters(fsdp2_plugin, model))
+
+
+def _ignored_parameters(plugin, model: nn.Module) -> set[nn.Parameter]:
+    modules = plugin.ignored_modules or []
+    if isinstance(modules, str):
+        modules = [module for name, module in model.named_modules() if re.fullmatch(plugin.ignored_modules, name)]
+    return {parameter for module in modules for parameter in module.parameters()}

@@ -1,10 +1,10 @@
-"""Positions that a model made itself are not looked at in every forward: the host would wait for its GPU there.
+"""A forward does not ask the GPU about positions that the model counted itself.
 
-Given neither positions nor a mask, a text model of transformers counts its tokens' positions, and its masking then asks
-the GPU whether they start again somewhere, as those of packed sequences do. The answer waits for all that was launched
-before, the optimizer's step included, and the GPU idles while the host launches the first layers. Positions that were
-counted depend on their shape alone: one answer for each shape is enough. Positions that come from anywhere else are
-looked at as before.
+Given neither positions nor a mask, a text model of transformers counts its tokens' positions. Its masking then asks the
+GPU whether they start again somewhere, as the positions of packed sequences do. The host waits there for everything
+that was launched before, the optimizer's step included, and the GPU idles while the host launches the first layers.
+Counted positions depend on their shape only, so one answer for each shape is enough. For all other positions the
+masking asks as before.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -20,19 +20,19 @@ import transformers
 from torch import nn
 
 from accel_moe.experts.state import holds_experts
+from accel_moe.patching import TRANSFORMERS, patch
 
 
 class _Running(threading.local):
     plain: set[torch.Size] | None = None
-    """Of a forward that counts its positions itself: shapes in which they were found to be of one sequence a row."""
+    """In a forward that counts its positions itself: the shapes whose rows were found to be one sequence each."""
 
 
 _running = _Running()
 
 
 def trust_own_positions(model: nn.Module) -> None:
-    """From now on, the text models in `model` that hold experts, when they are given no positions, ask once for each
-    shape."""
+    """From now on, text models in `model` that hold experts and are given no positions ask once for each shape."""
     for module in _that_count_positions(model):
         ours = module.register_forward_pre_hook(functools.partial(_enter, set()), with_kwargs=True)
         module._accel_moe_positions_hook = ours.id  # pyright: ignore[reportArgumentType]
@@ -40,8 +40,10 @@ def trust_own_positions(model: nn.Module) -> None:
 
 
 def _that_count_positions(model: nn.Module) -> Iterator[nn.Module]:
-    """Models as transformers defines them, which hold the decoder layers themselves. One with images, sound or video
-    gives its text model positions, by where in the text those are."""
+    """The text models that transformers defines, and that hold the decoder layers themselves.
+
+    A model with images, sound or video is none: it gives its text model positions.
+    """
     for module in model.modules():
         if not any(isinstance(child, nn.ModuleList) and holds_experts(child) for child in module.children()):
             continue
@@ -81,19 +83,19 @@ def _leave(*_: Any) -> None:
         _running.plain = None
 
 
-def asking_once(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Of transformers' find_packed_sequence_indices."""
-
-    @functools.wraps(original)
-    def find_packed_sequence_indices(position_ids):
-        plain = None if torch.compiler.is_compiling() else _running.plain
-        if plain is None:
-            return original(position_ids)
-        if position_ids.shape in plain:
-            return None
-        packed = original(position_ids)
-        if packed is None:
-            plain.add(position_ids.shape)
-        return packed
-
-    return find_packed_sequence_indices
+@patch(
+    "transformers.masking_utils.find_packed_sequence_indices",
+    why="It asks the GPU in every forward whether the positions are those of packed sequences, also where the model "
+    "has just counted them; the host waits for the whole step before.",
+    tested=TRANSFORMERS,
+)
+def find_packed_sequence_indices(original, position_ids):
+    plain = None if torch.compiler.is_compiling() else _running.plain
+    if plain is None:
+        return original(position_ids)
+    if position_ids.shape in plain:
+        return None
+    packed = original(position_ids)
+    if packed is None:
+        plain.add(position_ids.shape)
+    return packed

@@ -1,12 +1,11 @@
-"""Agreement between ranks about checkpoints: what one rank sees, all of them act on.
+"""One rank's error is raised on every rank; and small Python objects go between ranks.
 
-A save or load that fails on one rank and goes on to a collective on another is a hang. So every step that
-can fail on one rank runs inside `together`: its outcome is gathered, and the same error is raised
-everywhere.
+A step that fails on one rank, while the others go on to a collective, is a hang. So every step that can fail on one
+rank runs inside `run_or_raise_everywhere`: its outcome is gathered, and the same error is raised everywhere.
 
-All of it goes over a gloo group of its own, beside NCCL: small Python objects, no GPU memory, and usable
-from the thread that saves in the background. Only one thread may use the group at a time; saving.py sees to
-that.
+Checkpoints do this over a gloo group of its own, beside NCCL: it takes no GPU memory, and the thread that saves in the
+background can use it. Only one thread may use the group at a time; saving.py sees to that. `accelerator.prepare` passes
+`over=WORLD`, the job's own group: a job that never saves does not make the other one.
 """
 
 from __future__ import annotations
@@ -19,6 +18,7 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
+from accel_moe.config import spell_ranks
 from accel_moe.errors import CheckpointError
 from accel_moe.mesh import default_timeout
 from accel_moe.whereabouts import explaining
@@ -35,12 +35,17 @@ def rank() -> int:
     return dist.get_rank() if distributed() else 0
 
 
+def is_rank0() -> bool:
+    """Whether this rank speaks for all: for what is logged once, also before the process group is there."""
+    return (dist.get_rank() if distributed() else int(os.environ.get("RANK", "0"))) == 0
+
+
 def world_size() -> int:
     return dist.get_world_size() if distributed() else 1
 
 
 def group() -> Any:
-    """The gloo group of all ranks, made at the first call. That call is a collective; None in one process."""
+    """The gloo group of all ranks; None in one process. The first call makes it, and is a collective."""
     global _group
     if not distributed():
         return None
@@ -65,12 +70,12 @@ def close_group() -> None:
         dist.destroy_process_group(ours)
 
 
-def gather(value: T) -> list[T]:
-    """Every rank's value, on every rank. A collective of all ranks; values are pickled."""
+def gather(value: T, over: Any = None) -> list[T]:
+    """Every rank's value, on every rank; values are pickled. A collective, by default over the gloo group."""
     if not distributed():
         return [value]
     values: list[Any] = [None] * world_size()
-    explaining(dist.all_gather_object)(values, value, group=group())
+    explaining(dist.all_gather_object)(values, value, group=over or group())
     return values
 
 
@@ -87,8 +92,10 @@ def barrier() -> None:
     gather(None)
 
 
-def together(what: str, step: Callable[[], T]) -> T:
-    """Runs `step` on this rank; raises CheckpointError on every rank when it failed on any. A collective.
+def run_or_raise_everywhere(
+    what: str, step: Callable[[], T], kind: type[Exception] = CheckpointError, over: Any = None
+) -> T:
+    """Runs `step` on this rank; raises a `kind` on every rank when it failed on any. A collective.
 
     `what` completes "<what> failed". A KeyboardInterrupt is not held back: the process is on its way out.
     """
@@ -98,17 +105,19 @@ def together(what: str, step: Callable[[], T]) -> T:
         result = step()
     except (Exception, CheckpointException) as raised:  # DCP's is no Exception
         error = raised
-    agree(what, error)
+    raise_everywhere(what, error, kind, over)
     return result
 
 
-def agree(what: str, error: BaseException | None) -> None:
+def raise_everywhere(
+    what: str, error: BaseException | None, kind: type[Exception] = CheckpointError, over: Any = None
+) -> None:
     """Raises on every rank when any rank brings an error. A collective.
 
-    When all of them bring one, each raises its own; else, for DCP's and OSErrors, and for what has a mend (advice.py),
-    all raise a CheckpointError.
+    When all of them bring one, each raises its own; else all raise a `kind`, which says where it failed first. The same
+    for DCP's errors and OSErrors, and for an error that has a mend (advice.py), also when all of them bring one.
     """
-    told = gather(None if error is None else (describe(error), _origins(error)))
+    told = gather(None if error is None else (describe(error, kind), _origins(error)), over)
     failed = [said for said in told if said is not None]
     if not failed:
         return
@@ -117,8 +126,8 @@ def agree(what: str, error: BaseException | None) -> None:
         assert error is not None
         raise error
     where = sorted({origin for _, origins in failed for origin in origins})
-    listed = ", ".join(map(str, where[:8])) + (" and more" if len(where) > 8 else "")
-    raise CheckpointError(f"{what} failed on rank {listed} of {len(told)}: {failed[0][0]}") from error
+    listed = spell_ranks(where[:8]) + (" and more" if len(where) > 8 else "")
+    raise kind(f"{what} failed on {listed} of {len(told)}: {failed[0][0]}") from error
 
 
 def _origins(error: BaseException) -> list[int]:
@@ -126,12 +135,15 @@ def _origins(error: BaseException) -> list[int]:
     return sorted(error.failures) if isinstance(error, CheckpointException) and error.failures else [rank()]
 
 
-def describe(error: BaseException) -> str:
-    """One line for a message: DCP's wrapper is opened, a traceback is not quoted, a mend (advice.py) is added."""
+def describe(error: BaseException, kind: type[Exception] = CheckpointError) -> str:
+    """One line for a message: DCP's wrapper is opened, a traceback is not quoted, a mend (advice.py) is added.
+
+    A `kind` is an error of ours, whose text is whole.
+    """
     if isinstance(error, CheckpointException) and error.failures:
         first: Any = error.failures[min(error.failures)]
         error = first[0] if isinstance(first, tuple) else first
-    if isinstance(error, CheckpointError):
+    if isinstance(error, kind):
         return str(error)
     mend = getattr(error, "mend", "")
     if isinstance(error, OSError) and error.strerror:

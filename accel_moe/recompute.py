@@ -1,10 +1,10 @@
-"""Activation checkpointing that does not exchange twice, however it was switched on, nor drop out otherwise; and
-torch.compile inside it.
+"""Activation checkpointing of layers that hold experts: tokens are exchanged once, and dropout repeats itself.
 
-accelerate's `fsdp_activation_checkpointing` wraps the decoder layers, transformers' `gradient_checkpointing_enable`
-gives them a function; both end in torch.utils.checkpoint, which takes a `context_fn`. It is given here, to layers that
-hold experts, unless the user gave one; see dispatch/replay.py for what it keeps. Reentrant checkpointing has no such
-contexts, and exchanges twice.
+accelerate's `fsdp_activation_checkpointing` wraps the decoder layers. transformers' `gradient_checkpointing_enable`
+gives them a function. Both end in torch.utils.checkpoint, which takes a `context_fn`: it gets the one of
+dispatch/replay.py, unless the user gave another. Reentrant checkpointing takes none, and exchanges tokens twice.
+
+torch.compile compiles such a layer inside its checkpoint.
 """
 
 from __future__ import annotations
@@ -19,14 +19,15 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import Checkpoi
 from torch.utils.checkpoint import checkpoint
 
 from accel_moe.dispatch.replay import kept_exchanges
-from accel_moe.experts.state import holds_experts
+from accel_moe.experts.state import holds_experts, prepared_state
+from accel_moe.patching import ACCELERATE, patch
 
 
 def keep_random_numbers(model: nn.Module) -> None:
     """From now on, accelerate's checkpointed layers of `model` drop out the same values when they are run again.
 
-    accelerate asks for other ones (preserve_rng_state=False): gradients are then those of another forward, and a token
-    may be routed elsewhere, which no rank expects.
+    accelerate asks for new random numbers (preserve_rng_state=False): the gradients would belong to another forward,
+    and a token could be routed elsewhere, which no rank expects.
     """
     for module in _holders(model):
         if isinstance(module, CheckpointWrapper) and _is_checkpoint(module.checkpoint_fn):
@@ -34,12 +35,12 @@ def keep_random_numbers(model: nn.Module) -> None:
 
 
 def keep_exchanges(model: nn.Module) -> None:
-    """From now on, checkpointed layers of `model` keep what their exchange brought. Call it on a sharded model."""
+    """From now on, checkpointed layers of `model` keep the rows that were exchanged. Call it after sharding."""
     holders = _holders(model)
     for module in holders:
         if isinstance(module, CheckpointWrapper):
             module.checkpoint_fn = _keeping(module.checkpoint_fn)
-    # transformers' may be switched on at any time, before or after
+    # transformers' checkpointing may be switched on at any time
     switches = [m for m in holders if hasattr(m, "gradient_checkpointing")]
 
     def look(*_: Any) -> None:
@@ -52,8 +53,10 @@ def keep_exchanges(model: nn.Module) -> None:
 
 @contextmanager
 def compiled_inside(model: nn.Module) -> Iterator[None]:
-    """Within it, `compile()` of a checkpointed layer that holds experts compiles the layer, and not the checkpointing
-    around it. torch.compile cannot break its graph inside a checkpoint: it would give up the whole layer."""
+    """Within it, `compile()` of a checkpointed layer that holds experts compiles the layer inside the checkpoint.
+
+    torch.compile cannot break its graph inside a checkpoint: it would give up the whole layer.
+    """
     wrappers = [m for m in _holders(model) if isinstance(m, CheckpointWrapper)]
     for wrapper in wrappers:
         wrapper.compile = wrapper._checkpoint_wrapped_module.compile
@@ -65,7 +68,7 @@ def compiled_inside(model: nn.Module) -> Iterator[None]:
 
 
 def _holders(model: nn.Module) -> list[nn.Module]:
-    """Its modules with experts in them."""
+    """The modules of `model` that hold experts."""
     return [m for m in model.modules() if holds_experts(m)]
 
 
@@ -80,3 +83,17 @@ def _keeping(function: Callable[..., Any]) -> Callable[..., Any]:
     if function.keywords.get("use_reentrant") is not False or {"context_fn", "debug"} & set(function.keywords):
         return function
     return partial(function, context_fn=kept_exchanges)
+
+
+@patch(
+    "accelerate.accelerator.compile_regions_fsdp2",
+    why="It compiles a checkpointed layer from outside, where the graph cannot break for the exchange: such layers "
+    "would run uncompiled.",
+    tested=ACCELERATE,
+)
+def compile_regions_fsdp2(original, module, **compile_kwargs):
+    state = prepared_state(module)
+    if state is None or state.config.moe_ep_degree == 1:
+        return original(module, **compile_kwargs)
+    with compiled_inside(module):
+        return original(module, **compile_kwargs)

@@ -1,20 +1,21 @@
-"""Experts into shards: whole experts to the ranks of ep, FSDP2 over efsdp, and nothing else touched.
+"""Experts become shards: each rank of ep gets whole experts, FSDP2 shards them further over efsdp.
 
-Called inside `accelerator.prepare`, just before accelerate wraps the rest of the model. Each experts module becomes
-its own FSDP unit on the efsdp axis of our mesh (unless that axis has size 1: see `shard_experts`), with parameters
-that are DTensors sharded on dim 0 over (efsdp, ep); accelerate skips modules that are FSDP units already and shards
-the dense weights over all of dp_shard. Names are unchanged, so an optimizer made before finds its parameters again by
-name.
+in_accelerator.py calls this inside `accelerator.prepare`, just before accelerate wraps the rest of the model. Each
+experts module becomes an FSDP unit of its own on the efsdp axis of our mesh, unless ep spans the world. Its parameters
+are DTensors, sharded on dim 0 over (efsdp, ep). accelerate skips modules that are FSDP units already, and shards the
+dense weights over all of dp_shard. Names are unchanged, so an optimizer that was made before finds its parameters
+again by name.
 
-Why not earlier: accelerate maps an optimizer's old parameters by data_ptr, and empty shards (2 experts over
-efsdp 4) and meta tensors all have data_ptr 0; and accelerate returns at once from a model that is FSDP already.
+Sharding earlier would fail. accelerate maps an optimizer's old parameters by data_ptr, and empty shards (2 experts over
+efsdp 4) and meta tensors all have data_ptr 0. And accelerate returns at once from a model that is FSDP already.
 
-The order is torchtitan's (models/moe, apply_moe_ep_tp then apply_fsdp): ep first, FSDP over what is left.
+The order is torchtitan's (models/moe, apply_moe_ep_tp then apply_fsdp): ep first, FSDP over the ranks that are left.
 """
 
 from __future__ import annotations
 
 import itertools
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -29,72 +30,82 @@ from accel_moe.experts.layer import ScatterMoE
 from accel_moe.experts.state import holds_experts, swapped_layers
 from accel_moe.mesh import MeshPlan
 from accel_moe.names import plain_name
+from accel_moe.patching import ACCELERATE, patch
 
 BROADCAST_BYTES = 256 * 2**20
-"""How much of a weight travels from rank 0 at once under fsdp_cpu_ram_efficient_loading."""
+"""Bytes of a weight that rank 0 sends at once under fsdp_cpu_ram_efficient_loading."""
 
 
-def shard_experts(
-    model: nn.Module,
-    plan: MeshPlan,
-    mesh: DeviceMesh,
-    *,
-    mp_policy: MixedPrecisionPolicy | None,
-    offload_policy: OffloadPolicy | None,
-    reshard_after_forward: bool | int,
-    upcast: bool,
-    from_rank0: bool,
-) -> list[nn.Module]:
+@dataclass(frozen=True)
+class FsdpSettings:
+    """accelerate's settings of FSDP, for the experts.
+
+    Attributes:
+        mp_policy: the compute and reduce dtypes. Inputs are not cast and outputs keep their dtype: the layer casts
+            hidden_states itself, and fp32 routing weights must stay fp32.
+        upcast: make trainable weights fp32 first, as accelerate does under mixed precision.
+        from_rank0: only rank 0's values are real (RAM-efficient loading), and rank 0 sends them; the others' may be on
+            meta.
+    """
+
+    mp_policy: MixedPrecisionPolicy
+    offload_policy: OffloadPolicy | None
+    reshard_after_forward: bool | int
+    upcast: bool
+    from_rank0: bool
+
+
+def shard_experts(model: nn.Module, plan: MeshPlan, mesh: DeviceMesh, fsdp: FsdpSettings) -> list[nn.Module]:
     """Shard every swapped layer of `model` in place. A collective over the world.
 
-    Where ep covers the whole world (and nothing is offloaded), a rank's experts are its alone: there is nothing to
-    gather or to reduce, and FSDP would only copy them twice a step. They stay DTensors of the mesh, for the norm and
-    the checkpoint, but FSDP is to ignore them.
+    When ep spans the world and nothing is offloaded, no other rank holds the same experts: FSDP has nothing to gather
+    or reduce, so it ignores them. They are DTensors over the mesh all the same, for the norm and the checkpoint.
 
     Args:
         mesh: `build_mesh(plan)`.
-        mp_policy: accelerate's, for the compute and reduce dtypes. Inputs are not cast and outputs keep their
-            dtype: the layer casts hidden_states itself, and fp32 routing weights must stay fp32.
-        upcast: make trainable weights fp32 first, as accelerate does under mixed precision.
-        from_rank0: only rank 0's values are real (RAM-efficient loading), the others' may be on meta; they are sent to
-            them.
 
     Returns:
         The layers that FSDP has to ignore.
     """
-    mp_policy = mp_policy or MixedPrecisionPolicy()
-    alone = plan.dp_replicate == plan.efsdp == 1 and not isinstance(offload_policy, CPUOffloadPolicy)
-    group = mesh.get_group("ep")
+    ep_spans_world = plan.dp_replicate == plan.efsdp == 1 and not isinstance(fsdp.offload_policy, CPUOffloadPolicy)
+    axes = ("efsdp", "ep") if ep_spans_world else ("ep",)
     layers: list[nn.Module] = [layer for _, layer in swapped_layers(model)]
     for layer in layers:
         for name, parameter in list(layer._parameters.items()):
             if parameter is not None:
-                dtype = torch.float32 if upcast and parameter.requires_grad else parameter.dtype
-                local = _own_experts(parameter, mesh["ep"], dtype, from_rank0)
-                if alone:
-                    shard = DTensor.from_local(local, mesh["efsdp", "ep"], [Shard(0), Shard(0)], run_check=False)
-                else:
-                    shard = DTensor.from_local(local, mesh["ep"], [Shard(0)], run_check=False)
-                layer.register_parameter(name, nn.Parameter(shard, requires_grad=parameter.requires_grad))
+                layer.register_parameter(name, _over_ep(parameter, mesh, axes, fsdp))
         state = layer._accel_moe_layer
-        state.dispatcher = make_dispatcher(state.prepared.config.moe_dispatcher, group, state.num_experts)
+        kind = state.prepared.config.moe_dispatcher
+        state.dispatcher = make_dispatcher(kind, mesh.get_group("ep"), state.num_experts)
         state.prepared.mesh_plan = plan
-        if alone:
-            state.compute_dtype = mp_policy.param_dtype
-            continue
-        fully_shard(
-            layer,
-            mesh=mesh["dp_replicate", "efsdp"] if plan.dp_replicate > 1 else mesh["efsdp"],
-            mp_policy=MixedPrecisionPolicy(
-                param_dtype=mp_policy.param_dtype,
-                reduce_dtype=mp_policy.reduce_dtype,
-                output_dtype=None,
-                cast_forward_inputs=False,
-            ),
-            reshard_after_forward=reshard_after_forward,
-            **({} if offload_policy is None else {"offload_policy": offload_policy}),
-        )
-    return layers if alone else []
+        if ep_spans_world:
+            state.compute_dtype = fsdp.mp_policy.param_dtype
+        else:
+            _make_fsdp_unit(layer, mesh["dp_replicate", "efsdp"] if plan.dp_replicate > 1 else mesh["efsdp"], fsdp)
+    return layers if ep_spans_world else []
+
+
+def _over_ep(parameter: nn.Parameter, mesh: DeviceMesh, axes: tuple[str, ...], fsdp: FsdpSettings) -> nn.Parameter:
+    """One weight [E, ...] as a DTensor over `axes`, sharded on dim 0; only ep may be larger than 1 among them."""
+    dtype = torch.float32 if fsdp.upcast and parameter.requires_grad else parameter.dtype
+    local = _own_experts(parameter, mesh["ep"], dtype, fsdp.from_rank0)
+    shard = DTensor.from_local(local, mesh[axes], [Shard(0)] * len(axes), run_check=False)
+    return nn.Parameter(shard, requires_grad=parameter.requires_grad)
+
+
+def _make_fsdp_unit(layer: nn.Module, mesh: DeviceMesh, fsdp: FsdpSettings) -> None:
+    fully_shard(
+        layer,
+        mesh=mesh,
+        mp_policy=MixedPrecisionPolicy(
+            param_dtype=fsdp.mp_policy.param_dtype,
+            reduce_dtype=fsdp.mp_policy.reduce_dtype,
+            output_dtype=None,
+            cast_forward_inputs=False,
+        ),
+        reshard_after_forward=fsdp.reshard_after_forward,
+        **({} if fsdp.offload_policy is None else {"offload_policy": fsdp.offload_policy}),
+    )
 
 
 @torch.no_grad()
@@ -123,12 +134,12 @@ def _own_experts(parameter: nn.Parameter, ep_mesh: DeviceMesh, dtype: torch.dtyp
 
 
 def prefetch_next_layers(model: nn.Module) -> None:
-    """Have each decoder layer's forward start the all-gather of the next one's weights; the last layer's, of what
-    follows the layers (the final norm, and the head with it, where they are one unit).
+    """Have each decoder layer's forward start the all-gather of the next layer's weights.
 
-    FSDP2 leaves that to the host's running ahead of the GPU, and our layers may make it wait, for their counts: the
-    next layer's weights would be asked for when they are needed. Chains are the children of each ModuleList; what is
-    not in one, nor just behind one, is left as it was. After torchtitan (models/llama4/infra/parallelize.py,
+    The last layer's forward starts that of the unit behind the layers (the final norm; the head with it, where they are
+    one unit). FSDP2 counts on a host that runs ahead of the GPU, and our layers may make the host wait for their
+    counts: the next weights would be asked for only when they are needed. Each ModuleList is one chain; a unit that is
+    neither in one nor just behind one is left as it was. After torchtitan (models/llama4/infra/parallelize.py,
     apply_fsdp: explicit prefetching where expert parallelism syncs device and host).
     """
     for parent in model.modules():
@@ -144,11 +155,11 @@ def prefetch_next_layers(model: nn.Module) -> None:
 
 
 class WithoutShardedExperts:
-    """A model as `fsdp2_load_full_state_dict` should see it: without the experts.
+    """A model without the experts, for `fsdp2_load_full_state_dict`.
 
-    That function hands rank 0's whole tensors round, and would shard our shards again. Experts got their values in
-    `shard_experts`; they are left out of the state dict it walks through, and put back, as they were before the
-    model was moved to meta, into the one it loads.
+    That function sends rank 0's whole tensors to all ranks, and would shard our shards again. `shard_experts` gave the
+    experts their values already. They are left out of the state dict that the function walks through, and put back into
+    the one that it loads, as they were before the model was moved to meta.
     """
 
     def __init__(self, model: nn.Module, full_state_dict: dict[str, torch.Tensor]):
@@ -169,3 +180,16 @@ class WithoutShardedExperts:
 def is_sharded(layer: ScatterMoE) -> bool:
     state = layer._accel_moe_layer
     return state.ep > 1 and not isinstance(state.dispatcher, NotSharded)
+
+
+@patch(
+    "accelerate.utils.fsdp_utils.fsdp2_load_full_state_dict",
+    why="fsdp_cpu_ram_efficient_loading distributes whole tensors over each parameter's mesh, and would shard a shard "
+    "again.",
+    tested=ACCELERATE,
+)
+def fsdp2_load_full_state_dict(original, accelerator, model, full_sd, cpu_offload=False):
+    if not any(is_sharded(layer) for _, layer in swapped_layers(model)):
+        return original(accelerator, model, full_sd, cpu_offload)
+    original(accelerator, WithoutShardedExperts(model, full_sd), full_sd, cpu_offload)
+    return model

@@ -1,6 +1,6 @@
 """The required and the tested versions of Python, torch, accelerate and transformers, in one place.
 
-A version newer than the tested ones is no error. hooks.py refuses a patched function whose parameters changed. For the
+A version newer than the tested ones is no error. patching.py refuses a target whose parameters changed. For the
 rest one warning is given, and `python -m accel_moe.families --check` tries it. pyproject.toml repeats the oldest
 versions, because pip needs them, and excludes no future version.
 """

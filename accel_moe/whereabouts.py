@@ -1,15 +1,16 @@
-"""What every rank is doing, told when a rank waits in vain: for the others before a call that all must make, or in a
-collective that fails.
+"""A rank that waits in vain says what the other ranks are doing.
 
-    note      this rank's last call or kind of forward, as a key of the job's store; written only when it changes
-    meet      before a call's first collective: waits for the other ranks' arrival at the same call
+It may wait for them before a call that every rank must make, or in a collective that fails.
 
-A rank that waits looks after `LOOK_S` where the missing ones are. One that waits in another call, or has reached the
-end of its script, will never come: that is an error at once. One that may only be slow is waited for; after `WARN_S` a
-warning says who is missing, and the call goes on into its collective, which fails at once for a rank that died, and at
-the process group's timeout for one that never comes.
+    note      writes this rank's last call or kind of forward under a key of the job's store, when it changes
+    meet      waits, before a call's first collective, until the other ranks have arrived at the same call
 
-The store is torch.distributed's own: sockets, no collective, no GPU. Nothing here runs in a layer or in backward; the
+A rank that waits reads after `LOOK_S` seconds where the missing ranks are. A rank that waits in another call, or has
+reached the end of its script, will never come: that is an error at once. A rank that may only be slow is waited for.
+After `WARN_S` seconds a warning names the missing ranks, and the call goes on into its collective. The collective fails
+at once if a rank died, and at the process group's timeout if one never comes.
+
+The store is torch.distributed's own: sockets, no collective, no GPU. Nothing here runs in a layer or in backward. The
 first forward after a change of kind costs a write, and two reads where kinds alternate.
 """
 
@@ -24,13 +25,14 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 
 from accel_moe.config import spell_ranks as listed
+from accel_moe.patching import ACCELERATE, patch
 
 logger = logging.getLogger("accel_moe")
 
@@ -44,7 +46,10 @@ EVALUATION = "a forward of the model without gradients (evaluation, generation)"
 
 
 class Record(NamedTuple):
-    """What a rank was last seen at. `waits`: it is there until `count` ranks from `first` on are, for the nth time."""
+    """The place where a rank was last seen.
+
+    `waits`: it stays there until `count` ranks from `first` on have come, for the nth time.
+    """
 
     what: str
     nth: int
@@ -69,7 +74,7 @@ def _store() -> Any:
 
 
 def note(what: str) -> None:
-    """Says what this rank does from now on. Writes only when it is another thing than before."""
+    """Says what this rank does from now on. Writes only when that changes."""
     if what != _here and (store := _store()) is not None:
         _write(store, Record(what, 0, False, 0, 0, time.time()))
 
@@ -96,10 +101,13 @@ def _read(store: Any, members: range) -> dict[int, Record]:
 
 
 def meet(what: str, advice: str = "", members: range | None = None) -> None:
-    """Waits a while until all `members` (by default all ranks) are here. Called by each of them, before a collective.
+    """Waits a while until all `members` (by default all ranks) are here. Each of them calls it, before a collective.
 
-    Returns when all have come, or after `WARN_S`, with a warning: the collective itself then waits for one that is
-    slow, and fails for one that died. Raises RuntimeError when a missing rank waits elsewhere or has ended.
+    Returns when all have come, or with a warning after `WARN_S` seconds: the collective itself then waits for a slow
+    rank, and fails for a dead one.
+
+    Raises:
+        RuntimeError: a missing rank waits elsewhere, or has reached the end of its script.
     """
     store = _store()
     if store is None:
@@ -120,26 +128,32 @@ def meet(what: str, advice: str = "", members: range | None = None) -> None:
 
 
 def _all_came(store: Any, key: str, record: Record, members: range, advice: str) -> bool:
-    start = time.monotonic()
-    pause_s, look_at, lost = _PAUSES_S[0], LOOK_S, {}
-    while store.add(f"{key}{record.nth}", 0) < len(members):
-        waited = time.monotonic() - start
-        if waited >= look_at:
-            look_at = waited + _AGAIN_S
-            seen = _read(store, members)
-            missing = [rank for rank in members if not _is_here(seen.get(rank), record)]
-            never = {rank: seen[rank] for rank in missing if rank in seen and _never_comes(seen[rank], record)}
-            if never and never == lost:
-                raise RuntimeError(_told(record.what, missing, seen, advice, waited))
-            lost = never
-            if waited >= WARN_S:
-                if missing and min(rank for rank in members if rank not in missing) == dist.get_rank():
-                    told = _told(record.what, missing, seen, advice, waited)
-                    logger.warning("%s If it is only slow, nothing is wrong: it is waited for.", told)
-                return False
+    look_at, lost = LOOK_S, {}
+    for waited in waiting(lambda: store.add(f"{key}{record.nth}", 0) >= len(members)):
+        if waited < look_at:
+            continue
+        look_at = waited + _AGAIN_S
+        seen = _read(store, members)
+        missing = [rank for rank in members if not _is_here(seen.get(rank), record)]
+        never = {rank: seen[rank] for rank in missing if rank in seen and _never_comes(seen[rank], record)}
+        if never and never == lost:
+            raise RuntimeError(_told(record.what, missing, seen, advice, waited))
+        lost = never
+        if waited >= WARN_S:
+            if missing and min(rank for rank in members if rank not in missing) == dist.get_rank():
+                told = _told(record.what, missing, seen, advice, waited)
+                logger.warning("%s If it is only slow, nothing is wrong: it is waited for.", told)
+            return False
+    return True
+
+
+def waiting(until: Callable[[], bool]) -> Iterator[float]:
+    """The seconds waited so far, each time that `until` said no; it is asked at once, and then ever more rarely."""
+    since, pause_s = time.monotonic(), _PAUSES_S[0]
+    while not until():
+        yield time.monotonic() - since
         time.sleep(pause_s)
         pause_s = min(2 * pause_s, _PAUSES_S[1])
-    return True
 
 
 def _is_here(seen: Record | None, record: Record) -> bool:
@@ -147,7 +161,7 @@ def _is_here(seen: Record | None, record: Record) -> bool:
 
 
 def _never_comes(seen: Record, record: Record) -> bool:
-    """Whether a missing rank waits for this one at a call that this one has not made: neither can go on."""
+    """Whether a missing rank waits for this one at a call that this one has not made, so that neither can go on."""
     if not seen.waits or seen.what == record.what:
         return False
     needs_us = seen.first <= dist.get_rank() < seen.first + seen.count
@@ -164,7 +178,7 @@ def _told(what: str, missing: list[int], seen: dict[int, Record], advice: str, w
 
 
 def _places(seen: dict[int, Record], members: list[int] | range) -> str:
-    """Where ranks were last seen, those at one place together."""
+    """The places where ranks were last seen, each with its ranks."""
     places: dict[str, list[int]] = {}
     now = time.time()
     for rank in members:
@@ -191,14 +205,14 @@ _MARK = "where every rank was last seen:"
 
 
 def explained(error: BaseException) -> BaseException:
-    """The error of a collective, its text extended by what every rank was doing, if that is known."""
+    """The error of a collective, its text extended by what every rank was doing, if the store knows it."""
     if _MARK not in str(error) and len(error.args) <= 1 and (told := everybody()):
         error.args = (f"{error}\n{told}",)
     return error
 
 
 def everybody() -> str:
-    """One line for a failure; empty where nothing is known."""
+    """One line on what every rank was doing; "" if the store knows nothing."""
     store = _store()
     if store is None:
         return ""
@@ -208,7 +222,7 @@ def everybody() -> str:
 
 
 def explaining(collective: Callable[..., Any]) -> Callable[..., Any]:
-    """Decorates a function that does a collective: its failure is explained."""
+    """Decorates a function that does a collective: its RuntimeErrors are `explained`."""
 
     @functools.wraps(collective)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
@@ -221,9 +235,9 @@ def explaining(collective: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def watch(model: torch.nn.Module, members: range) -> None:
-    """Notes the model's kind of forward; ranks meet where it changes, as a forward is a collective of `members`.
+    """Notes the model's kind of forward; where it changes, `members` meet, as a forward is a collective of theirs.
 
-    The kind is that of autograd: `model.eval()` on one rank alone changes no collective.
+    The kind is autograd's: `model.eval()` on a single rank changes no collective.
     """
     if getattr(model, "_accel_moe_kind", None) is None:
         model._accel_moe_kind = TRAINING  # type: ignore[assignment]
@@ -242,7 +256,7 @@ def _before_forward(members: range, module: Any, args: Any) -> None:
 
 
 def watch_the_end() -> None:
-    """Once: the end of this rank's script is noted, and an error of a collective that ends it is explained."""
+    """From now on, the end of this rank's script is noted, and a collective's error that ends it is `explained`."""
     global _watching
     if _watching:
         return
@@ -267,37 +281,35 @@ def _note_the_end() -> None:
         _write(store, Record("the end of its script", 0, True, 0, 0, time.time()))
 
 
-# --- wrapper makers ----------------------------------------------------------------------------------------------
+# --- calls of accelerate -----------------------------------------------------------------------------------------
 
 
-def wrap_wait_for_everyone(original: Callable[..., Any]) -> Callable[..., Any]:
-    """For accelerate.Accelerator.wait_for_everyone: a rank that waits there is seen by those who wait elsewhere."""
+@patch(
+    "accelerate.Accelerator.wait_for_everyone",
+    why="A rank that skipped a call of all ranks often waits here: those that made the call are told so.",
+    tested=ACCELERATE,
+)
+def wait_for_everyone(original, self):
+    if (store := _store()) is None:
+        return original(self)
+    what = "Accelerator.wait_for_everyone"
+    _nth[what] += 1
+    record = Record(what, _nth[what], True, 0, dist.get_world_size(), time.time())
+    _write(store, record)
+    original(self)
+    _write(store, record._replace(nth=0, waits=False))
 
-    @functools.wraps(original)
-    def wait_for_everyone(self):
-        if (store := _store()) is None:
-            return original(self)
-        what = "Accelerator.wait_for_everyone"
-        _nth[what] += 1
-        record = Record(what, _nth[what], True, 0, dist.get_world_size(), time.time())
-        _write(store, record)
-        original(self)
-        _write(store, record._replace(nth=0, waits=False))
 
-    return wait_for_everyone
-
-
-def wrap_get_state_dict(original: Callable[..., Any]) -> Callable[..., Any]:
-    """For accelerate.Accelerator.get_state_dict, which gathers the weights of a sharded model."""
-
-    @functools.wraps(original)
-    def get_state_dict(self, model, unwrap=True):
-        if getattr(model, "_accel_moe_kind", None) is None:
-            return original(self, model, unwrap)
-        meet(
-            "Accelerator.get_state_dict",
-            "Call it, and save_model of Accelerator and Trainer, on every rank: the main one alone writes.",
-        )
-        return explaining(original)(self, model, unwrap)
-
-    return get_state_dict
+@patch(
+    "accelerate.Accelerator.get_state_dict",
+    why="It gathers a sharded model's weights, and hangs without a word where one rank alone calls it.",
+    tested=ACCELERATE,
+)
+def get_state_dict(original, self, model, unwrap=True):
+    if getattr(model, "_accel_moe_kind", None) is None:
+        return original(self, model, unwrap)
+    meet(
+        "Accelerator.get_state_dict",
+        "Call it, and save_model of Accelerator and Trainer, on every rank: the main one alone writes.",
+    )
+    return explaining(original)(self, model, unwrap)

@@ -9,15 +9,18 @@ from __future__ import annotations
 import errno
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from torch.distributed.checkpoint.api import CheckpointException
 
+from accel_moe import ranks
 from accel_moe.checkpoint import folders
 from accel_moe.errors import CheckpointError
+
+T = TypeVar("T")
 
 
 @contextmanager
@@ -33,6 +36,16 @@ def told_with_a_mend(final: Path) -> Iterator[None]:
         if (code := _errno_of(inner, final)) is not None:
             inner.mend = mend(code, final)
         raise
+
+
+def run_advised(final: Path, what: str, step: Callable[[], T]) -> T:
+    """ranks.run_or_raise_everywhere, of a step that saves `final`: its OSErrors carry the sentence. A collective."""
+
+    def advised() -> T:
+        with told_with_a_mend(final):
+            return step()
+
+    return ranks.run_or_raise_everywhere(what, advised)
 
 
 def _errno_of(error: BaseException, final: Path) -> int | None:

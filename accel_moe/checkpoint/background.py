@@ -30,6 +30,7 @@ from typing import Any
 
 from accel_moe import ranks
 from accel_moe.errors import CheckpointError
+from accel_moe.patching import patch
 
 logger = logging.getLogger("accel_moe")
 
@@ -85,7 +86,12 @@ def raise_failure() -> None:
         wait_for_background()
 
 
-def _under_way() -> bool:
+def exists() -> bool:
+    """Whether there is a save in the background whose end nobody waited for."""
+    return _background is not None
+
+
+def under_way() -> bool:
     return _background is not None and not _background.done()
 
 
@@ -142,86 +148,15 @@ def _at_exit() -> None:
         ranks.close_group()
 
 
-def wrap_shutdown(original: Callable[..., Any]) -> Callable[..., Any]:
-    """For torch.distributed.ProcessGroup.shutdown, which destroy_process_group calls before it forgets the group."""
-
-    @functools.wraps(original)
-    def shutdown(self):
-        _wait_in_silence()
-        return original(self)
-
-    return shutdown
-
-
-def wrap_end_training(original: Callable[..., Any]) -> Callable[..., Any]:
-    """For accelerate.Accelerator.end_training, which destroys the process group that a background save uses."""
-
-    @functools.wraps(original)
-    def end_training(self):
-        wait_for_background()
-        return original(self)
-
-    return end_training
-
-
-# --- Trainer -----------------------------------------------------------------------------------------------------
-
-
-def wrap_finalize_training(original: Callable[..., Any]) -> Callable[..., Any]:
-    """For transformers.Trainer._finalize_training, which lists, compares and deletes checkpoint folders."""
-
-    @functools.wraps(original)
-    def _finalize_training(self, trial, num_train_samples, start_time):
-        wait_for_background()
-        return original(self, trial, num_train_samples, start_time)
-
-    return _finalize_training
-
-
-def wrap_on_save(original: Callable[..., Any]) -> Callable[..., Any]:
-    """For transformers' CallbackHandler.on_save: a callback that looks at the checkpoint finds it committed.
-
-    Not a collective: every rank waits for its own thread, and only where it has such a callback.
-    """
-
-    @functools.wraps(original)
-    def on_save(self, args, state, control, **kwargs):
-        if _background is not None and (who := [type(c).__name__ for c in self.callbacks if uses_the_folder(c)]):
-            if _under_way():
-                logger.info("on_save of %s is given the checkpoint: the save in the background ends first.", who[0])
-            wait_for_background()
-        return original(self, args, state, control, **kwargs)
-
-    return on_save
-
-
-_IDLE: dict[str, Callable[[Any], bool]] = {
-    "WandbCallback": lambda callback: str(getattr(callback._log_model, "value", callback._log_model)) != "checkpoint",
-    "TrackioCallback": lambda callback: True,
-    "MLflowCallback": lambda callback: not callback._log_artifacts,
-    "NeptuneCallback": lambda callback: not callback._should_upload_checkpoint,
-    "ClearMLCallback": lambda callback: not callback._log_model,
-    "FlyteCallback": lambda callback: not callback.sync_checkpoints,
-    "DVCLiveCallback": lambda callback: callback._log_model != "all",
-    "SwanLabCallback": lambda callback: True,
-}
-"""When transformers' own callbacks leave the folder alone in on_save: as they are set up by default, most do."""
-
-
-def uses_the_folder(callback: Any) -> bool:
-    """Whether a Trainer callback may read or write the checkpoint in on_save: it has an on_save of its own."""
-    from transformers import TrainerCallback
-
-    on_save = type(callback).on_save
-    if on_save is TrainerCallback.on_save:
-        return False
-    owner = on_save.__qualname__.partition(".")[0]
-    if on_save.__module__ != "transformers.integrations.integration_utils" or owner not in _IDLE:
-        return True
-    try:
-        return not _IDLE[owner](callback)
-    except AttributeError:  # not set up yet, or of another version
-        return True
+@patch(
+    "torch.distributed.ProcessGroup.shutdown",
+    why="destroy_process_group, which scripts import by name, ends the groups that a save in the background uses; it "
+    "calls this first.",
+    tested="torch 2.13",
+)
+def shutdown(original, self):
+    _wait_in_silence()
+    return original(self)
 
 
 # --- SIGTERM -----------------------------------------------------------------------------------------------------
@@ -271,7 +206,7 @@ def _restore_sigterm() -> None:
     """Gives SIGTERM its default back once no save is under way: a handler of Python's is deaf inside a collective."""
     if (
         _saves == 0
-        and not _under_way()
+        and not under_way()
         and threading.current_thread() is threading.main_thread()
         and signal.getsignal(signal.SIGTERM) is _on_sigterm
     ):
@@ -280,7 +215,7 @@ def _restore_sigterm() -> None:
 
 def _on_sigterm(signum: int, frame: Any) -> None:
     global _asked
-    if os.getpid() != _process or _asked or not (_saves or _under_way()):
+    if os.getpid() != _process or _asked or not (_saves or under_way()):
         _die()
         return
     _asked = True

@@ -1,5 +1,4 @@
-"""torch.distributed.checkpoint (DCP) with checksums: a FileSystemWriter that knows the size and checksum of every file
-it wrote, and a planner for nodes with disks of their own.
+"""torch.distributed.checkpoint (DCP) with checksums: a writer that knows the size and checksum of each file it wrote.
 
 The layout is DCP's own (`.metadata` and `__<rank>_<n>.distcp`), so stock accelerate and torch read it.
 """
@@ -16,10 +15,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from torch.distributed.checkpoint import DefaultSavePlanner, FileSystemWriter
+from torch.distributed.checkpoint import FileSystemWriter
 from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
-from torch.distributed.checkpoint.planner import SavePlan
 from torch.distributed.checkpoint.storage import WriteResult
 
 from accel_moe.checkpoint.checksums import StreamDigest
@@ -75,37 +73,6 @@ class _ChecksumFileSystem(FileSystem):
         super().rename(path, new_path)
         if str(path) in self.written:
             self.written[str(new_path)] = self.written.pop(str(path))
-
-
-class NodePlanner(DefaultSavePlanner):
-    """DCP's planner, for nodes with disks of their own: what several ranks hold is written once on each node.
-
-    DCP writes a replicated value (the optimizer's step counts, HSDP's second copy) on one rank of the world, and a
-    node without that rank could not resume from its own disk. Ranks of one node have one number in `leaders`.
-    """
-
-    def __init__(self, leaders: Sequence[int]) -> None:
-        super().__init__()
-        self._leaders = leaders
-
-    def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
-        plans, metadata = super().create_global_plan(all_plans)
-        self.global_plan = with_node_copies(all_plans, plans, self._leaders)
-        return self.global_plan, metadata
-
-
-def with_node_copies(wanted: Sequence[SavePlan], plans: Sequence[SavePlan], leaders: Sequence[int]) -> list[SavePlan]:
-    """`plans` (deduplicated over the world) and, per node, what its ranks `wanted` and none of them kept."""
-    items = [list(plan.items) for plan in plans]
-    for leader in set(leaders):
-        members = [r for r, other in enumerate(leaders) if other == leader]
-        kept = {item.index for r in members for item in items[r]}
-        for r in members:
-            for item in wanted[r].items:
-                if item.index not in kept:
-                    items[r].append(item)
-                    kept.add(item.index)
-    return [dataclasses.replace(plan, items=own) for plan, own in zip(plans, items)]
 
 
 class ChecksumWriter(FileSystemWriter):

@@ -7,7 +7,6 @@ highest number wins, of either kind; what is passed over is named, with the reas
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import warnings
@@ -16,14 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from accel_moe import ranks
-from accel_moe.checkpoint import folders, transaction
-from accel_moe.checkpoint.background import wait_for_background
+from accel_moe.checkpoint import folders, node_local, transaction
 from accel_moe.checkpoint.dcp_metadata import MANIFEST_MARK, METADATA_NAME
-from accel_moe.checkpoint.saving import prepared_models
 from accel_moe.errors import CheckpointError
 from accel_moe.whereabouts import listed
-
-_agreeing = False  # inside a train(resume_from_checkpoint=True) that all ranks called
 
 OURS, STOCK = "ours", "stock"
 
@@ -85,17 +80,17 @@ def newest_whole(parent: Path, prefix: str, gather: Callable[[Any], list[Any]]) 
             continue
         older = next((other for other in names[names.index(name) + 1 :] if here[other] == OURS), None)
         newer_stock = here[name] == STOCK and older is not None
-        if (passed_over or newer_stock) and ranks.rank() == 0:
+        if (passed_over or newer_stock) and ranks.is_rank0():
             why = f" It has no manifest (stock accelerate wrote it), and is newer than {older}." if newer_stock else ""
             told = f" Passed over: {'; '.join(passed_over)}." if passed_over else ""
-            warnings.warn(f"resuming from {name}.{why}{told}", stacklevel=4)
+            warnings.warn(f"resuming from {name}.{why}{told}", stacklevel=5)
         return parent / name
     return None
 
 
 def newest_on_all_ranks(parent: Path, prefix: str) -> Path:
     """The newest checkpoint that is whole on every rank's disk. A collective. Raises CheckpointError."""
-    transaction.recover_everywhere(None, transaction.resolved(parent))
+    node_local.recover_everywhere(None, transaction.resolved(parent))
     newest = newest_whole(parent, prefix, ranks.gather)
     if newest is not None:
         return newest
@@ -106,45 +101,7 @@ def newest_on_all_ranks(parent: Path, prefix: str) -> Path:
     )
 
 
-# --- Trainer -----------------------------------------------------------------------------------------------------
-
-
-def wrap_get_last_checkpoint(original: Callable[..., Any]) -> Callable[..., Any]:
-    """For get_last_checkpoint where Trainer calls it: the newest whole folder; inside train(), of all ranks.
-
-    A run none of whose folders is whole is left to the original. A collective only inside train().
-    """
-
-    @functools.wraps(original)
-    def get_last_checkpoint(folder):
-        parent = Path(folder)
-        transaction.recover_beside(parent)
-        newest = newest_whole(parent, "checkpoint-", ranks.gather if _agreeing else lambda value: [value])
-        return original(folder) if newest is None else os.path.join(folder, newest.name)
-
-    return get_last_checkpoint
-
-
-def wrap_train(original: Callable[..., Any]) -> Callable[..., Any]:
-    """For transformers.Trainer.train: all ranks resume from the same, and the last background save has ended, well or
-    with its error, when it returns."""
-
-    @functools.wraps(original)
-    def train(self, resume_from_checkpoint=None, *args, **kwargs):
-        global _agreeing
-        if prepared_models([self.model]):
-            _agreeing = _all_resume(resume_from_checkpoint, Path(self.args.output_dir))
-        try:
-            result = original(self, resume_from_checkpoint, *args, **kwargs)
-        finally:
-            _agreeing = False
-        wait_for_background()
-        return result
-
-    return train
-
-
-def _all_resume(resume: Any, run: Path) -> bool:
+def all_resume_newest(resume: Any, run: Path) -> bool:
     """Whether every rank asks for the newest checkpoint of `run`, in which a commit that was cut short is finished.
 
     Raises on every rank when they ask for different kinds.
@@ -158,14 +115,14 @@ def _all_resume(resume: Any, run: Path) -> bool:
             "Pass True, which takes the newest checkpoint that all have, or one folder on every rank."
         )
     if asked == "a folder":
-        transaction.recover_everywhere(transaction.resolved(resume))
+        node_local.recover_everywhere(transaction.resolved(resume))
 
         def look() -> None:
             folder = Path(os.path.abspath(os.path.expanduser(resume)))
             if not folder.is_dir():
                 raise CheckpointError(f"{folder} is not a folder. Give the folder that save_state or Trainer wrote.")
 
-        ranks.together(f"looking for {resume}", look)
+        ranks.run_or_raise_everywhere(f"looking for {resume}", look)
     elif asked == "True":
-        transaction.recover_everywhere(None, transaction.resolved(run))
+        node_local.recover_everywhere(None, transaction.resolved(run))
     return asked == "True"

@@ -1,5 +1,4 @@
-"""One save is one commit: model, optimizer, scheduler, RNG, dataloader and custom states appear together or
-not at all.
+"""One save is one commit: model, optimizer, scheduler, RNG, dataloader and custom states appear together or not at all.
 
 accelerate and Trainer decide what belongs to a checkpoint; they keep doing so. Around them:
 
@@ -8,26 +7,26 @@ accelerate and Trainer decide what belongs to a checkpoint; they keep doing so. 
     3. seal      every other file is hashed and made durable; the manifest is written last
     4. commit    when all disks have sealed, the folder gets its name (transaction.py); then the oldest one is deleted
 
-With `moe_async_save` step 2 only copies the tensors to (pinned) host memory, and the DCP writing and steps 3
-and 4 run in a thread, over a gloo group of their own (background.py).
+With `moe_async_save` step 2 only copies the tensors to (pinned) host memory. The DCP writing and steps 3 and 4 then run
+in a thread, over a gloo group of their own (background.py).
 
 A failure that one rank sees is raised on every rank (ranks.py), and the folder keeps its temporary name.
 
-The wrapper makers below change nothing for a model that accel_moe did not prepare. hooks.py installs them.
+for_accelerate.py and for_trainer.py call this file.
 
-Ideas: torchtitan's checkpoint.py (staging, then save in the background, one purge after the save), the
-two-phase layout of "write beside, rename over".
+Ideas: torchtitan's checkpoint.py (staging, then save in the background, one purge after the save), and the two-phase
+layout of "write beside, rename over".
 """
 
 from __future__ import annotations
 
 import copy
-import functools
 import os
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from importlib import metadata as installed
 from pathlib import Path
 from typing import Any, TypeVar
@@ -37,34 +36,31 @@ import torch.distributed.checkpoint as dist_cp
 from torch.distributed.tensor import DTensor
 
 from accel_moe import ranks
-from accel_moe.checkpoint import background, folders, transaction
-from accel_moe.checkpoint.advice import told_with_a_mend
-from accel_moe.checkpoint.background import ends_before_sigterm, wait_for_background
+from accel_moe.checkpoint import background, folders, node_local, transaction
+from accel_moe.checkpoint.advice import run_advised
 from accel_moe.checkpoint.checksums import ALGORITHM, file_digest, hashing_pool
-from accel_moe.checkpoint.dcp_metadata import METADATA_NAME, MODEL_FOLDER, OPTIMIZER_FOLDER, check_metadata, tensors_of
+from accel_moe.checkpoint.dcp_metadata import METADATA_NAME, check_metadata, tensors_of
 from accel_moe.checkpoint.dcp_read import FolderReader
-from accel_moe.checkpoint.dcp_write import COPY_AHEAD_BYTES, ChecksumWriter, NodePlanner
+from accel_moe.checkpoint.dcp_write import COPY_AHEAD_BYTES, ChecksumWriter
 from accel_moe.checkpoint.durable import fsync_folder, fsync_path
 from accel_moe.checkpoint.manifest import FileEntry, Manifest, write_manifest
+from accel_moe.checkpoint.node_local import Disks, NodePlanner
 from accel_moe.errors import CheckpointError
 from accel_moe.experts.state import prepared_state
-from accel_moe.whereabouts import meet
 
 T = TypeVar("T")
 _VERSIONED = ("accel_moe", "torch", "accelerate", "transformers")
 
 
-# --- what is being saved
-# -----------------------------------------------------------------------------------------
+# --- what is being saved -------------------------------------------------------------------------------------------
 
 
 @dataclass
 class Save:
-    """A save under way. `work`, a folder inside `staging`, is what the original save is told to fill.
+    """A save under way. The original save fills `work`, a folder inside `staging`.
 
     It becomes `final`, which is `named` with symlinks followed. Paths are this rank's own: with node-local disks they
-    may differ between ranks. `leaders[r]` is the rank that made the folder which rank r writes to; a leader holds its
-    lock (`held`), seals it and commits it.
+    may differ between ranks. The leader of a disk holds the folder's lock (`held`), seals it and commits it.
     """
 
     named: Path
@@ -74,7 +70,7 @@ class Save:
     held: int | None
     models: list[Any]
     background: bool
-    leaders: list[int]
+    disks: Disks
     step: int | None = None
     keep: int | None = None
     prefix: str | None = None
@@ -87,9 +83,13 @@ class Save:
     must_stay: bool = False  # what was written counts, or may come to count
     algorithm: str = ALGORITHM
 
-    @property
-    def is_leader(self) -> bool:
-        return self.leaders[ranks.rank()] == ranks.rank()
+    def run(self, what: str, step: Callable[[], T]) -> T:
+        """Runs a step of the save; its failure on one rank is raised on every rank. A collective."""
+        return run_advised(self.final, what, step)
+
+    def run_on_leaders(self, what: str, step: Callable[[], None]) -> None:
+        """The same, of a step that the leader of each disk makes."""
+        self.run(what, lambda: step() if self.disks.leads else None)
 
 
 _active: Save | None = None
@@ -110,8 +110,7 @@ def option(models: Sequence[Any], name: str) -> Any:
     return getattr(state_of(models[0]).config, name)
 
 
-# --- 1. begin
-# ----------------------------------------------------------------------------------------------------
+# --- 1. begin ------------------------------------------------------------------------------------------------------
 
 
 def begin(named: str | os.PathLike, models: list[Any]) -> Save:
@@ -123,11 +122,11 @@ def begin(named: str | os.PathLike, models: list[Any]) -> Save:
     named = Path(os.path.abspath(os.path.expanduser(named)))
     final = transaction.resolved(named)
     folders.release_all()  # the caller waited for the last save; an interrupt may have left one behind
-    _step(named, f"saving {named}", lambda: _refuse_a_file(final))
-    transaction.recover_everywhere(final, final.parent)
-    acts = transaction.acts_for(final)
-    _step(named, f"cleaning {final.parent}", lambda: acts and folders.clean_abandoned(final.parent, final))
-    leaders, work, held = _create_on_every_disk(named, final)
+    run_advised(final, f"saving {named}", lambda: _refuse_a_file(final))
+    node_local.recover_everywhere(final, final.parent)
+    acts = node_local.acts_for(final)
+    run_advised(final, f"cleaning {final.parent}", lambda: acts and folders.clean_abandoned(final.parent, final))
+    disks, work, held = node_local.create_on_every_disk(named, final)
     return Save(
         named=named,
         final=final,
@@ -136,18 +135,8 @@ def begin(named: str | os.PathLike, models: list[Any]) -> Save:
         held=held,
         models=models,
         background=bool(option(models, "moe_async_save")),
-        leaders=leaders,
+        disks=disks,
     )
-
-
-def _step(named: Path, what: str, step: Callable[[], T]) -> T:
-    """ranks.together, with a word of advice when the operating system refuses. A collective."""
-
-    def advised() -> T:
-        with told_with_a_mend(transaction.resolved(named)):
-            return step()
-
-    return ranks.together(what, advised)
 
 
 def _refuse_a_file(final: Path) -> None:
@@ -155,40 +144,36 @@ def _refuse_a_file(final: Path) -> None:
         raise CheckpointError(f"{final} is a file, expected a folder or nothing. Save under another name.")
 
 
-def _create_on_every_disk(named: Path, final: Path) -> tuple[list[int], Path, int | None]:
-    """Creates the folder once on each disk that some rank writes to. A collective.
+# --- 2. fill -------------------------------------------------------------------------------------------------------
 
-    Returns each rank's leader, the folder to fill, and the lock, which only leaders have. Rank 0 creates it; ranks
-    that do not see it write elsewhere, and the lowest of them creates it there; and so on. With a shared disk that is
-    one round. A folder that exists is not left: the new files are prepared inside it.
+
+def fill(save: Save, original: Callable[[], Any]) -> None:
+    """Runs the original save with `save` in force. What a rank raises there is raised on all."""
+    global _active
+    assert _active is None, "a save inside a save"
+    _active = save
+    try:
+        save.run(f"saving {save.named}", original)
+    except Exception:
+        _discard(save)
+        raise
+    finally:
+        _active = None
+
+
+def under_way() -> Save | None:
+    """The save that `fill` is inside of, or None."""
+    return _active
+
+
+def _discard(save: Save) -> None:
+    """Removes what a failed save wrote, so that it does not fill the disk. Best effort; never hides the failure.
+
+    What was sealed stays when another node may have committed its part.
     """
-    save_id = ranks.from_rank0(folders.new_save_id())
-    leaders: list[int | None] = [None] * ranks.world_size()
-    mine, held = final, None
-    while None in leaders:
-        leader = leaders.index(None)
-
-        def create(leader: int = leader) -> tuple[bool, int | None]:
-            if ranks.rank() != leader:
-                return False, None
-            inside = final.is_dir()
-            staging = folders.staging_name(final, save_id, inside=inside)
-            lock = folders.create_staging(staging)
-            (staging / (named.name or "root")).mkdir()
-            return inside, lock
-
-        made = _step(named, f"saving {named}", create)
-        held = made[1] if made[1] is not None else held
-        staging = folders.staging_name(final, save_id, inside=ranks.gather(made[0])[leader])
-        sees = ranks.gather(staging.is_dir())
-        if sees[ranks.rank()] and leaders[ranks.rank()] is None:
-            mine = staging / (named.name or "root")
-        leaders = [leader if there and known is None else known for there, known in zip(sees, leaders, strict=True)]
-    return [leader for leader in ranks.from_rank0(leaders) if leader is not None], mine, held
-
-
-# --- 2. fill
-# -----------------------------------------------------------------------------------------------------
+    if save.disks.leads and not save.must_stay:
+        transaction.discard(save.work, save.staging)
+    _let_go(save)
 
 
 def write_dcp(save: Save, folder: str, state_dict: dict[str, Any]) -> None:
@@ -207,8 +192,7 @@ def _write_dcp(save: Save, folder: str, state_dict: dict[str, Any]) -> None:
     with hashing_pool() as pool:
         # staged tensors are in host memory: no copying ahead, and no CUDA stream in the background thread
         copy_ahead_bytes = 0 if save.background else COPY_AHEAD_BYTES
-        writer = ChecksumWriter(save.work / folder, save.algorithm, pool, save.leaders, copy_ahead_bytes)
-        one_disk = len(set(save.leaders)) == 1
+        writer = ChecksumWriter(save.work / folder, save.algorithm, pool, save.disks.leaders, copy_ahead_bytes)
 
         def write() -> None:
             with warnings.catch_warnings():
@@ -216,19 +200,18 @@ def _write_dcp(save: Save, folder: str, state_dict: dict[str, Any]) -> None:
                 save.metadata[folder] = dist_cp.save(
                     state_dict,
                     storage_writer=writer,
-                    planner=dist_cp.DefaultSavePlanner() if one_disk else NodePlanner(save.leaders),
+                    planner=dist_cp.DefaultSavePlanner() if save.disks.is_one else NodePlanner(save.disks.leaders),
                     process_group=ranks.group(),
                     no_dist=not ranks.distributed(),
                 )
 
-        _step(save.named, f"saving {save.named}", write)
+        save.run(f"saving {save.named}", write)
     save.node_metadata[folder] = writer.node_metadata
     save.entries |= {f"{folder}/{name}": entry for name, entry in writer.file_entries().items()}
 
 
 def _stage(folder: str, state_dict: dict[str, Any]) -> dict[str, Any]:
-    """A copy in host memory, pinned where there is a GPU; the buffers are kept and reused by the next save, which
-    waits for this one.
+    """A copy in host memory, pinned where there is a GPU. The next save, which waits for this one, reuses the buffers.
 
     PyTorch's DefaultStager would do, but it closes itself after one state dict (2.11): model and optimizer are two.
     """
@@ -254,8 +237,7 @@ def _host_copy(value: Any, path: str) -> Any:
     return DTensor(buffer, value._spec, requires_grad=False) if isinstance(value, DTensor) else buffer
 
 
-# --- 3. seal and 4. commit
-# ---------------------------------------------------------------------------------------
+# --- 3. seal and 4. commit -----------------------------------------------------------------------------------------
 
 
 def finish(save: Save) -> None:
@@ -274,43 +256,37 @@ def _seal_and_commit(save: Save) -> None:
     for write in save.writes:
         write()
     save.writes.clear()
-    _share_metadata(save)
+    saving = f"saving {save.named}"
+    if not save.disks.is_one:
+        save.run(saving, node_local.metadata_of_other_nodes(save.disks, save.work, save.node_metadata))
     manifest = _seal(save)
-    what = f"saving {save.named}"
 
     def write_it() -> None:
-        if save.is_leader:
-            node = sorted(set(save.leaders)).index(ranks.rank())
-            write_manifest(save.work, Manifest(**{**vars(manifest), "node": node}))
+        write_manifest(save.work, replace(manifest, node=save.disks.distinct.index(ranks.rank())))
 
     def prepare() -> None:
-        if save.is_leader:
-            save.work = transaction.prepare(save.work, save.final)
+        save.work = transaction.prepare(save.work, save.final)
 
     def commit() -> None:
-        if save.is_leader:
-            save.must_stay = len(set(save.leaders)) > 1  # another node may have committed, and recovers with this one
-            save.work = transaction.commit(save.work, save.final)
-            save.must_stay = True
-            _let_go(save)
-
-    def move() -> None:
-        if save.is_leader:
-            transaction.move_into_place(save.work, save.final, save.staging)
+        save.must_stay = not save.disks.is_one  # another node may have committed, and recovers with this one
+        save.work = transaction.commit(save.work, save.final)
+        save.must_stay = True
+        _let_go(save)
 
     def tidy() -> None:
-        if save.is_leader:
+        if save.disks.leads:
             if save.prefix is not None:
                 folders.rotate(save.final.parent, save.prefix, save.keep, save.final, save.protected)
             folders.clean_abandoned(save.final.parent, save.final)
         for act in save.after_commit:
             act()
 
-    _step(save.named, what, write_it)
-    _step(save.named, what, prepare)  # from here on every disk has a sealed folder
-    _step(save.named, f"committing {save.named}", commit)
-    _step(save.named, f"moving the files of {save.named} (which is committed) into place", move)
-    _step(save.named, f"tidying up after {save.named} (which is committed)", tidy)
+    save.run_on_leaders(saving, write_it)
+    save.run_on_leaders(saving, prepare)  # from here on every disk has a sealed folder
+    save.run_on_leaders(f"committing {save.named}", commit)
+    move = partial(transaction.move_into_place, save.work, save.final, save.staging)
+    save.run_on_leaders(f"moving the files of {save.named} (which is committed) into place", move)
+    save.run(f"tidying up after {save.named} (which is committed)", tidy)
 
 
 def _let_go(save: Save) -> None:
@@ -319,37 +295,21 @@ def _let_go(save: Save) -> None:
         save.held = None
 
 
-def _share_metadata(save: Save) -> None:
-    """Puts a `.metadata` into the folders of other nodes: reading needs one, and DCP wrote rank 0's."""
-    if len(set(save.leaders)) == 1:
-        return
-    contents = ranks.from_rank0(save.node_metadata)
-
-    def write() -> None:
-        if save.is_leader and ranks.rank() != 0:
-            for folder, by_leader in contents.items():
-                (save.work / folder).mkdir(exist_ok=True)
-                (save.work / folder / METADATA_NAME).write_bytes(by_leader[ranks.rank()])
-
-    _step(save.named, f"saving {save.named}", write)
-
-
 def _seal(save: Save) -> Manifest:
-    """Hashes and syncs what DCP did not write, and describes the whole. A collective; the manifest is the
-    same everywhere."""
+    """Hashes and syncs the files that DCP did not write; returns the manifest, the same everywhere. A collective."""
     entries = ranks.gather(save.entries)
-    known: dict[int, dict[str, FileEntry]] = {leader: {} for leader in save.leaders}
+    known: dict[int, dict[str, FileEntry]] = {leader: {} for leader in save.disks.leaders}
     for r, written in enumerate(entries):
-        known[save.leaders[r]] |= written
+        known[save.disks.leaders[r]] |= written
 
     def seal_rest() -> dict[str, FileEntry]:
-        if not save.is_leader:
+        if not save.disks.leads:
             return {}
         mine = known[ranks.rank()]
         return mine | _hash_rest(save.work, set(mine), save.algorithm)
 
-    sealed = ranks.gather(_step(save.named, f"saving {save.named}", seal_rest))
-    leaders = sorted(set(save.leaders))
+    sealed = ranks.gather(save.run(f"saving {save.named}", seal_rest))
+    leaders = save.disks.distinct
 
     def describe() -> Manifest | None:
         if ranks.rank() != 0:
@@ -379,7 +339,7 @@ def _seal(save: Save) -> Manifest:
         )
 
     hosts = ranks.gather(ranks.host())
-    return ranks.from_rank0(_step(save.named, f"saving {save.named}", describe))  # type: ignore[return-value]
+    return ranks.from_rank0(save.run(f"saving {save.named}", describe))  # type: ignore[return-value]
 
 
 def _hash_rest(root: Path, known: set[str], algorithm: str) -> dict[str, FileEntry]:
@@ -412,257 +372,3 @@ def complete(save: Save) -> None:
         background.start(lambda: finish(save), save.models)
     else:
         finish(save)
-
-
-# --- wrapper makers
-# ----------------------------------------------------------------------------------------------
-
-
-def wrap_save_state(original: Callable[..., Any]) -> Callable[..., Any]:
-    """For accelerate.Accelerator.save_state: the whole save is one commit, rotation follows it.
-
-    Hooks that the user registered with register_save_state_pre_hook are given the folder that is being filled.
-    """
-
-    @functools.wraps(original)
-    @ends_before_sigterm
-    def save_state(self, output_dir=None, safe_serialization=True, **save_model_func_kwargs):
-        models = prepared_models(self._models)
-        if not models:
-            return original(self, output_dir, safe_serialization, **save_model_func_kwargs)
-        meet("Accelerator.save_state")
-        wait_for_background()
-        project = self.project_configuration
-        naming = project.automatic_checkpoint_naming
-        if naming:
-            final = Path(self.project_dir) / "checkpoints" / f"checkpoint_{self.save_iteration}"
-            transaction.recover_everywhere(None, transaction.resolved(final.parent))
-            _refuse_a_number_in_use(final, self.save_iteration)
-        else:
-            final = Path(output_dir)
-        iteration = project.iteration
-        save = begin(final, models)
-        save.step = _optimizer_step(self._optimizers)
-        if naming:
-            save.prefix, save.keep = "checkpoint_", project.total_limit
-        project.automatic_checkpoint_naming = False  # the original must write where it is told
-        try:
-            fill(save, lambda: original(self, str(save.work), safe_serialization, **save_model_func_kwargs))
-        except Exception:
-            project.iteration = iteration  # the original counts on the ranks where it did not fail
-            raise
-        finally:
-            project.automatic_checkpoint_naming = naming
-        complete(save)
-        return final
-
-    return save_state
-
-
-def _refuse_a_number_in_use(final: Path, number: int) -> None:
-    """Raises ValueError, as accelerate does, on every rank. A collective."""
-    if not any(ranks.gather(final.exists())):
-        return
-    there = [int(path.name.rpartition("_")[2]) for path in folders.numbered(final.parent, "checkpoint_")]
-    highest = max(there, default=number)
-    free = max(ranks.gather(highest)) + 1
-    raise ValueError(
-        f"{final} exists, expected a checkpoint that is not there yet: accelerate counts from {number} in this "
-        f"process, and an earlier run wrote that number. Set accelerator.project_configuration.iteration = {free} "
-        f"(after load_state, or before the first save_state), or use another project_dir."
-    )
-
-
-def fill(save: Save, original: Callable[[], Any]) -> None:
-    """Runs the original save with `save` in force. What a rank raises there is raised on all."""
-    global _active
-    assert _active is None, "a save inside a save"
-    _active = save
-    try:
-        _step(save.named, f"saving {save.named}", original)
-    except Exception:
-        _discard(save)
-        raise
-    finally:
-        _active = None
-
-
-def _discard(save: Save) -> None:
-    """Removes what a failed save wrote, so that it does not fill the disk. Best effort; never hides the failure.
-
-    What was sealed stays when another node may have committed its part.
-    """
-    if save.is_leader and not save.must_stay:
-        transaction.discard(save.work, save.staging)
-    _let_go(save)
-
-
-def _optimizer_step(optimizers: Iterable[Any]) -> int | None:
-    """How many steps the optimizer has made, by its own count; None when it keeps none."""
-    for optimizer in optimizers:
-        for state in optimizer.state.values():
-            if isinstance(state, dict) and "step" in state:
-                return int(state["step"])
-    return None
-
-
-def wrap_save_fsdp_model(original: Callable[..., Any]) -> Callable[..., Any]:
-    """For save_fsdp_model, where accelerate and Trainer call it: DCP with checksums, staged when async."""
-
-    @functools.wraps(original)
-    def save_fsdp_model(fsdp_plugin, accelerator, model, output_dir, model_index=0, adapter_only=False, use_dcp=True):
-        save = _active
-        if save is None or state_of(model) is None:
-            return original(fsdp_plugin, accelerator, model, output_dir, model_index, adapter_only, use_dcp)
-        if not (use_dcp and takes_dcp(fsdp_plugin, model, adapter_only)):
-
-            def plain() -> Any:
-                return original(fsdp_plugin, accelerator, model, output_dir, model_index, adapter_only, use_dcp)
-
-            return _step(save.named, f"saving {save.named}", plain)
-        from torch.distributed.checkpoint.state_dict import get_model_state_dict
-
-        state_dict = get_model_state_dict(model, options=sharded_options())
-        write_dcp(save, f"{MODEL_FOLDER}_{model_index}", {"model": state_dict})
-
-    return save_fsdp_model
-
-
-def wrap_save_fsdp_optimizer(original: Callable[..., Any]) -> Callable[..., Any]:
-    """For save_fsdp_optimizer, where accelerate and Trainer call it."""
-
-    @functools.wraps(original)
-    def save_fsdp_optimizer(fsdp_plugin, accelerator, optimizer, model, output_dir, optimizer_index=0, use_dcp=True):
-        save = _active
-        if save is None or state_of(model) is None:
-            return original(fsdp_plugin, accelerator, optimizer, model, output_dir, optimizer_index, use_dcp)
-        if not (use_dcp and takes_dcp(fsdp_plugin, model, False)):
-
-            def plain() -> Any:
-                return original(fsdp_plugin, accelerator, optimizer, model, output_dir, optimizer_index, use_dcp)
-
-            return _step(save.named, f"saving {save.named}", plain)
-        from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
-
-        state_dict = get_optimizer_state_dict(model, optimizer, options=sharded_options())
-        write_dcp(save, f"{OPTIMIZER_FOLDER}_{optimizer_index}", {"optimizer": state_dict})
-
-    return save_fsdp_optimizer
-
-
-def takes_dcp(fsdp_plugin: Any, model: Any, adapter_only: bool) -> bool:
-    """Whether accelerate would save this with DCP from FSDP2, adapters aside: the road that is ours."""
-    from accelerate.utils.modeling import is_peft_model
-
-    sharded = "SHARDED_STATE_DICT" in str(fsdp_plugin.state_dict_type)
-    return fsdp_plugin.fsdp_version == 2 and sharded and not (adapter_only and is_peft_model(model))
-
-
-def sharded_options() -> Any:
-    """State dicts of the shards where they are.
-
-    accelerate asks for copies in host memory; DCP copies one tensor at a time without that, an asynchronous save
-    copies to pinned memory that it reuses, and a load writes in place.
-    """
-    from torch.distributed.checkpoint.state_dict import StateDictOptions
-
-    return StateDictOptions(full_state_dict=False, cpu_offload=False)
-
-
-# --- Trainer
-# -----------------------------------------------------------------------------------------------------
-
-
-def wrap_save_checkpoint(original: Callable[..., Any]) -> Callable[..., Any]:
-    """For transformers.Trainer._save_checkpoint: one commit, and rotation after it."""
-
-    @functools.wraps(original)
-    @ends_before_sigterm
-    def _save_checkpoint(self, model, trial):
-        models = prepared_models([self.model])
-        if not models:
-            return original(self, model, trial)
-        meet("a checkpoint of Trainer")
-        wait_for_background()
-        run_dir = Path(self._get_output_dir(trial=trial))
-        save = begin(run_dir / f"checkpoint-{self.state.global_step}", models)
-        save.step, save.prefix, save.keep = self.state.global_step, "checkpoint-", self.args.save_total_limit
-
-        def write() -> None:
-            original(self, model, trial)
-            _rename_best(self, save)
-
-        fill(save, write)
-        if self.state.best_model_checkpoint is not None:
-            save.protected.append(Path(self.state.best_model_checkpoint))
-        complete(save)
-
-    return _save_checkpoint
-
-
-def _rename_best(trainer: Any, save: Save) -> None:
-    """The best checkpoint is known by its final name, in memory and in trainer_state.json.
-
-    Trainer looks for the folder of the best step where it saves, which is our temporary folder: this one's it finds
-    there, and those of earlier steps are looked for beside the final name. So a run that was moved to another folder
-    finds its best again, as without us.
-    """
-    best = save.named.parent / f"checkpoint-{trainer.state.best_global_step}"
-    found = best == save.named or best.is_dir()
-    looks = trainer.args.save_strategy in ("steps", "epoch", "best") and trainer.state.best_global_step
-    if looks and found and trainer.state.best_model_checkpoint != str(best):
-        trainer.state.best_model_checkpoint = str(best)
-        if trainer.args.should_save:
-            trainer.state.save_to_json(str(save.work / "trainer_state.json"))
-
-
-def wrap_get_output_dir(original: Callable[..., Any]) -> Callable[..., Any]:
-    """For transformers.Trainer._get_output_dir: while a save is under way, its temporary folder."""
-
-    @functools.wraps(original)
-    def _get_output_dir(self, trial):
-        return original(self, trial) if _active is None else str(_active.staging)
-
-    return _get_output_dir
-
-
-def wrap_push_from_checkpoint(original: Callable[..., Any]) -> Callable[..., Any]:
-    """For transformers.Trainer._push_from_checkpoint: after the commit, from the committed folder."""
-
-    @functools.wraps(original)
-    def _push_from_checkpoint(self, checkpoint_folder):
-        save = _active
-        if save is None:
-            return original(self, checkpoint_folder)
-        save.after_commit.append(lambda: original(self, str(save.named)))
-
-    return _push_from_checkpoint
-
-
-def wrap_save_model(original: Callable[..., Any]) -> Callable[..., Any]:
-    """For transformers.Trainer.save_model.
-
-    With SHARDED_STATE_DICT the original writes no weights and says nothing. A user who calls it wants them:
-    they are gathered to rank 0's host memory and saved whole. Inside a checkpoint nothing changes. A
-    collective.
-    """
-
-    @functools.wraps(original)
-    def save_model(self, output_dir=None, _internal_call=False):
-        save = _active
-        if save is not None:
-            return _step(save.named, f"saving {save.named}", lambda: original(self, output_dir, _internal_call))
-        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
-        gathers = not _internal_call and prepared_models([self.model]) and self.is_fsdp_enabled and plugin is not None
-        if gathers:
-            meet(
-                "Trainer.save_model",
-                "It gathers the shards of all: call it outside of `if trainer.is_world_process_zero()`; the main rank "
-                "alone writes.",
-            )
-        if gathers and "FULL_STATE_DICT" not in str(plugin.state_dict_type):
-            folder = output_dir if output_dir is not None else self.args.output_dir
-            self._save(folder, state_dict=self.accelerator.get_state_dict(self.model))
-        return original(self, output_dir, _internal_call)
-
-    return save_model

@@ -12,9 +12,8 @@ and takes the journal away. Doing that twice, or in two processes at once, does 
 is never touched: logs, other checkpoints, the working directory, files beside ours in the same folders. The folder
 itself stays the same one, so a mount point, a symlink and a folder whose parent is read-only are like any other.
 
-With node-local disks all nodes have sealed before one commits. Killed between two commits, some have the new
-checkpoint and some the sealed folder; `recover_everywhere` commits the rest. It is the only function here that is a
-collective; the rest is file system work of one disk.
+All of this is file system work of one disk, and no function here is a collective. node_local.py has the disks of
+several nodes.
 """
 
 from __future__ import annotations
@@ -26,7 +25,6 @@ import shutil
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
 
-from accel_moe import ranks
 from accel_moe.checkpoint import durable, folders
 from accel_moe.checkpoint.folders import JOURNAL_NAME
 from accel_moe.checkpoint.manifest import read_manifest
@@ -308,97 +306,3 @@ def _own_files(folder: Path) -> set[str] | None:
         return None if manifest is None else set(manifest.own_files())
     except (CheckpointError, ValueError, TypeError, KeyError, IndexError, AttributeError):
         return None
-
-
-# --- on all nodes ------------------------------------------------------------------------------------------------
-
-
-def recover_everywhere(final: Path | None, parent: Path | None = None) -> None:
-    """Finishes on every disk what a kill cut short, so that all nodes have one generation. A collective.
-
-    It looks at one checkpoint, or at all those of `parent`, or at both; paths are this rank's own. A node whose
-    folder was sealed, and not committed, is brought to what the others committed. Nothing is removed: call it before
-    any cleaning. Raises CheckpointError on every rank.
-    """
-    where = str(final or parent)
-    everyone = ranks.gather((ranks.host(), where))
-    actor = everyone.index(everyone[ranks.rank()])  # of the ranks of a host that have the same folder, the first acts
-
-    def act() -> dict[str, dict[str, Path]]:
-        if actor != ranks.rank():
-            return {}
-        if parent is not None:
-            recover_beside(parent)
-        if final is not None:
-            recover(final)
-        return _sealed(final, parent)
-
-    mine = ranks.together(f"recovering {where}", act)
-    sealed = ranks.gather({name: sorted(by_generation) for name, by_generation in mine.items()})
-    names = sorted({name for some in sealed for name in some})
-    if not names:
-        return
-
-    def place(name: str) -> Path | None:
-        return final if name == "" else parent / name if parent is not None else None
-
-    def look() -> dict[str, str | None]:
-        return {name: _generation(path) for name in names if (path := place(name)) is not None}
-
-    committed = ranks.gather(ranks.together(f"recovering {where}", look))
-    actors = [everyone.index(key) for key in everyone]
-
-    def finish() -> None:
-        for name, roots in mine.items():
-            states = [(committed[a].get(name), sealed[a].get(name, [])) for a in actors]
-            chosen = {c for c, _ in states if c is not None and all(c == other or c in s for other, s in states)}
-            for generation in chosen & set(roots):
-                path = place(name)
-                if path is not None and committed[ranks.rank()].get(name) != generation:
-                    _commit_sealed(roots[generation], path)
-
-    ranks.together(f"recovering {where}", finish)
-
-
-def acts_for(folder: Path) -> bool:
-    """Whether this rank works for those of its host that have the same folder. A collective."""
-    everyone = ranks.gather((ranks.host(), str(folder)))
-    return everyone.index(everyone[ranks.rank()]) == ranks.rank()
-
-
-def _sealed(final: Path | None, parent: Path | None) -> dict[str, dict[str, Path]]:
-    """{name: {generation: folder}} of what was sealed, was not committed, and is nobody's. "" is `final`."""
-    found: dict[str, dict[str, Path]] = {}
-    seen = folders.leftovers(parent, final) if parent is not None else []
-    if final is not None and parent is None:
-        seen = [p for p in folders.unfinished(final.parent) if folders.unfinished_name(p) == final.name]
-        seen += folders.unfinished(final)
-    for staging in seen:
-        if folders.kind_of(staging) != "tmp" or folders.is_journaled(staging):
-            continue
-        beside = staging.parent == (parent if parent is not None else final.parent if final is not None else None)
-        path = staging.with_name(str(folders.unfinished_name(staging))) if beside else staging.parent
-        for manifest in staging.glob(f"*/{MANIFEST_NAME}"):
-            with folders.claimed(staging) as abandoned:
-                generation = _generation(manifest.parent) if abandoned else None
-            if generation is not None:
-                found.setdefault("" if path == final else path.name, {})[generation] = manifest.parent
-    return found
-
-
-def _generation(folder: Path) -> str | None:
-    """Which save wrote a folder, the same on every node; None where no manifest says so."""
-    try:
-        manifest = read_manifest(folder)
-    except CheckpointError:
-        return None
-    return None if manifest is None else manifest.identity()
-
-
-def _commit_sealed(work: Path, final: Path) -> None:
-    staging = work.parent
-    with folders.claimed(staging) as abandoned:
-        if not abandoned:
-            return
-        work = commit(prepare(work, final), final)
-    move_into_place(work, final, staging)

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from accel_moe import ranks
-from accel_moe.checkpoint import folders
+from accel_moe.checkpoint import folders, node_local
 from accel_moe.checkpoint.dcp_metadata import (
     METADATA_NAME,
     MODEL_FOLDER,
@@ -73,14 +73,14 @@ def verify(folder: Path, models: list[Any]) -> Verified:
     Warns for a stock checkpoint, whose `manifest` is None. Raises CheckpointError on every rank: missing, never
     committed, another one on another rank, damaged, or of another model.
     """
-    manifest = ranks.together(f"reading {folder}", lambda: _read(folder))
+    manifest = ranks.run_or_raise_everywhere(f"reading {folder}", lambda: _read(folder))
     _compare_ranks(folder, manifest)
-    share, shares = _shares_of(folder, manifest)
+    share, shares = node_local.shares_of(folder, manifest)
     gone: frozenset[str] = frozenset()
     if manifest is None:
         paths = sorted(f"{path.parent.name}/{path.name}" for path in folder.glob(f"*/{METADATA_NAME}"))
         stamps = {path: _stamp(folder / path) for path in paths}
-        if ranks.rank() == 0:
+        if ranks.is_rank0():
             warnings.warn(
                 f"{folder} has no manifest (stock accelerate wrote it): nothing vouches for its bytes. It is loaded "
                 "as it is.",
@@ -90,7 +90,7 @@ def verify(folder: Path, models: list[Any]) -> Verified:
         mine = [path for i, path in enumerate(_by_size(manifest)) if i % shares == share]
         stamps = {path: _stamp(folder / path) for path in (MANIFEST_NAME, *mine)}
         gone = _check_bytes(folder, manifest, mine, str(option(models, "moe_verify")))
-    ranks.together(f"checking {folder}", lambda: _check_dcp(folder, manifest, models))
+    ranks.run_or_raise_everywhere(f"checking {folder}", lambda: _check_dcp(folder, manifest, models))
     return Verified(folder, manifest, gone, stamps)
 
 
@@ -155,7 +155,7 @@ def _check_bytes(folder: Path, manifest: Manifest, mine: list[str], level: str) 
         there = [path for path in mine if path not in absent]
         problems.extend(check_files(folder, manifest, paths=there, checksums=level != "sizes"))
 
-    ranks.together(f"verifying {folder}", check)
+    ranks.run_or_raise_everywhere(f"verifying {folder}", check)
     found = list(dict.fromkeys(line for lines in ranks.gather(problems) for line in lines))
     if found:
         raise CheckpointError(_damage(folder, found))
@@ -164,7 +164,7 @@ def _check_bytes(folder: Path, manifest: Manifest, mine: list[str], level: str) 
         return frozenset()
     _refuse_half(folder, manifest, everywhere)
     gone = frozenset(path.partition("/")[0] for path in everywhere)
-    if ranks.rank() == 0:
+    if ranks.is_rank0():
         warnings.warn(
             f"{folder} was thinned (moe_verify: present): {', '.join(sorted(gone))} {_is(gone)} gone and not restored. "
             "Everything that is still there was verified.",
@@ -206,17 +206,6 @@ def _by_size(manifest: Manifest) -> list[str]:
     """Files largest first, so that dealing them out in turn gives each rank about the same number of bytes."""
     sizes = {path: entry.size_bytes for files in manifest.files for path, entry in files.items()}
     return sorted(known_paths(manifest), key=lambda path: (-sizes[path], path))
-
-
-def _shares_of(folder: Path, manifest: Manifest | None) -> tuple[int, int]:
-    """(this rank's share, number of shares) among the ranks that see the same folder. A collective."""
-    stat = folder.stat()
-    identity = (ranks.host(), stat.st_dev, stat.st_ino)
-    if len({node for node in ranks.gather(None if manifest is None else manifest.node)}) == 1:
-        identity = (str(folder), 0, 0)  # one folder on a shared disk, whose device number may differ between hosts
-    everyone = ranks.gather(identity)
-    sharing = [r for r, other in enumerate(everyone) if other == everyone[ranks.rank()]]
-    return sharing.index(ranks.rank()), len(sharing)
 
 
 # --- 3. fit ------------------------------------------------------------------------------------------------------

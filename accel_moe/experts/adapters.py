@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from accel_moe.experts.recognise import FoundExperts
+from accel_moe.patching import install, patch, patches_of
 
 
 @dataclass(frozen=True)
@@ -72,19 +74,24 @@ def _sharded_like(whole: torch.Tensor, weight: DTensor) -> DTensor:
     )
 
 
-def adopting(original: Callable[..., Any]) -> Callable[..., Any]:
-    """For PEFT's ParamWrapper._activate_lora: a wrapper that was put around experts after they were sharded."""
+@patch(
+    "peft.tuners.lora.layer.ParamWrapper._activate_lora",
+    why="PEFT may wrap experts after they were sharded, and its parametrisation then adds a whole matrix to a shard.",
+    tested="peft 0.21.2",
+)
+def _activate_lora(original, self, active_adapters):
+    layer = getattr(self.get_base_layer(), "_accel_moe_layer", None)
+    if layer is None or layer.ep == 1:
+        return original(self, active_adapters)
+    _check_adapter(self)
+    self.__class__ = _lending_class(self.__class__)
+    return self._activate_lora(active_adapters)
 
-    @functools.wraps(original)
-    def _activate_lora(self, active_adapters):
-        layer = getattr(self.get_base_layer(), "_accel_moe_layer", None)
-        if layer is None or layer.ep == 1:
-            return original(self, active_adapters)
-        _check_adapter(self)
-        self.__class__ = _lending_class(self.__class__)
-        return self._activate_lora(active_adapters)
 
-    return _activate_lora
+def patch_peft() -> None:
+    """Install the patch above where PEFT was imported; its older versions have no ParamWrapper."""
+    if hasattr(sys.modules.get("peft.tuners.lora.layer"), "ParamWrapper"):
+        install(patches_of(_activate_lora))
 
 
 def adopt_adapters(found: FoundExperts) -> None:

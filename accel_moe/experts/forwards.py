@@ -13,13 +13,13 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
-import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import nn
 
+from accel_moe import ranks
 from accel_moe.experts.layer import ScatterMoE
 from accel_moe.experts.recognise import innermost, is_experts
 from accel_moe.experts.state import swapped_layers
@@ -81,7 +81,7 @@ def take_back(model: nn.Module, prefix: str = "") -> None:
             _refuse(f"{prefix}{name}", module, bound, "on the module itself")
         for cls, function in _foreign_in_classes(module):
             _refuse(f"{prefix}{name}", module, function, f"in the class {cls.__name__}")
-    if given_up and int(os.environ.get("RANK", 0)) == 0:
+    if given_up and ranks.is_rank0():
         logger.info("Liger's forward of %d experts layers gave way to ours; its other kernels stay", given_up)
 
 

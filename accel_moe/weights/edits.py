@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -89,21 +88,11 @@ def check_ranks(tensors: Mapping[str, torch.Tensor], error: Exception | None) ->
     Raises:
         ValueError: a rank has an error, or ranks edited their models differently.
     """
-    if not ranks.distributed():
-        if error is not None:
-            raise error
-        return
+    ranks.raise_everywhere("accelerator.prepare", error, ValueError, over=dist.group.WORLD)
     lines = [_line(key, tensor) for key, tensor in sorted(tensors.items())]
     digest = hashlib.blake2b("\n".join(lines).encode()).hexdigest()
-    everyone = gather((None if error is None else str(error), digest))
-    failed = {rank: message for rank, (message, _) in enumerate(everyone) if message is not None}
-    if error is not None:
-        raise error
-    if failed:
-        rank, message = next(iter(failed.items()))
-        raise ValueError(f"Rank {rank}: {message}")
-    if len({digest for _, digest in everyone}) > 1:
-        _raise_difference(gather(lines))
+    if len(set(ranks.gather(digest, over=dist.group.WORLD))) > 1:
+        _raise_difference(ranks.gather(lines, over=dist.group.WORLD))
 
 
 def _raise_difference(everyone: list[list[str]]) -> None:
@@ -121,10 +110,3 @@ def _line(key: str, tensor: torch.Tensor) -> str:
     origin = origin_of(tensor)
     values = "real values" if origin is None else f"the values of {origin.name}"
     return f"{key} {tuple(tensor.shape)} {tensor.dtype} with {values}"
-
-
-def gather(value: Any) -> list[Any]:
-    """Every rank's value, over the default group: loading needs no gloo group of its own. A collective."""
-    everyone: list[Any] = [None] * ranks.world_size()
-    dist.all_gather_object(everyone, value)
-    return everyone

@@ -24,7 +24,6 @@ from torch import nn
 
 from accel_moe import ranks
 from accel_moe.names import plain_name
-from accel_moe.weights import edits
 from accel_moe.weights.load_groups import LoadGroup, convert
 from accel_moe.weights.place import Place, places_of
 from accel_moe.weights.plan import LoadPlan, named_tensors, pending, settle
@@ -81,13 +80,13 @@ def fill(model: nn.Module, device: torch.device) -> LoadReport:
         report = _fill(model, waiting.plan, device)
     except Exception as problem:
         error = problem
-    _raise_together(error)
+    ranks.raise_everywhere("Loading the weights", error, RuntimeError, over=dist.group.WORLD)
     assert report is not None
     waiting.guard.remove()
     for module in model.modules():
         if module.__dict__.pop("_accel_moe_load", None) is not None:
             module._accel_moe_load_report = report
-    if ranks.rank() == 0:
+    if ranks.is_rank0():
         logger.info(
             "%s: this rank read %.2f GB for its %.2f GB in %.1f s (%.2f GB/s)",
             waiting.plan.name,
@@ -324,16 +323,3 @@ def _same_gpu(places: Mapping[str, Place]) -> Callable[[], None]:
     """For each reading thread: a new thread starts on GPU 0, and pinning memory there would open a context on it."""
     devices = {place.local.device for place in places.values() if place.local.device.type == "cuda"}
     return functools.partial(torch.cuda.set_device, devices.pop()) if devices else lambda: None
-
-
-def _raise_together(error: Exception | None) -> None:
-    """One rank's failure is everyone's: the others would wait for it in the next collective."""
-    if not ranks.distributed():
-        if error is not None:
-            raise error
-        return
-    everyone = edits.gather(None if error is None else f"{type(error).__name__}: {error}")
-    failed = {rank: message for rank, message in enumerate(everyone) if message is not None}
-    if failed:
-        rank, message = next(iter(failed.items()))
-        raise RuntimeError(f"Loading the weights failed on rank(s) {list(failed)}; rank {rank}: {message}") from error

@@ -13,6 +13,7 @@ from torch import nn
 
 from accel_moe.errors import first_few
 from accel_moe.names import plain_name
+from accel_moe.patching import TRANSFORMERS, patch
 from accel_moe.weights import deferred_tensors, edits
 from accel_moe.weights.deferred_tensors import Origin, defer, watch
 from accel_moe.weights.load_groups import LoadGroup, load_groups
@@ -61,8 +62,19 @@ class PendingLoad:
     origins: dict[str, Origin] | None = None
 
 
+@patch(
+    "transformers.PreTrainedModel._load_pretrained_model",
+    why="accel_moe.from_pretrained is transformers' own, up to the reading: it has resolved the files, the dtype and "
+    "the conversions by then, and offers no hook to stop there. In place only while from_pretrained runs.",
+    tested=TRANSFORMERS,
+)
 def make_plan(
-    original: Callable[..., Any], model: Any, checkpoint_files: Sequence[str] | None, load_config: Any
+    original: Callable[..., Any],
+    model: Any,
+    state_dict: Any,
+    checkpoint_files: Sequence[str] | None,
+    load_config: Any,
+    expected_keys: Any = None,
 ) -> Any:
     """Stands in for transformers' `_load_pretrained_model`: reads headers only; `model` stays on meta, with a plan.
 

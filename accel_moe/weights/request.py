@@ -14,6 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from accel_moe import ranks
+
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 EXPECTED = "accel_moe.from_pretrained() expects a model: config.json and *.safetensors."
 REFUSED_ARGUMENTS = {
@@ -96,7 +98,7 @@ def quiet_but_rank_0() -> Iterator[None]:
     from transformers.utils import logging
 
     verbosity = logging.get_verbosity()
-    if int(os.environ.get("RANK", 0)):
+    if not ranks.is_rank0():
         logging.set_verbosity_error()
     try:
         with patch_environment(FSDP_CPU_RAM_EFFICIENT_LOADING="false"):

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from accel_moe import ranks
 from accel_moe.errors import HubFormatError
 from accel_moe.file_ranges import read_range
 
@@ -256,7 +257,7 @@ class Reader:
 def _progress_bar(total_bytes: int) -> Any:
     from transformers.utils import logging as transformers_logging
 
-    if int(os.environ.get("RANK", 0)) or not transformers_logging.is_progress_bar_enabled():
+    if not ranks.is_rank0() or not transformers_logging.is_progress_bar_enabled():
         return None
     from tqdm.auto import tqdm
 

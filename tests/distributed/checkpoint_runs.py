@@ -27,12 +27,11 @@ class Snapshot:
 
 
 def install() -> None:
-    """The checkpoint rows of the patch table."""
-    from accel_moe import hooks
-    from accel_moe.checkpoint.hooked import HOOKED
+    """The patches that are for checkpoints."""
+    from accel_moe import patching
+    from accel_moe.checkpoint import background, for_accelerate, for_trainer
 
-    for row in HOOKED:
-        hooks._install(hooks.Patch(*row))
+    patching.install(patching.patches_of(for_accelerate, background, for_trainer))
 
 
 def set_up(case: Case, **options):

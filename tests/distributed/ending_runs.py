@@ -11,7 +11,7 @@ from pathlib import Path
 from torch.distributed import destroy_process_group  # by name, before the package patches anything
 
 from accel_moe import ranks
-from accel_moe.checkpoint import saving
+from accel_moe.checkpoint import background, saving
 from tests.distributed import trainer_checkpoints
 from tests.distributed.fault_runs import ready, set_step
 from tests.distributed.parity import Case
@@ -68,7 +68,7 @@ def save_until_a_signal(folder: str, options: dict, seconds: float) -> None:
     accelerator, model, optimizer = ready(options)
     set_step(model, optimizer, 1)
     accelerator.save_state(os.path.join(folder, "c"))
-    saving.wait_for_background()
+    background.wait_for_background()
     ranks.barrier()
     slow_to_commit(seconds, Path(folder) / f"under-way-{accelerator.process_index}")
     set_step(model, optimizer, 2)

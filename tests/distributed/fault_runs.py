@@ -11,7 +11,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from accel_moe import ranks
-from accel_moe.checkpoint import saving
+from accel_moe.checkpoint import background
 from tests.distributed.checkpoint_runs import set_up, train
 from tests.distributed.parity import Case
 
@@ -122,7 +122,7 @@ def fail_to_save(folder: str, fault: str, options: dict) -> tuple[str, str, int]
     target = os.path.join(folder, "c")
     set_step(model, optimizer, 1)
     accelerator.save_state(target)
-    saving.wait_for_background()
+    background.wait_for_background()
     set_step(model, optimizer, 2)
     first = accelerator.process_index == 1
     error: Exception | None = None

@@ -9,7 +9,7 @@ import signal
 import time
 from pathlib import Path
 
-from accel_moe.checkpoint import resume, saving, transaction
+from accel_moe.checkpoint import background, resume, transaction
 from tests import kills
 from tests.distributed import fault_runs
 from tests.distributed.checkpoint_runs import install, set_up, train
@@ -41,7 +41,7 @@ class StateJob:
         fault_runs.set_step(self.model, self.optimizer, step)
         self.accelerator.project_configuration.iteration = step
         self.accelerator.save_state(self.target)
-        saving.wait_for_background()
+        background.wait_for_background()
 
     def load(self) -> int:
         fault_runs.set_step(self.model, self.optimizer, -1)
@@ -76,13 +76,13 @@ class TrainerJob:
         self.trainer.state.global_step = 1 if self.one_name else step
         self.trainer.state.epoch = float(step)
         self.trainer._save_checkpoint(self.model, None)
-        saving.wait_for_background()
+        background.wait_for_background()
 
     def load(self) -> int:
         import transformers.trainer
 
         fault_runs.set_step(self.model, self.optimizer, -1)
-        assert resume._all_resume(True, self.folder)
+        assert resume.all_resume_newest(True, self.folder)
         folder = transformers.trainer.get_last_checkpoint(str(self.folder))
         self.trainer._load_from_checkpoint(folder, self.model)
         self.trainer._load_optimizer_and_scheduler(folder)
@@ -228,7 +228,7 @@ def save_load(case: Case, targets: list[str], options: dict, cwd: str | None = N
         fault_runs.set_step(model, optimizer, step)
         try:
             accelerator.save_state(target)
-            saving.wait_for_background()
+            background.wait_for_background()
             fault_runs.set_step(model, optimizer, -1)
             accelerator.load_state(target)
             results.append(("", fault_runs.step_of(model, optimizer)))

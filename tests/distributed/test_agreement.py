@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 import accel_moe
-from accel_moe import agreement
+from accel_moe import agreement, whereabouts
 from tests.distributed.parity import Case, prepared
 from tests.distributed.test_bad_input import message_of, on_every_rank
 from tests.ranks import run_ranks
@@ -129,8 +129,8 @@ def test_a_rank_that_is_only_slow_is_waited_for():
 
 def test_the_waiting_rank_warns_ever_more_rarely_and_only_the_first_of_those_that_are_there(monkeypatch, caplog):
     now = [0.0]
-    monkeypatch.setattr(agreement.time, "monotonic", lambda: now[0])
-    monkeypatch.setattr(agreement.time, "sleep", lambda s: now.__setitem__(0, now[0] + 1.0))
+    monkeypatch.setattr(whereabouts.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(whereabouts.time, "sleep", lambda s: now.__setitem__(0, now[0] + 1.0))
     with caplog.at_level(logging.WARNING, "accel_moe"):
         for rank in (0, 2):
             with pytest.raises(RuntimeError, match=r"ranks 1, 3 of 4 did not come .* within 600 s"):

@@ -126,7 +126,7 @@ def test_callbacks_that_leave_the_folder_alone_keep_a_save_in_the_background():
     from transformers import TrainerCallback
     from transformers.integrations import WandbCallback
 
-    from accel_moe.checkpoint.background import uses_the_folder
+    from accel_moe.checkpoint.for_trainer import uses_the_folder
 
     class Reads(TrainerCallback):
         def on_save(self, args, state, control, **kwargs):

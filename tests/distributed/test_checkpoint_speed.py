@@ -29,7 +29,7 @@ def measure(folder: str, layers: int, repeats: int) -> dict[str, list[float]]:
     import accel_moe
     import accel_moe.cpu
     from accel_moe import ranks
-    from accel_moe.checkpoint import saving
+    from accel_moe.checkpoint import background
 
     accel_moe.cpu.enable()
     small = not torch.cuda.is_available()
@@ -94,7 +94,7 @@ def measure(folder: str, layers: int, repeats: int) -> dict[str, list[float]]:
     for _ in range(repeats + 1):
         clear()
         results[BACKGROUND].append(timed(lambda: accelerator.save_state(str(target))))
-        saving.wait_for_background()
+        background.wait_for_background()
     clear()
     return results
 

@@ -156,7 +156,7 @@ def unreadable_on_rank_1(case: Case, how: Load, folder: str) -> str:
 def test_a_rank_that_cannot_read_makes_every_rank_raise(tmp_path):
     case = Case(2, 2)
     for message in run_ranks(unreadable_on_rank_1, 2, case, Load(), save(case, tmp_path)):
-        assert "failed on rank(s) [1]; rank 1: OSError: the disk is gone" in message
+        assert "Loading the weights failed on rank 1 of 2: OSError: the disk is gone" in message
 
 
 def off_the_fsdp2_road(case: Case, how: Load, folder: str) -> list[str]:

@@ -40,13 +40,13 @@ def test_what_is_installed_fits_and_the_command_says_so_within_a_minute():
 
 
 def test_a_patch_whose_target_has_other_parameters_is_named_with_its_reason(monkeypatch, capsys):
-    moved = dataclasses.replace(hooks.TABLE[3], parameters=("module", "something_new"))
+    moved = dataclasses.replace(hooks.TABLE[3], function=lambda original, module, something_new: None)
     monkeypatch.setattr(hooks, "TABLE", (*hooks.TABLE[:3], moved, *hooks.TABLE[4:]))
     status, lines = lines_of("qwen3_moe", capsys=capsys)
     assert status == 1
     off = [line for line in lines.values() if not line.endswith(" ok")]
     assert len(off) == 1 and off[0].startswith(moved.target)
-    assert "where it expected ('module', 'something_new')" in off[0] and moved.reason in off[0]
+    assert "where it expected ('module', 'something_new')" in off[0] and moved.why in off[0]
 
 
 def test_a_patch_whose_target_is_gone_is_named(monkeypatch, capsys):

@@ -9,7 +9,9 @@ import accelerate
 import pytest
 
 import accel_moe
-from accel_moe import hooks, supported
+import accel_moe.cpu
+from accel_moe import hooks, in_accelerator, patching, supported
+from accel_moe.patching import Patch, patch
 from tests.tiny import tiny_model
 
 
@@ -46,35 +48,75 @@ def test_a_target_whose_parameters_moved_is_refused_with_the_reason(monkeypatch)
     module = types.ModuleType("moved_away")
     module.target = lambda a, b: None
     monkeypatch.setitem(sys.modules, "moved_away", module)
-    patch = hooks.Patch("moved_away.target", ("a",), lambda original: original, "so that the test is true")
+    moved = Patch("moved_away.target", lambda original, a: None, "so that the test is true", "")
     with pytest.raises(RuntimeError, match=r"parameters \('a', 'b'\) where it expected \('a',\).*the test is true"):
-        hooks._install(patch)
+        patching.install([moved])
 
 
 @pytest.mark.parametrize(
     "target", ["accelerate.accelerator.no_such_name", "accelerate.NoSuchClass.prepare", "accelerate.no_such_file.name"]
 )
 def test_a_target_that_is_gone_is_refused_with_what_was_found_and_what_was_tested(target):
-    patch = hooks.Patch(target, (), lambda original: original, "")
+    gone = Patch(target, lambda original: None, "", supported.words("accelerate"))
     found = (
         rf"{target}, which this version does not have \(accelerate {accelerate.__version__}; tested with accelerate 1"
     )
     with pytest.raises(RuntimeError, match=found):
-        hooks._install(patch)
+        patching.install([gone])
 
 
 def test_a_target_that_is_no_function_any_more_is_refused():
-    patch = hooks.Patch("accelerate.__version__", (), lambda original: original, "")
+    no_function = Patch("accelerate.__version__", lambda original: None, "", "")
     with pytest.raises(RuntimeError, match=r"accelerate\.__version__, which is no function here"):
-        hooks._install(patch)
+        patching.install([no_function])
 
 
 def test_one_row_off_its_leash_leaves_none_in_place(monkeypatch):
-    off = dataclasses.replace(hooks.TABLE[-1], parameters=("something", "else"))
+    off = dataclasses.replace(hooks.TABLE[-1], function=lambda original, something, else_: None)
     monkeypatch.setattr(hooks, "TABLE", (*hooks.TABLE[:-1], off))
-    with pytest.raises(RuntimeError, match=r"where it expected \('something', 'else'\)"):
+    with pytest.raises(RuntimeError, match=r"where it expected \('something', 'else_'\)"):
         accel_moe.prepare(tiny_model())
     assert hooks.installed() == []
+
+
+class Owner:
+    def method(self, a, *, b=2):
+        return "method", a, b
+
+    @staticmethod
+    def static(a):
+        return "static", a
+
+
+@patch(f"{__name__}.Owner.method", why="It is a test.", tested="everything")
+def shout(original, self, a, *, b=3):
+    return original(self, a, b=b), "shouted"
+
+
+@patch(f"{__name__}.Owner.static", why="It is a test.", tested="everything")
+def twice(original, a):
+    return original(a), original(a)
+
+
+def test_a_patch_is_given_what_it_replaces_and_binds_as_it_did():
+    before = dict(vars(Owner))
+    patches = patching.patches_of(shout, twice)
+    patching.install(patches)
+    try:
+        assert Owner().method(1) == (("method", 1, 3), "shouted")
+        assert Owner.static(1) == Owner().static(1) == (("static", 1), ("static", 1))
+        assert Owner.method.__name__ == "method" and isinstance(vars(Owner)["static"], staticmethod)
+        assert not any(map(patching.off_leash, patches))
+        patching.install(patches)
+    finally:
+        patching.uninstall(patches)
+    assert vars(Owner)["method"] is before["method"] and vars(Owner)["static"] is before["static"]
+
+
+def test_a_module_has_the_patches_that_it_defines_in_order_and_none_that_it_imports():
+    here = sys.modules[__name__]
+    assert [one.target.rpartition(".")[2] for one in patching.patches_of(here)] == ["method", "static"]
+    assert patching.patches_of(accel_moe.cpu) == hooks.CPU_TABLE and patching.patches_of(hooks) == ()
 
 
 @pytest.fixture
@@ -127,9 +169,11 @@ def test_a_version_that_is_not_there_is_missing_unless_none_is_needed():
     assert supported.Range("triton", "", "").verdict(None) == "ok"
 
 
-@pytest.mark.parametrize("patch", [*hooks.TABLE, *hooks.CPU_TABLE, *hooks.PEFT_TABLE], ids=lambda patch: patch.target)
+@pytest.mark.parametrize(
+    "patch", [*hooks.TABLE, *hooks.CPU_TABLE, *hooks.LOAD_TABLE, *hooks.PEFT_TABLE], ids=lambda patch: patch.target
+)
 def test_every_row_gives_its_reason_and_tested_versions(patch):
-    assert patch.reason.endswith(".") and patch.tested
+    assert patch.why.endswith(".") and patch.tested
 
 
 def test_deepspeed_with_expert_parallelism_is_refused_by_name():
@@ -138,7 +182,7 @@ def test_deepspeed_with_expert_parallelism_is_refused_by_name():
     model = accel_moe.prepare(tiny_model(), moe_ep_degree=2)
     accelerator = types.SimpleNamespace(is_fsdp2=False, distributed_type=DistributedType.DEEPSPEED)
     with pytest.raises(ValueError, match=r"moe_ep_degree=2 .* needs FSDP2, but this Accelerator runs DEEPSPEED"):
-        hooks._check_accelerator(accelerator, model, model._accel_moe)
+        in_accelerator._check_accelerator(accelerator, model._accel_moe)
 
 
 @pytest.mark.parametrize("degree", [1, 2])

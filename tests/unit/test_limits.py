@@ -31,7 +31,9 @@ def lines(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
 def parameters(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
     given = function.args
     named = [*given.posonlyargs, *given.args, *given.kwonlyargs]
-    return len(named) + (given.vararg is not None) + (given.kwarg is not None)
+    count = len(named) + (given.vararg is not None) + (given.kwarg is not None)
+    # a patch has the parameters of the function that it replaces, and that function before them
+    return count - any(ast.unparse(decorator).startswith("patch(") for decorator in function.decorator_list)
 
 
 def is_triton_kernel(function: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:

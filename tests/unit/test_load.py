@@ -97,7 +97,7 @@ def test_transformers_is_as_before_after_an_error(many_ranks, tmp_path):
 
 def test_the_row_that_stops_the_reading_gives_its_reason_and_tested_versions():
     (row,) = hooks.LOAD_TABLE
-    assert row.reason.endswith(".") and "5.17" in row.tested and row.target not in hooks.installed()
+    assert row.why.endswith(".") and "5.17" in row.tested and row.target not in hooks.installed()
 
 
 def test_a_forward_before_prepare_says_what_to_call(many_ranks, checkpoint):

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import pytest
 
-from accel_moe.checkpoint import advice, durable, folders, transaction
+from accel_moe.checkpoint import advice, durable, folders, node_local, transaction
 from accel_moe.checkpoint.checksums import file_digest
 from accel_moe.checkpoint.manifest import MANIFEST_NAME, FileEntry, Manifest, read_manifest
 from accel_moe.checkpoint.manifest import write_manifest as write
@@ -63,7 +63,7 @@ def filled(final, names=NEW, content="new"):
 
 def save(final, names=NEW, content="new", prefix=None) -> None:
     """All that a save does, as saving.py does it."""
-    transaction.recover_everywhere(final, final.parent)
+    node_local.recover_everywhere(final, final.parent)
     folders.clean_abandoned(final.parent, final)
     work = filled(final, names, content)
     staging = work.parent
@@ -363,7 +363,7 @@ def test_every_error_of_the_operating_system_says_what_to_do(tmp_path, code, wor
             raise OSError(code, os.strerror(code), "some/file")
 
     with pytest.raises(CheckpointError) as told:
-        ranks.together("saving c", failing)
+        ranks.run_or_raise_everywhere("saving c", failing)
     assert os.strerror(code) in str(told.value) and "some/file" in str(told.value) and words in str(told.value)
 
 
@@ -391,7 +391,7 @@ def test_a_full_disk_that_torch_save_met_is_called_so(tmp_path, numbers):
                 torch.save(torch.zeros(numbers), tmp_path / "x")
 
         with pytest.raises(CheckpointError, match=rf"{tmp_path.parent} is full|{tmp_path} is full"):
-            ranks.together("saving c", failing)
+            ranks.run_or_raise_everywhere("saving c", failing)
         with pytest.raises(OSError, match="No space left"):
             folders.create_staging(folders.staging_name(tmp_path / "c", "abcdefghijkl"))
         assert not folders._held and not folders.unfinished(tmp_path)

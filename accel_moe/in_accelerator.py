@@ -1,0 +1,229 @@
+"""The second half of `prepare()`, which runs inside `accelerator.prepare`, in two steps around accelerate's own.
+
+    accelerator.prepare     compare the ranks; check forwards and settings; adapt PEFT's wrappers         collective
+    fsdp2_prepare_model     plan the mesh, shard the experts, let FSDP2 wrap the rest, read the values    collective
+
+A model that accel_moe did not prepare, and that has no load plan, passes through.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
+
+from accel_moe import mesh, positions, ranks, recompute, shard, whereabouts
+from accel_moe.agreement import compare_ranks
+from accel_moe.experts import forwards
+from accel_moe.experts.adapters import adopt_adapters, patch_peft
+from accel_moe.experts.recognise import find_experts
+from accel_moe.experts.state import PreparedState, prepared_state
+from accel_moe.names import plain_name
+from accel_moe.patching import ACCELERATE, patch
+from accel_moe.weights.fill import fill, share_real
+from accel_moe.weights.plan import check_together, pending, settle
+
+logger = logging.getLogger("accel_moe")
+
+
+@patch(
+    "accelerate.Accelerator.prepare",
+    why="A model marked for ep > 1 that does not take the FSDP2 road (DDP, FSDP1, DeepSpeed) would train whole experts "
+    "on every rank without a word; and the ranks' settings and models are compared before any collective.",
+    tested=ACCELERATE,
+)
+def prepare(original, self, *args, device_placement=None):
+    patch_peft()  # PEFT may have been imported since accel_moe.prepare()
+    for model in args:
+        if isinstance(model, nn.Module) and (state := prepared_state(model)) is not None:
+            compare_ranks(model, state)
+            look = partial(forwards.take_back, model)
+            ranks.run_or_raise_everywhere("accelerator.prepare", look, ValueError, over=dist.group.WORLD)
+            if state.config.moe_ep_degree > 1:
+                _check_accelerator(self, state)
+                adopt_adapters(find_experts(model))  # PEFT may have wrapped the experts since prepare()
+    with _models_on_meta(self, args):
+        return original(self, *args, device_placement=device_placement)
+
+
+@patch(
+    "accelerate.accelerator.fsdp2_prepare_model",
+    why="The one moment between activation checkpointing and wrapping, after the optimizer's parameters were noted by "
+    "name. accelerate offers no hook there. The name is patched where it is called: accelerate.accelerator imports it.",
+    tested=ACCELERATE,
+)
+def fsdp2_prepare_model(original, accelerator, model):
+    state = prepared_state(model)
+    with _values_from_files(accelerator, model):
+        if state is None or state.config.moe_ep_degree == 1 or state.mesh_plan is not None:
+            model = original(accelerator, model)
+        else:
+            with _ignoring(accelerator, model, _shard(accelerator, model, state)):
+                model = original(accelerator, model)
+            shard.prefetch_next_layers(model)
+    if state is not None:
+        _watch(accelerator, model)
+    return model
+
+
+@contextmanager
+def _values_from_files(accelerator, model: nn.Module) -> Iterator[None]:
+    """Around the sharding of a model with a load plan: it is sharded on meta, and then its values are read."""
+    waiting = pending(model)
+    if waiting is None:
+        yield
+        return
+    plugin = accelerator.state.fsdp_plugin
+    settle(model)
+    share_real(model, accelerator.device)
+    ram_efficient, plugin.cpu_ram_efficient_loading = plugin.cpu_ram_efficient_loading, False  # rank 0 has no values
+    try:
+        yield
+    finally:
+        plugin.cpu_ram_efficient_loading = ram_efficient
+    offloaded = isinstance(plugin.cpu_offload, CPUOffloadPolicy)
+    fill(model, torch.device("cpu") if offloaded else accelerator.device)
+
+
+@contextmanager
+def _models_on_meta(accelerator, args: tuple[Any, ...]) -> Iterator[None]:
+    """Around Accelerator.prepare: models with a load plan are checked, and optimizers find their new parameters.
+
+    accelerate finds an optimizer's new parameters by data_ptr, which is 0 for everything on meta; here they are put
+    back by name. Without FSDP2 a model with a load plan is loaded whole, first.
+    """
+    models = [arg for arg in args if isinstance(arg, nn.Module)]
+    planned = [model for model in models if pending(model) is not None]
+    optimizers = [arg for arg in args if isinstance(arg, torch.optim.Optimizer)]
+    check_together(models, optimizers)
+    if not accelerator.is_fsdp2:
+        for model in planned:
+            fill(model, torch.device("cpu"))
+    models = [m for m in models if accelerator.is_fsdp2 and any(p.is_meta for p in m.parameters())]
+    names = {id(p): plain_name(name) for model in models for name, p in model.named_parameters()}
+    optimizers = optimizers if models else []
+    before = [[[names.get(id(p)) for p in g["params"]] for g in o.param_groups] for o in optimizers]
+    yield
+    after = {plain_name(name): p for model in models for name, p in model.named_parameters()}
+    for optimizer, groups in zip(optimizers, before):
+        for group, group_names in zip(optimizer.param_groups, groups):
+            group["params"] = [p if n is None else after[n] for n, p in zip(group_names, group["params"])]
+
+
+def _check_accelerator(accelerator, state: PreparedState) -> None:
+    degree = state.config.moe_ep_degree
+    source = state.resolved.sources["moe_ep_degree"]
+    found = f"moe_ep_degree={degree} ({source})"
+    if not accelerator.is_fsdp2:
+        kind = accelerator.distributed_type.value
+        if kind == "FSDP":
+            kind = "FSDP version 1"
+        raise ValueError(
+            f"{found} needs FSDP2, but this Accelerator runs {kind}. Set distributed_type: FSDP and "
+            "fsdp_config.fsdp_version: 2 in the accelerate config, or remove moe_ep_degree."
+        )
+    parallelism = accelerator.parallelism_config
+    for axis in ("tp", "cp", "sp"):
+        size = getattr(parallelism, f"{axis}_size", 1) or 1 if parallelism is not None else 1
+        if size > 1:
+            raise ValueError(
+                f"{found} together with {axis}_size={size} is not supported. Set parallelism_config_{axis}_size: 1, or "
+                "remove moe_ep_degree."
+            )
+    if accelerator.mixed_precision == "fp16":
+        raise ValueError(
+            f"{found} with mixed_precision: fp16 is not supported: the gradient scaler looks for overflow on each "
+            "parameter's own mesh only. Use mixed_precision: bf16."
+        )
+    dynamo = accelerator.state.dynamo_plugin
+    if dynamo.backend.value != "NO" and dynamo.fullgraph:
+        raise ValueError(
+            f"{found} with dynamo_use_fullgraph: true is not supported: the graph breaks where ranks exchange tokens. "
+            "Set dynamo_config.dynamo_use_fullgraph: false."
+        )
+    _plan(accelerator, state)
+
+
+def _plan(accelerator, state: PreparedState) -> mesh.MeshPlan:
+    parallelism = accelerator.parallelism_config
+    has_mesh = parallelism is not None and getattr(accelerator, "torch_device_mesh", None) is not None
+    return mesh.plan_mesh(
+        accelerator.num_processes,
+        state.config.moe_ep_degree,
+        dp_replicate=(parallelism.dp_replicate_size or 1) if has_mesh else 1,
+        dp_shard=(parallelism.dp_shard_size or 1) if has_mesh else None,
+    )
+
+
+def _watch(accelerator, model: nn.Module) -> None:
+    """Watch the model's forwards: each is a collective of the ranks that share one replica."""
+    parallelism = accelerator.parallelism_config
+    size = accelerator.num_processes // ((parallelism.dp_replicate_size or 1) if parallelism is not None else 1)
+    first = accelerator.process_index // size * size
+    whereabouts.watch(model, range(first, first + size))
+    whereabouts.watch_the_end()
+
+
+def _log_plan(plan: mesh.MeshPlan) -> None:
+    if not ranks.is_rank0():
+        return
+    local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", plan.world_size))
+    nodes = plan.nodes_per_ep_group(local_world_size)
+    logger.info("experts sharded over %s", plan.describe())
+    if nodes > 1:
+        logger.warning(
+            "an ep group spans %d nodes (moe_ep_degree=%d, %d ranks a node): about %d of %d rows leave their node in "
+            "every dispatch and combine. moe_ep_degree=%d would keep them on one.",
+            nodes,
+            plan.ep,
+            local_world_size,
+            nodes - 1,
+            nodes,
+            math.gcd(plan.ep, local_world_size),
+        )
+
+
+@contextmanager
+def _ignoring(accelerator, model: nn.Module, layers: list[nn.Module]) -> Iterator[None]:
+    """Within it, accelerate leaves `layers` out of FSDP, beside what its fsdp_ignored_modules names."""
+    plugin = accelerator.state.fsdp_plugin
+    before = plugin.ignored_modules
+    if layers:
+        if isinstance(before, str):
+            named = [module for name, module in model.named_modules() if re.fullmatch(before, name)]
+            plugin.ignored_modules = [*(module.to(accelerator.device) for module in named), *layers]
+        else:
+            plugin.ignored_modules = [*(before or []), *layers]
+    try:
+        yield
+    finally:
+        plugin.ignored_modules = before
+
+
+def _shard(accelerator, model: nn.Module, state: PreparedState) -> list[nn.Module]:
+    """Shard the experts; returns the layers that FSDP has to ignore."""
+    plugin = accelerator.state.fsdp_plugin
+    plan = _plan(accelerator, state)
+    _log_plan(plan)
+    recompute.keep_random_numbers(model)
+    if state.config.moe_keep_exchanged:
+        recompute.keep_exchanges(model)
+    positions.trust_own_positions(model)
+    settings = shard.FsdpSettings(
+        mp_policy=plugin.mixed_precision_policy or MixedPrecisionPolicy(),
+        offload_policy=plugin.cpu_offload,
+        reshard_after_forward=plugin.reshard_after_forward,
+        upcast=accelerator.mixed_precision != "no",
+        from_rank0=plugin.cpu_ram_efficient_loading,
+    )
+    return shard.shard_experts(model, plan, mesh.build_mesh(plan, accelerator.device.type), settings)

@@ -131,7 +131,7 @@ def evaluate(accelerator: Accelerator, model: torch.nn.Module, loader: DataLoade
         # the loader repeats samples so that every rank has a last batch; gather_for_metrics drops them
         losses.append(accelerator.gather_for_metrics(losses_of_rows(logits, batch["input_ids"])))
     model.train()
-    accel_moe.expert_load(model)  # resets the counts: evaluation's tokens are not training's
+    accel_moe.tokens_per_expert(model)  # resets the counts: evaluation's tokens are not training's
     return torch.cat(losses).mean().item()
 
 
@@ -166,7 +166,7 @@ class Window:
 
 def expert_metrics(model: torch.nn.Module) -> dict[str, float]:
     """The share of its layer's tokens that the busiest expert got: the worst layer, and each layer. A collective."""
-    load = accel_moe.expert_load(model)
+    load = accel_moe.tokens_per_expert(model)
     shares = [float(counts.max() / counts.sum().clamp(min=1)) for counts in load.values()]
     each = {f"experts/busiest_share_layer_{i}": share for i, share in enumerate(shares)}
     return {"experts/busiest_share": max(shares), **each}

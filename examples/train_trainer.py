@@ -24,7 +24,7 @@ class TrainerWithExpertLoad(Trainer):
     """Adds the busiest expert's share of its layer's tokens to every line of training metrics."""
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        load = accel_moe.expert_load(self.model)  # a collective: Trainer logs at the same steps on every rank
+        load = accel_moe.tokens_per_expert(self.model)  # a collective: Trainer logs at the same steps on every rank
         if "loss" in logs:  # else it is an evaluation's line, whose tokens do not count
             busiest = max(float(counts.max() / counts.sum().clamp(min=1)) for counts in load.values())
             logs = {**logs, "busiest_expert_share": busiest}

@@ -53,7 +53,7 @@ class LayerState:
     compute_dtype: torch.dtype | None = None
     """Set where FSDP ignores the layer, and so does not cast its weights."""
     tokens_per_expert: torch.Tensor | None = field(default=None, repr=False)
-    """[E] int64 on the layer's device: slots routed to each expert since the last `expert_load`."""
+    """[E] int64 on the layer's device: slots routed to each expert since the last `tokens_per_expert`."""
     pair_widths: tuple[int, int] | None = None
     """Values that a (row, expert) pair takes without and with a backward to come; read off the weights once."""
     cast_bytes: dict[torch.dtype, int] = field(default_factory=dict, repr=False)

@@ -10,7 +10,6 @@ too. Nothing changes for a model that accel_moe did not prepare.
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -103,7 +102,7 @@ def load_state(original, self, input_dir=None, load_kwargs=None, **load_model_fu
     meet("Accelerator.load_state")
     wait_for_background()
     if input_dir is not None:
-        folder = Path(os.path.abspath(os.path.expanduser(input_dir)))
+        folder = transaction.absolute(input_dir)
         node_local.recover_everywhere(transaction.resolved(folder))
     elif self.project_configuration.automatic_checkpoint_naming:
         folder = newest_on_all_ranks(Path(self.project_dir) / "checkpoints", "checkpoint_")
@@ -280,7 +279,7 @@ def load_fsdp_optimizer(
 
 def _checkpoint_of(input_dir: Any, dcp_folder: str) -> Path:
     """The checkpoint folder; accelerate also takes the DCP folder inside it."""
-    folder = Path(os.path.abspath(os.path.expanduser(input_dir)))
+    folder = transaction.absolute(input_dir)
     return folder.parent if folder.name == dcp_folder else folder
 
 

@@ -161,7 +161,7 @@ def _load_optimizer_and_scheduler(original, self, checkpoint):
         return original(self, checkpoint)
     try:
         result = ranks.run_or_raise_everywhere(f"loading {checkpoint}", lambda: original(self, checkpoint))
-        if (verified := loading.remembered(Path(os.path.abspath(checkpoint)))) is not None:
+        if (verified := loading.remembered(transaction.absolute(checkpoint))) is not None:
             loading.tell_what_is_lost(verified.folder, verified.manifest)
     finally:
         loading.remember(None)

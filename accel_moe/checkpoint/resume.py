@@ -118,7 +118,7 @@ def all_resume_newest(resume: Any, run: Path) -> bool:
         node_local.recover_everywhere(transaction.resolved(resume))
 
         def look() -> None:
-            folder = Path(os.path.abspath(os.path.expanduser(resume)))
+            folder = transaction.absolute(resume)
             if not folder.is_dir():
                 raise CheckpointError(f"{folder} is not a folder. Give the folder that save_state or Trainer wrote.")
 

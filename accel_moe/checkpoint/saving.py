@@ -119,7 +119,7 @@ def begin(named: str | os.PathLike, models: list[Any]) -> Save:
     First it finishes the commits that were cut short, and removes what is left of dead saves, so that a job that
     crashes again and again does not fill the disk.
     """
-    named = Path(os.path.abspath(os.path.expanduser(named)))
+    named = transaction.absolute(named)
     final = transaction.resolved(named)
     folders.release_all()  # the caller waited for the last save; an interrupt may have left one behind
     run_advised(final, f"saving {named}", lambda: _refuse_a_file(final))

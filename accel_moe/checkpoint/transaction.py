@@ -35,6 +35,11 @@ _PREPARED = "commit.json"  # the journal, until it is linked to its place
 _NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EACCES, errno.EMLINK, errno.EINVAL}
 
 
+def absolute(folder: str | os.PathLike) -> Path:
+    """The folder under the name that it was given: `~` expanded, symlinks kept."""
+    return Path(os.path.abspath(os.path.expanduser(folder)))
+
+
 def resolved(folder: str | os.PathLike) -> Path:
     """The folder itself: `~` expanded and symlinks followed, also one that leads to nothing yet."""
     return Path(os.path.realpath(os.path.expanduser(folder)))

@@ -6,6 +6,9 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
+
+import torch
 
 from accel_moe.checkpoint.dcp_metadata import (
     METADATA_NAME,
@@ -15,20 +18,54 @@ from accel_moe.checkpoint.dcp_metadata import (
     was_written_with_manifest,
 )
 from accel_moe.checkpoint.folders import is_committed, numbered, refuse_unfinished
-from accel_moe.checkpoint.manifest import Manifest, check_files, known_paths, read_manifest
+from accel_moe.checkpoint.manifest import Manifest, TensorEntry, check_files, known_paths, read_manifest
 from accel_moe.checkpoint.tensor_reader import TensorReader
 from accel_moe.checkpoint.transaction import recover
 from accel_moe.errors import CheckpointError
 
 
+class TensorSource(Protocol):
+    """The model's tensors in a checkpoint, one at a time, without a process group or a GPU.
+
+    Attributes:
+        tensors: by the model's own parameter names.
+    """
+
+    tensors: dict[str, TensorEntry]
+
+    def check(self) -> list[str]:
+        """One line for each tensor that is not whole."""
+        ...
+
+    def missing_files(self) -> list[str]:
+        """One line for each file that is not there."""
+        ...
+
+    def size_bytes(self, name: str) -> int:
+        """Bytes of the whole tensor."""
+        ...
+
+    def read(self, name: str, memory: torch.Tensor | None = None) -> torch.Tensor:
+        """The whole tensor on the CPU, in the dtype it was saved in; in `memory` (flat uint8, large enough), if given.
+        Raises CheckpointError."""
+        ...
+
+
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint on disk: one folder, or one per node. `dcp_folder` is the model's folder inside each."""
+    """A checkpoint on disk.
+
+    Attributes:
+        roots: one folder, or one per node.
+        dcp_folder: the model's folder inside each; "." if its files lie in the root.
+        manifest: None where nothing vouches for the bytes.
+        reader: the model's tensors; a TensorReader if there is a manifest.
+    """
 
     roots: tuple[Path, ...]
     dcp_folder: str
     manifest: Manifest | None
-    reader: TensorReader
+    reader: TensorSource
 
     @property
     def name(self) -> str:
@@ -38,12 +75,19 @@ class Checkpoint:
 def open_checkpoint(folders: Sequence[str | os.PathLike]) -> Checkpoint:
     """Opens a checkpoint folder, or the folders that several nodes wrote of one checkpoint.
 
-    The model's DCP folder itself is accepted too. Raises CheckpointError: missing, never committed, no model in it,
-    folders of different checkpoints, a manifest that was lost.
+    Raises CheckpointError: missing, never committed, no model in it, folders of different checkpoints, a manifest that
+    was lost.
     """
+    paths = [Path(folder) for folder in folders]
+    opened = (open_format(paths) for open_format in reversed(FORMATS.values()))
+    return next(checkpoint for checkpoint in opened if checkpoint is not None)
+
+
+def open_dcp(folders: Sequence[Path]) -> Checkpoint:
+    """Opens DCP folders, as accelerate and Trainer write them. The model's DCP folder itself is accepted too."""
     roots = []
     dcp_folder = f"{MODEL_FOLDER}_0"
-    for folder in map(Path, folders):
+    for folder in folders:
         recover(folder)
         if not folder.is_dir():
             raise CheckpointError(f"{folder} is not a folder. Give the folder that save_state or Trainer wrote.")
@@ -72,6 +116,11 @@ def open_checkpoint(folders: Sequence[str | os.PathLike]) -> Checkpoint:
             "all of its files."
         )
     return Checkpoint(tuple(roots), dcp_folder, manifest, reader)
+
+
+FORMATS: dict[str, Callable[[Sequence[Path]], Checkpoint | None]] = {"dcp": open_dcp}
+"""By name: opens the folders of a checkpoint, or returns None for folders of another format. The format that was added
+last is asked first."""
 
 
 def _no_checkpoint(folder: Path, dcp_folder: str) -> str:
@@ -111,8 +160,10 @@ def check_checkpoint(
     manifest = checkpoint.manifest
     if manifest is None:
         return problems
+    reader = checkpoint.reader
+    assert isinstance(reader, TensorReader)
     recorded = manifest.tensors.get(checkpoint.dcp_folder, {})
-    stored = tensors_of(checkpoint.reader.metadata)
+    stored = tensors_of(reader.metadata)
     for name in sorted(set(recorded) | set(stored)):
         if name not in stored or name not in recorded or not same_layout({name: stored[name]}, {name: recorded[name]}):
             problems.append(
@@ -122,7 +173,7 @@ def check_checkpoint(
     for path in model_files(checkpoint):
         root = next((root for root in checkpoint.roots if (root / path).exists()), None)
         if root is None:
-            line = checkpoint.reader.reader.missing(Path(path).name)
+            line = reader.reader.missing(Path(path).name)
             if line not in problems:
                 problems.append(line)
             continue

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from accel_moe.experts.storage import storage_of
 from accel_moe.experts.view import KNOWN_PARAMETERS, LAYOUT_FLAGS, ExpertsView, as_interface, shim_of
 from accel_moe.kernels import scattermoe
 
@@ -185,7 +186,7 @@ def _unknown_parameters(request: Request) -> str | None:
 def _stored_otherwise(request: Request) -> str | None:
     shim, num_experts = shim_of(request.own), request.view.num_experts
     for name, parameter in request.view.named_parameters():
-        if _is_packed(parameter):
+        if storage_of(parameter) is None:
             return f"{name} is stored as {parameter.dtype}; quantised experts are not supported"
         if parameter.shape[0] == num_experts or name not in KNOWN_PARAMETERS:
             continue
@@ -322,13 +323,9 @@ def _sounds_like_experts(module: nn.Module) -> bool:
 def _is_quantised_experts(module: nn.Module) -> bool:
     """Experts whose stacked weights are packed, or of less than 16 bits (FP8Experts, Mxfp4GptOssExperts, …)."""
     stacked = (module._parameters.get(name) for name in ("down_proj", "gate_up_proj", "up_proj"))
-    packed = any(p is not None and p.dim() >= 3 and _is_packed(p) for p in stacked)
+    packed = any(p is not None and p.dim() >= 3 and storage_of(p) is None for p in stacked)
     scales = any(name.endswith(("_scale_inv", "_scales", "_blocks")) for name in module._parameters)
     return packed or (scales and "expert" in type(module).__name__.lower())
-
-
-def _is_packed(parameter: torch.Tensor) -> bool:
-    return not parameter.is_floating_point() or parameter.element_size() < 2
 
 
 def _describe_model(model: nn.Module) -> str:

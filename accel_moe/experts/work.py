@@ -15,6 +15,7 @@ from accel_moe.dispatch.base import Dispatched, Overlap, RoutedTokens
 from accel_moe.dispatch.replay import runs_again
 from accel_moe.experts.expert_counts import count_tokens
 from accel_moe.experts.state import LayerState
+from accel_moe.experts.storage import DENSE, storage_of
 from accel_moe.experts.view import KNOWN_PARAMETERS, ExpertsView, as_interface, shim_answers
 from accel_moe.kernels import scattermoe
 from accel_moe.kernels.casts import Casts
@@ -102,7 +103,7 @@ def view_of(module: Any, layer: LayerState, dtype: torch.dtype) -> ExpertsView:
     local = {name: w.to_local() if isinstance(w, DTensor) else w for name, w in weights.items()}
     casts = _casts_of(module, layer, local, dtype)
     if casts is None:
-        local = {name: w.to(dtype) for name, w in local.items()}
+        local = {name: (storage_of(w) or DENSE).dense(w, dtype) for name, w in local.items()}
     if layer.ep > 1 and (layer.deltas or layer.kernel != "scattermoe"):
         trained = [name for name, weight in local.items() if weight.requires_grad]
         if trained:
@@ -142,6 +143,8 @@ def _casts_of(module: Any, layer: LayerState, weights: dict[str, torch.Tensor], 
         return None
     if layer.glu is None or layer.deltas or layer.shim is not None:
         return None
+    if any(storage_of(w) is not DENSE for w in weights.values()):
+        return None
     # with ep 1, PEFT computes the weights for the length of a forward
     return Casts([weights[name] for name in scattermoe.parameter_names(module)], dtype, of_module=layer.ep > 1)
 
@@ -157,4 +160,6 @@ def compute_dtype(module: Any, hidden_states: torch.Tensor) -> torch.dtype:
     if torch.is_autocast_enabled(hidden_states.device.type):
         return torch.get_autocast_dtype(hidden_states.device.type)
     # not _parameters: PEFT's LoRA on experts makes down_proj a property
-    return module._accel_moe_layer.compute_dtype or module.down_proj.dtype  # pyright: ignore[reportReturnType]
+    weight = module.down_proj
+    stored: torch.dtype = weight.dtype if DENSE.holds(weight) else hidden_states.dtype
+    return module._accel_moe_layer.compute_dtype or stored

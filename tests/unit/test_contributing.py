@@ -1,4 +1,5 @@
-"""CONTRIBUTING.md shows how to add a dispatcher from outside. Its code, taken from the page, trains a step on ranks."""
+"""CONTRIBUTING.md shows how to add a dispatcher, a weight storage and a checkpoint format from outside. The code, taken
+from the page, runs here."""
 
 import re
 from pathlib import Path
@@ -13,14 +14,15 @@ CONTRIBUTING = Path(__file__).resolve().parents[2] / "CONTRIBUTING.md"
 NAME = "every_token_everywhere"
 
 
-def code_of_the_page() -> str:
-    shown = CONTRIBUTING.read_text().split("<!-- dispatcher:begin -->")[1].split("<!-- dispatcher:end -->")[0]
-    return re.fullmatch(r"\s*```python\n(.*)```\s*", shown, re.DOTALL)[1]
+def run_code_of_the_page(section: str) -> None:
+    shown = CONTRIBUTING.read_text().split(f"<!-- {section}:begin -->")[1].split(f"<!-- {section}:end -->")[0]
+    code = re.fullmatch(r"\s*```python\n(.*)```\s*", shown, re.DOTALL)[1]
+    exec(compile(code, str(CONTRIBUTING), "exec"), {"__name__": f"my_{section}"})
 
 
 def train_a_step(dispatcher: str) -> tuple[float, float, dict[str, torch.Tensor]]:
     """(loss, gradient norm, {name: whole gradient}) of a tiny model's step at ep 2, on this rank."""
-    exec(compile(code_of_the_page(), str(CONTRIBUTING), "exec"), {"__name__": "my_dispatcher"})
+    run_code_of_the_page("dispatcher")
     from accelerate import Accelerator
     from accelerate.utils import FullyShardedDataParallelPlugin
 
@@ -64,3 +66,95 @@ def test_a_dispatcher_that_nobody_registered_is_refused_by_name():
 
     with pytest.raises(ValueError, match=r"moe_dispatcher='nobodys' is not registered\. Use one of .*auto"):
         accel_moe.prepare(tiny_model(), moe_dispatcher="nobodys")
+
+
+def in_float8(model: torch.nn.Module, *, stored: bool) -> torch.nn.Module:
+    """The experts frozen, in float8; or, not `stored`, in fp32 with the values that float8 leaves of them."""
+    for layer in model.model.layers:
+        experts = layer.mlp.experts
+        for name, parameter in list(experts.named_parameters()):
+            rounded = parameter.detach().to(torch.float8_e4m3fn)
+            setattr(experts, name, torch.nn.Parameter(rounded if stored else rounded.float(), requires_grad=False))
+    return model
+
+
+def gradients_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    tokens = batches(1)[0]
+    model(input_ids=tokens, labels=tokens).loss.backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.fixture
+def only_storages_of_ours():
+    from accel_moe.experts.storage import STORAGES
+
+    before = dict(STORAGES)
+    yield
+    STORAGES.clear()
+    STORAGES.update(before)
+
+
+@pytest.mark.core
+def test_the_storage_of_contributing_computes_with_frozen_float8_experts(only_storages_of_ours):
+    import accel_moe
+
+    with pytest.raises(ValueError, match="quantised"):
+        accel_moe.prepare(in_float8(tiny_model(), stored=True))
+    run_code_of_the_page("storage")
+    found = gradients_of(accel_moe.prepare(in_float8(tiny_model(), stored=True)))
+    expected = gradients_of(in_float8(tiny_model(), stored=False))
+    assert found.keys() == expected.keys() and not any("experts" in name for name in found)
+    # the same fp32 weights in another function
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+
+
+def sharded_float8_experts() -> tuple[dict[str, torch.Tensor], set[torch.dtype]]:
+    """(gradients of a step at ep 2, whole; dtypes of this rank's experts)."""
+    from accelerate import Accelerator
+    from accelerate.utils import FullyShardedDataParallelPlugin
+
+    import accel_moe
+    import accel_moe.cpu
+
+    run_code_of_the_page("storage")
+    accel_moe.cpu.enable()
+    model = in_float8(tiny_model(), stored=True)
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2,
+        auto_wrap_policy="transformer_based_wrap",
+        transformer_cls_names_to_wrap=decoder_layer_names(model),
+    )
+    accelerator = Accelerator(fsdp_plugin=plugin)
+    model = accel_moe.prepare(model, moe_ep_degree=2)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    model, _ = accelerator.prepare(model, torch.optim.SGD(trained, lr=0.1))
+    tokens = batches(1)[0].chunk(2)[accelerator.process_index]
+    accelerator.backward(model(input_ids=tokens, labels=tokens).loss)
+    gradients = {name: p.grad.full_tensor().cpu() for name, p in model.named_parameters() if p.grad is not None}
+    return gradients, {p.to_local().dtype for name, p in model.named_parameters() if "experts" in name}
+
+
+def test_experts_in_a_storage_of_ones_own_are_sharded_as_they_are():
+    expected = gradients_of(in_float8(tiny_model(), stored=False))
+    for found, dtypes in run_ranks(sharded_float8_experts, 2):
+        assert dtypes == {torch.float8_e4m3fn}
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_the_format_of_contributing_is_consolidated(tmp_path, capsys):
+    from accel_moe.checkpoint.opened import FORMATS
+    from tests.exports import assert_same_tensors, make_trained, read_weights, run
+
+    _, base, expected = make_trained(tmp_path, "qwen3_moe")
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    torch.save(dict(tiny_model("qwen3_moe", seed=5).state_dict()), folder / "weights.pt")
+    before = dict(FORMATS)
+    try:
+        run_code_of_the_page("format")
+        assert run("--verify", folder, tmp_path / "out", base) == 0, capsys.readouterr().err
+    finally:
+        FORMATS.clear()
+        FORMATS.update(before)
+    assert_same_tensors(read_weights(tmp_path / "out"), expected)

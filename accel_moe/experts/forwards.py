@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from accel_moe import ranks
+from accel_moe.experts.identity import WithIdentityExperts
 from accel_moe.experts.layer import ScatterMoE
 from accel_moe.experts.recognise import innermost, is_experts
 from accel_moe.experts.state import swapped_layers
@@ -29,6 +30,7 @@ from accel_moe.names import plain_name
 logger = logging.getLogger("accel_moe")
 
 LIGER = "liger_kernel."
+OURS = (ScatterMoE, WithIdentityExperts)
 
 
 def adopt_liger_experts(model: nn.Module) -> None:
@@ -101,7 +103,7 @@ def _foreign_in_classes(module: nn.Module) -> Iterator[tuple[type, Callable[...,
     """Forwards that do not come from where their class does, or from transformers' decorator, or from us."""
     for cls in type(module).__mro__:
         function = vars(cls).get("forward")
-        if function is None or cls is ScatterMoE:
+        if function is None or cls in OURS:
             continue
         if issubclass(cls, ScatterMoE) or not _is_expected(function, cls):
             yield cls, function

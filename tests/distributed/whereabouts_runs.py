@@ -63,7 +63,7 @@ def calls_of_one_rank(folder: str) -> list[str]:
         lambda: accelerator.load_state(os.path.join(folder, "c")),
         lambda: accelerator.get_state_dict(model),
         lambda: accelerator.save_model(model, os.path.join(folder, "e")),
-        lambda: accel_moe.expert_load(model),
+        lambda: accel_moe.tokens_per_expert(model),
         forward,
     )
     errors = []

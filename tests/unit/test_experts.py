@@ -271,7 +271,8 @@ def test_weights_are_not_cast_beside_the_exchange_for_a_backward_that_runs_the_l
     assert (overlap is None) == again
 
 
-def test_expert_load_counts_slots_since_the_last_call():
+def test_tokens_per_expert_counts_slots_since_the_last_call_under_its_older_name_too():
+    assert accel_moe.expert_load is accel_moe.tokens_per_expert
     model = accel_moe.prepare(tiny_model())
     batch = batches(1)[0]
     model(input_ids=batch)

@@ -212,9 +212,10 @@ def _by_size(manifest: Manifest) -> list[str]:
 
 
 def check_kind(folder: Path, plugin: Any, index: int, *, optimizer: bool = False, use_dcp: bool = True) -> None:
-    """Raises CheckpointError when the folder was saved with the other fsdp_state_dict_type. Not a collective.
+    """Raises CheckpointError when the folder was saved with the other fsdp_state_dict_type, or has no file that rank 0
+    would resume from. Not a collective.
 
-    accelerate would look for a file that is not there on rank 0, while the other ranks wait for what it reads.
+    accelerate would look for a file that is not there on rank 0, while the other ranks wait for its values.
     """
     whole = "optimizer" if optimizer else MODEL_FOLDER
     full = f"{whole}.bin" if index == 0 else f"{whole}_{index}.bin"
@@ -225,6 +226,8 @@ def check_kind(folder: Path, plugin: Any, index: int, *, optimizer: bool = False
         return
     (other,) = set(found) - {wanted}
     if not found[other]:
+        if wanted == "FULL_STATE_DICT" and ranks.is_rank0():  # the one rank that reads it, from its own disk perhaps
+            raise CheckpointError(_no_whole_state(folder, full))
         return
     names = {"FULL_STATE_DICT": full, "SHARDED_STATE_DICT": f"{sharded}/"}
     raise CheckpointError(
@@ -232,6 +235,16 @@ def check_kind(folder: Path, plugin: Any, index: int, *, optimizer: bool = False
         f"(expected {names[wanted]}). Nothing was loaded. Set fsdp_state_dict_type: {other} in fsdp_config, or "
         "FSDP_STATE_DICT_TYPE in the environment; after loading, "
         f'accelerator.state.fsdp_plugin.set_state_dict_type("{wanted}") saves as before.'
+    )
+
+
+def _no_whole_state(folder: Path, expected: str) -> str:
+    text = f"{folder} has no {expected}, which fsdp_state_dict_type: FULL_STATE_DICT resumes from. Nothing was loaded."
+    if not any(folder.glob("*.safetensors")):
+        return f"{text} Use another checkpoint, or restore the file."
+    return (
+        f"{text} It holds a model to use, as save_only_model writes it: load it with from_pretrained({str(folder)!r}), "
+        "and train without resume_from_checkpoint."
     )
 
 

@@ -68,6 +68,22 @@ def other_state_dict_types(folder: str) -> list[str]:
     return errors
 
 
+def resume_from_whole_weights(folder: str) -> list[str]:
+    """Resumed with FULL_STATE_DICT from a folder that Trainer wrote with save_only_model, and from an empty one."""
+    accelerator, model, _ = fault_runs.ready()
+    plugin = accelerator.state.fsdp_plugin
+    plugin.state_dict_config = plugin.optim_state_dict_config = None
+    plugin.set_state_dict_type("FULL_STATE_DICT")
+    if accelerator.is_main_process:
+        os.makedirs(os.path.join(folder, "empty"))
+        os.makedirs(os.path.join(folder, "whole"))
+        Path(folder, "whole", "model.safetensors").write_bytes(b"")
+    accelerator.wait_for_everyone()
+    return [
+        _attempt(lambda n=n: _as_trainer_loads(accelerator, model, os.path.join(folder, n))) for n in ("whole", "empty")
+    ]
+
+
 def _as_trainer_loads(accelerator, model, folder: str) -> None:
     from transformers import trainer
 

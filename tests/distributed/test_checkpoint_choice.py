@@ -72,6 +72,12 @@ def test_the_other_state_dict_type_is_told_on_every_rank_and_hangs_none(tmp_path
         assert all("Set fsdp_state_dict_type" in error for error in errors)
 
 
+def test_a_folder_without_the_file_that_rank_0_resumes_from_is_told_on_every_rank_and_hangs_none(tmp_path):
+    for whole, empty in run_ranks(runs.resume_from_whole_weights, 2, str(tmp_path), timeout_s=90):
+        assert "has no pytorch_model_fsdp.bin" in whole and "load it with from_pretrained" in whole
+        assert "has no pytorch_model_fsdp.bin" in empty and "Use another checkpoint" in empty
+
+
 def test_a_bit_that_flipped_after_the_best_checkpoint_was_loaded_is_seen_when_the_process_resumes(tmp_path):
     for error in run_ranks(runs.resume_what_was_flipped_since, 2, str(tmp_path), timeout_s=90):
         assert error.startswith("CheckpointError") and "does not match its checksum" in error, error

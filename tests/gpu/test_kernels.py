@@ -10,11 +10,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from accel_moe.kernels import autograd
-from accel_moe.kernels.autograd import ExpertWeights
 from accel_moe.kernels.deferred_count import DeferredCount
 from accel_moe.kernels.glu import Glu
-from accel_moe.kernels.hints import Hints
+from tests.experts_layer import experts
 
 pytestmark = pytest.mark.gpu
 
@@ -63,14 +61,6 @@ def run(fn, args, dout, **kwargs):
     leaves = [t.detach().clone().requires_grad_() for t in (x, w1, w2, weights)]
     out = fn(*leaves[:3], index, leaves[3], **kwargs)
     return [out.detach(), *torch.autograd.grad(out, leaves, dout.to(out.dtype))]
-
-
-def experts(
-    x, w1, w2, index, weights, act="silu", *, b1=None, b2=None, glu=None, gated=True, transposed=False, **hints
-):
-    """autograd.experts, with its records spelt out."""
-    own = ExpertWeights(w1, w2, b1, b2, transposed)
-    return autograd.experts(x, own, index, weights, glu or Glu(act, gated), Hints(**hints))
 
 
 def ours(*args, **kwargs):

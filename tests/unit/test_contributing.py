@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.distributed.parity import Case, accelerator_for
 from tests.ranks import run_ranks
-from tests.tiny import batches, decoder_layer_names, tiny_model
+from tests.tiny import batches, tiny_model
 
 CONTRIBUTING = Path(__file__).resolve().parents[2] / "CONTRIBUTING.md"
 NAME = "every_token_everywhere"
@@ -23,21 +24,12 @@ def run_code_of_the_page(section: str) -> None:
 def train_a_step(dispatcher: str) -> tuple[float, float, dict[str, torch.Tensor]]:
     """(loss, gradient norm, {name: whole gradient}) of a tiny model's step at ep 2, on this rank."""
     run_code_of_the_page("dispatcher")
-    from accelerate import Accelerator
-    from accelerate.utils import FullyShardedDataParallelPlugin
-
     import accel_moe
     import accel_moe.cpu
 
     accel_moe.cpu.enable()
     model = tiny_model()
-    plugin = FullyShardedDataParallelPlugin(
-        fsdp_version=2,
-        auto_wrap_policy="transformer_based_wrap",
-        transformer_cls_names_to_wrap=decoder_layer_names(model),
-        state_dict_type="SHARDED_STATE_DICT",
-    )
-    accelerator = Accelerator(fsdp_plugin=plugin)
+    accelerator = accelerator_for(Case(2, 2), model)
     model = accel_moe.prepare(model, moe_ep_degree=2, moe_dispatcher=dispatcher)
     model, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters(), lr=1e-3))
     # the ranks bring different numbers of tokens
@@ -110,21 +102,13 @@ def test_the_storage_of_contributing_computes_with_frozen_float8_experts(only_st
 
 def sharded_float8_experts() -> tuple[dict[str, torch.Tensor], set[torch.dtype]]:
     """(gradients of a step at ep 2, whole; dtypes of this rank's experts)."""
-    from accelerate import Accelerator
-    from accelerate.utils import FullyShardedDataParallelPlugin
-
     import accel_moe
     import accel_moe.cpu
 
     run_code_of_the_page("storage")
     accel_moe.cpu.enable()
     model = in_float8(tiny_model(), stored=True)
-    plugin = FullyShardedDataParallelPlugin(
-        fsdp_version=2,
-        auto_wrap_policy="transformer_based_wrap",
-        transformer_cls_names_to_wrap=decoder_layer_names(model),
-    )
-    accelerator = Accelerator(fsdp_plugin=plugin)
+    accelerator = accelerator_for(Case(2, 2), model)
     model = accel_moe.prepare(model, moe_ep_degree=2)
     trained = [p for p in model.parameters() if p.requires_grad]
     model, _ = accelerator.prepare(model, torch.optim.SGD(trained, lr=0.1))

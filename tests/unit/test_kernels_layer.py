@@ -9,13 +9,12 @@ shapes are in tests/gpu.
 import pytest
 import torch
 
-from accel_moe.kernels import autograd, launch, ops
-from accel_moe.kernels.autograd import ExpertWeights
+from accel_moe.kernels import launch, ops
 from accel_moe.kernels.casts import Casts
 from accel_moe.kernels.deferred_count import DeferredCount
 from accel_moe.kernels.glu import Glu
-from accel_moe.kernels.hints import Hints
 from accel_moe.kernels.routing import sort_slots
+from tests.experts_layer import experts
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="interpreted: see tests/gpu")
 
@@ -26,14 +25,6 @@ ACTIVATIONS = {
     "relu": torch.relu,
     "relu2": lambda x: torch.relu(x) ** 2,
 }
-
-
-def experts(
-    x, w1, w2, index, weights, act="silu", *, b1=None, b2=None, glu=None, gated=True, transposed=False, **hints
-):
-    """autograd.experts, with its records spelt out."""
-    own = ExpertWeights(w1, w2, b1, b2, transposed)
-    return autograd.experts(x, own, index, weights, glu or Glu(act, gated), Hints(**hints))
 
 
 def eager(x, w1, w2, index, weights, act="silu", gate=None):

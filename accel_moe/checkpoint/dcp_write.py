@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 from torch.distributed.checkpoint.storage import WriteResult
 
-from accel_moe.checkpoint.checksums import StreamDigest
+from accel_moe.checkpoint.checksums import ALGORITHM, StreamDigest
 from accel_moe.checkpoint.dcp_metadata import MANIFEST_MARK
 from accel_moe.checkpoint.durable import fsync
 from accel_moe.checkpoint.manifest import FileEntry
@@ -53,9 +53,9 @@ class _ChecksumStream(io.RawIOBase):
 class _ChecksumFileSystem(FileSystem):
     """DCP's file system; every file opened for writing leaves its size and checksum in `written`."""
 
-    def __init__(self, algorithm: str, pool: ThreadPoolExecutor) -> None:
+    def __init__(self, pool: ThreadPoolExecutor) -> None:
         self.written: dict[str, FileEntry] = {}
-        self._algorithm, self._pool = algorithm, pool
+        self._pool = pool
 
     @contextmanager
     def create_stream(self, path: str | os.PathLike, mode: str) -> Iterator[io.IOBase]:
@@ -63,7 +63,7 @@ class _ChecksumFileSystem(FileSystem):
             if mode != "wb":
                 yield raw
                 return
-            digest = StreamDigest(self._algorithm, self._pool)
+            digest = StreamDigest(ALGORITHM, self._pool)
             yield _ChecksumStream(raw, digest)
             raw.flush()
             fsync(raw.fileno())
@@ -88,14 +88,13 @@ class ChecksumWriter(FileSystemWriter):
     def __init__(
         self,
         path: str | os.PathLike,
-        algorithm: str,
         pool: ThreadPoolExecutor,
         leaders: Sequence[int] = (0,),
         copy_ahead_bytes: int = COPY_AHEAD_BYTES,
     ) -> None:
         # DCP's own fsync fails the save where the file system has none: the file system above does it
         super().__init__(path, sync_files=False, overwrite=False, per_thread_copy_ahead=copy_ahead_bytes)
-        self.fs = _ChecksumFileSystem(algorithm, pool)
+        self.fs = _ChecksumFileSystem(pool)
         self._leaders = leaders
         self.node_metadata: dict[int, bytes] = {}
 

@@ -81,7 +81,6 @@ class Save:
     node_metadata: dict[str, dict[int, bytes]] = field(default_factory=dict)
     after_commit: list[Callable[[], None]] = field(default_factory=list)
     must_stay: bool = False  # what was written counts, or may come to count
-    algorithm: str = ALGORITHM
 
     def run(self, what: str, step: Callable[[], T]) -> T:
         """Runs a step of the save; its failure on one rank is raised on every rank. A collective."""
@@ -192,7 +191,7 @@ def _write_dcp(save: Save, folder: str, state_dict: dict[str, Any]) -> None:
     with hashing_pool() as pool:
         # staged tensors are in host memory: no copying ahead, and no CUDA stream in the background thread
         copy_ahead_bytes = 0 if save.background else COPY_AHEAD_BYTES
-        writer = ChecksumWriter(save.work / folder, save.algorithm, pool, save.disks.leaders, copy_ahead_bytes)
+        writer = ChecksumWriter(save.work / folder, pool, save.disks.leaders, copy_ahead_bytes)
 
         def write() -> None:
             with warnings.catch_warnings():
@@ -306,7 +305,7 @@ def _seal(save: Save) -> Manifest:
         if not save.disks.leads:
             return {}
         mine = known[ranks.rank()]
-        return mine | _hash_rest(save.work, set(mine), save.algorithm)
+        return mine | _hash_rest(save.work, set(mine))
 
     sealed = ranks.gather(save.run(f"saving {save.named}", seal_rest))
     leaders = save.disks.distinct
@@ -332,7 +331,7 @@ def _seal(save: Save) -> Manifest:
             dp_replicate=getattr(plan, "dp_replicate", 1),
             world_size=ranks.world_size(),
             versions={name: _version(name) for name in _VERSIONED},
-            digest_algorithm=save.algorithm,
+            digest_algorithm=ALGORITHM,
             nodes=tuple(hosts[leader] for leader in leaders),
             files=tuple(sealed[leader] for leader in leaders),
             tensors={folder: tensors_of(metadata) for folder, metadata in save.metadata.items()},
@@ -342,7 +341,7 @@ def _seal(save: Save) -> Manifest:
     return ranks.from_rank0(save.run(f"saving {save.named}", describe))  # type: ignore[return-value]
 
 
-def _hash_rest(root: Path, known: set[str], algorithm: str) -> dict[str, FileEntry]:
+def _hash_rest(root: Path, known: set[str]) -> dict[str, FileEntry]:
     """Checksums of the files that DCP's writer did not hash, each made durable."""
     rest = {}
     with hashing_pool() as pool:
@@ -351,7 +350,7 @@ def _hash_rest(root: Path, known: set[str], algorithm: str) -> dict[str, FileEnt
             if name in known or folders.is_internal(path):
                 continue
             fsync_path(path)
-            rest[name] = FileEntry(path.stat().st_size, file_digest(path, algorithm, pool))
+            rest[name] = FileEntry(path.stat().st_size, file_digest(path, ALGORITHM, pool))
     for folder in [root, *(p for p in root.rglob("*") if p.is_dir())]:
         fsync_folder(folder)
     return rest

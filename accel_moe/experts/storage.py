@@ -29,7 +29,7 @@ class Dense:
     """Floating point numbers of 16 bits or more, as they are. Trained or frozen."""
 
     def holds(self, weight: torch.Tensor) -> bool:
-        return weight.is_floating_point() and weight.element_size() >= 2
+        return weight.dtype.is_floating_point and weight.dtype.itemsize >= 2
 
     def dense(self, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         return weight.to(dtype)

@@ -159,7 +159,7 @@ def compute_dtype(module: Any, hidden_states: torch.Tensor) -> torch.dtype:
     """autocast's dtype under autocast; else the weights' own, which FSDP2's mixed precision has already cast."""
     if torch.is_autocast_enabled(hidden_states.device.type):
         return torch.get_autocast_dtype(hidden_states.device.type)
-    # not _parameters: PEFT's LoRA on experts makes down_proj a property
-    weight = module.down_proj
-    stored: torch.dtype = weight.dtype if DENSE.holds(weight) else hidden_states.dtype
-    return module._accel_moe_layer.compute_dtype or stored
+    if module._accel_moe_layer.compute_dtype is not None:
+        return module._accel_moe_layer.compute_dtype
+    weight = module.down_proj  # not of _parameters: PEFT's LoRA on experts makes it a property
+    return weight.dtype if DENSE.holds(weight) else hidden_states.dtype

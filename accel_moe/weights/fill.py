@@ -75,13 +75,8 @@ def fill(model: nn.Module, device: torch.device) -> LoadReport:
     """
     waiting = pending(model)
     assert waiting is not None, "fill() needs a model with a load plan"
-    error, report = None, None
-    try:
-        report = _fill(model, waiting.plan, device)
-    except Exception as problem:
-        error = problem
-    ranks.raise_everywhere("Loading the weights", error, RuntimeError, over=dist.group.WORLD)
-    assert report is not None
+    read = functools.partial(_fill, model, waiting.plan, device)
+    report = ranks.run_or_raise_everywhere("Loading the weights", read, RuntimeError, over=dist.group.WORLD)
     waiting.guard.remove()
     for module in model.modules():
         if module.__dict__.pop("_accel_moe_load", None) is not None:

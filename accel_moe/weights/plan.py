@@ -9,8 +9,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
+from accel_moe import ranks
 from accel_moe.errors import first_few
 from accel_moe.names import plain_name
 from accel_moe.patching import TRANSFORMERS, patch
@@ -237,13 +239,13 @@ def check_together(models: Sequence[nn.Module], optimizers: Sequence[torch.optim
     for model in models:
         if (waiting := pending(model)) is None:
             continue
-        error = None
-        try:
-            check_unchanged(model, waiting.plan)
+
+        def check(model: nn.Module = model, plan: LoadPlan = waiting.plan) -> None:
+            check_unchanged(model, plan)
             edits.check_optimizers(optimizers, own)
-        except ValueError as problem:
-            error = problem
-        edits.check_ranks(named_tensors(model), error)
+
+        ranks.run_or_raise_everywhere("accelerator.prepare", check, ValueError, over=dist.group.WORLD)
+        edits.check_ranks(named_tensors(model))
 
 
 def settle(model: nn.Module) -> dict[str, Origin]:
@@ -259,12 +261,12 @@ def settle(model: nn.Module) -> dict[str, Origin]:
 
 def memory_saved(model: nn.Module) -> str:
     """A log line: host memory that accel_moe.from_pretrained would have saved; "" if none."""
-    ranks = int(os.environ.get("WORLD_SIZE", 1))
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
     tensors = {id(p): p for p in model.parameters() if not p.is_meta}
     held = sum(p.nbytes for p in tensors.values())
-    if ranks == 1 or pending(model) is not None or not held:
+    if world_size == 1 or pending(model) is not None or not held:
         return ""
     return (
-        f"each of {ranks} ranks holds the whole model in RAM ({held / 1e9:.1f} GB) until accelerator.prepare; "
-        f"accel_moe.from_pretrained() would read {held / ranks / 1e9:.1f} GB into the shards of each instead"
+        f"each of {world_size} ranks holds the whole model in RAM ({held / 1e9:.1f} GB) until accelerator.prepare; "
+        f"accel_moe.from_pretrained() would read {held / world_size / 1e9:.1f} GB into the shards of each instead"
     )

@@ -14,7 +14,7 @@ def test_the_metadata_that_save_returns_is_filled_in_where_torch_fills_in_a_copy
     monkeypatch.setattr(FileSystemWriter, "finish", lambda self, metadata, results: None)
     metadata = Metadata(state_dict_metadata={})
     with ThreadPoolExecutor(1) as pool:
-        writer = ChecksumWriter(tmp_path, "blake2b", pool)
+        writer = ChecksumWriter(tmp_path, pool)
         writer.finish(metadata, [[SimpleNamespace(index="a", storage_data="file of a")]])
     assert metadata.storage_data == {"a": "file of a"}
     assert metadata.storage_meta is not None

@@ -7,6 +7,8 @@ keeps a GPU waiting for its host at every layer.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
@@ -93,6 +95,25 @@ def place_copies(
         base += tl.sum(counts, axis=0)
 
 
+@dataclass(frozen=True)
+class Parts:
+    """Which parts a packed row has. A constant of `pack_rows`.
+
+    Attributes:
+        gather: rows are picked by token.
+        weights, index: a row has routing weights, and expert numbers.
+        k_pad: top_k, rounded up to a power of two.
+        block: values copied at once.
+    """
+
+    gather: bool
+    weights: bool
+    index: bool
+    top_k: int
+    k_pad: int
+    block: int
+
+
 @cached_launch
 @triton.jit(do_not_specialize=["num_sent"])
 def pack_rows(
@@ -111,45 +132,37 @@ def pack_rows(
     ranks,
     experts_per_rank,
     source_stride,
-    sent_stride,
-    sent_weight_stride,
-    sent_index_stride,
-    own_stride,
-    own_weight_stride,
-    own_index_stride,
-    GATHER: tl.constexpr,
-    WEIGHTS: tl.constexpr,
-    INDEX: tl.constexpr,
-    TOP_K: tl.constexpr,
-    K_PAD: tl.constexpr,
-    BLOCK: tl.constexpr,
+    stride,
+    weight_stride,
+    index_stride,
+    PARTS: tl.constexpr,
 ):
     """One row: its values, and where asked for its routing weights and its expert numbers on the rank it goes to."""
     row = tl.program_id(0).to(tl.int64)
     token, rank = row, 0
-    if GATHER:
+    if PARTS.gather:
         copy = tl.load(copy_ptr + row)
         token, rank = (copy // ranks).to(tl.int64), copy % ranks
     own = row - num_sent
     leaves, stays = (row < num_sent).to(tl.int32), (row >= num_sent).to(tl.int32)
-    for start in range(0, hidden, BLOCK):
-        cols = start + tl.arange(0, BLOCK)
+    for start in range(0, hidden, PARTS.block):
+        cols = start + tl.arange(0, PARTS.block)
         values = tl.load(source_ptr + token * source_stride + cols, mask=cols < hidden, other=0.0)
-        tl.store(sent_ptr + row * sent_stride + cols, values, mask=cols < hidden * leaves)
-        tl.store(own_ptr + own * own_stride + cols, values, mask=cols < hidden * stays)
-    if WEIGHTS:
-        k = tl.arange(0, K_PAD)
-        mask = k < TOP_K
-        weights = tl.load(weight_ptr + token * TOP_K + k, mask=mask, other=0.0)
-        if INDEX:
-            local = tl.load(index_ptr + token * TOP_K + k, mask=mask, other=0) - rank * experts_per_rank
+        tl.store(sent_ptr + row * stride + cols, values, mask=cols < hidden * leaves)
+        tl.store(own_ptr + own * stride + cols, values, mask=cols < hidden * stays)
+    if PARTS.weights:
+        k = tl.arange(0, PARTS.k_pad)
+        mask = k < PARTS.top_k
+        weights = tl.load(weight_ptr + token * PARTS.top_k + k, mask=mask, other=0.0)
+        if PARTS.index:
+            local = tl.load(index_ptr + token * PARTS.top_k + k, mask=mask, other=0) - rank * experts_per_rank
             ours = (local >= 0) & (local < experts_per_rank)
             weights = tl.where(ours, weights, 0.0).to(weight_ptr.dtype.element_ty)
             local = tl.where(ours, local, experts_per_rank).to(tl.int32)
-            tl.store(sent_index_ptr + row * sent_index_stride + k, local, mask=k < TOP_K * leaves)
-            tl.store(own_index_ptr + own * own_index_stride + k, local, mask=k < TOP_K * stays)
-        tl.store(sent_weight_ptr + row * sent_weight_stride + k, weights, mask=k < TOP_K * leaves)
-        tl.store(own_weight_ptr + own * own_weight_stride + k, weights, mask=k < TOP_K * stays)
+            tl.store(sent_index_ptr + row * index_stride + k, local, mask=k < PARTS.top_k * leaves)
+            tl.store(own_index_ptr + own * index_stride + k, local, mask=k < PARTS.top_k * stays)
+        tl.store(sent_weight_ptr + row * weight_stride + k, weights, mask=k < PARTS.top_k * leaves)
+        tl.store(own_weight_ptr + own * weight_stride + k, weights, mask=k < PARTS.top_k * stays)
 
 
 @cached_launch
@@ -349,14 +362,15 @@ def pack(
         ranks,
         experts_per_rank,
         source.stride(0),
-        *(t.stride(0) for t in s),
-        *(t.stride(0) for t in o),
-        GATHER=copy is not None,
-        WEIGHTS=weights is not None,
-        INDEX=index is not None,
-        TOP_K=top_k,
-        K_PAD=triton.next_power_of_2(top_k),
-        BLOCK=min(triton.next_power_of_2(max(1, sent[0].shape[1])), _BLOCK),
+        *(t.stride(0) for t in s),  # both sides are of one layout
+        PARTS=Parts(
+            gather=copy is not None,
+            weights=weights is not None,
+            index=index is not None,
+            top_k=top_k,
+            k_pad=triton.next_power_of_2(top_k),
+            block=min(triton.next_power_of_2(max(1, sent[0].shape[1])), _BLOCK),
+        ),
         num_warps=4,
     )
 

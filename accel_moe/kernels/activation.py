@@ -58,25 +58,25 @@ def tanh(x):
 
 
 @triton.jit
-def activation(x, ACT: tl.constexpr, ALPHA: tl.constexpr):
+def activation(x, GLU: tl.constexpr):
     """-> act(x), act'(x), in fp32. To add one: a branch here and its name in launch.ACTIVATIONS.
 
-    silu is x * sigmoid(ALPHA * x); the others know no ALPHA.
+    silu is x * sigmoid(alpha * x); the others know no alpha.
     """
-    if ACT == "silu":
-        sig = tl.sigmoid(ALPHA * x)
-        return x * sig, sig * (1.0 + ALPHA * x * (1.0 - sig))
-    elif ACT == "gelu":
+    if GLU.act == "silu":
+        sig = tl.sigmoid(GLU.alpha * x)
+        return x * sig, sig * (1.0 + GLU.alpha * x * (1.0 - sig))
+    elif GLU.act == "gelu":
         cdf = 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))
         return x * cdf, cdf + x * 0.3989422804014327 * tl.exp(-0.5 * x * x)
-    elif ACT == "gelu_tanh":
+    elif GLU.act == "gelu_tanh":
         t = tanh(0.7978845608028654 * (x + 0.044715 * x * x * x))
         slope = 0.7978845608028654 * (1.0 + 0.134145 * x * x)
         return 0.5 * x * (1.0 + t), 0.5 * (1.0 + t) + 0.5 * x * (1.0 - t * t) * slope
-    elif ACT == "relu":
+    elif GLU.act == "relu":
         return tl.maximum(x, 0.0), tl.where(x > 0.0, 1.0, 0.0)
     else:
-        tl.static_assert(ACT == "relu2", "unknown activation")
+        tl.static_assert(GLU.act == "relu2", "unknown activation")
         positive = tl.maximum(x, 0.0)
         return positive * positive, 2.0 * positive
 
@@ -85,32 +85,28 @@ def activation(x, ACT: tl.constexpr, ALPHA: tl.constexpr):
 def glu(
     gate,
     up,
-    ACT: tl.constexpr,
-    ALPHA: tl.constexpr,
-    SHIFT: tl.constexpr,
-    LIMIT: tl.constexpr,
-    LATE: tl.constexpr,
+    GLU: tl.constexpr,
 ):
-    """-> a = act(gate) * (up + SHIFT), da/dgate, da/dup, in fp32.
+    """-> a = act(gate) * (up + shift), da/dgate, da/dup, in fp32.
 
-    With a LIMIT (not 0), up is clamped to +-LIMIT, and gate, or act(gate) if LATE, to at most LIMIT. As torch.clamp's,
+    With a limit (not 0), up is clamped to +-limit, and gate, or act(gate) if late, to at most limit. As torch.clamp's,
     the gradient passes where the value is within, bounds included. `where`, not min and max: NaN stays NaN.
     """
     clamped_up = up
-    if LIMIT != 0.0:
-        clamped_up = tl.where(up > LIMIT, LIMIT, tl.where(up < -LIMIT, -LIMIT, up))
-    if LIMIT != 0.0 and not LATE:
-        act, slope = activation(tl.where(gate > LIMIT, LIMIT, gate), ACT, ALPHA)
-        slope = tl.where(gate > LIMIT, 0.0, slope)
+    if GLU.limit != 0.0:
+        clamped_up = tl.where(up > GLU.limit, GLU.limit, tl.where(up < -GLU.limit, -GLU.limit, up))
+    if GLU.limit != 0.0 and not GLU.late:
+        act, slope = activation(tl.where(gate > GLU.limit, GLU.limit, gate), GLU)
+        slope = tl.where(gate > GLU.limit, 0.0, slope)
     else:
-        act, slope = activation(gate, ACT, ALPHA)
-    if LIMIT != 0.0 and LATE:
-        slope = tl.where(act > LIMIT, 0.0, slope)
-        act = tl.where(act > LIMIT, LIMIT, act)
+        act, slope = activation(gate, GLU)
+    if GLU.limit != 0.0 and GLU.late:
+        slope = tl.where(act > GLU.limit, 0.0, slope)
+        act = tl.where(act > GLU.limit, GLU.limit, act)
     from_up = act
-    if LIMIT != 0.0:
-        from_up = tl.where(tl.abs(up) > LIMIT, 0.0, act)
-    clamped_up += SHIFT
+    if GLU.limit != 0.0:
+        from_up = tl.where(tl.abs(up) > GLU.limit, 0.0, act)
+    clamped_up += GLU.shift
     return act * clamped_up, slope * clamped_up, from_up
 
 
@@ -124,13 +120,7 @@ def activation_backward(
     rows_left,
     col0,
     intermediate,
-    ACT: tl.constexpr,
-    ALPHA: tl.constexpr,
-    SHIFT: tl.constexpr,
-    LIMIT: tl.constexpr,
-    LATE: tl.constexpr,
-    GATED: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
+    GLU: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_I: tl.constexpr,
 ):
@@ -143,24 +133,24 @@ def activation_backward(
     cols = col0 + tl.arange(0, BLOCK_I)[None, :]
     mask = (lane < rows_left) & (cols < intermediate)
     dtype = sa_tile.dtype.element_ty
-    if GATED and INTERLEAVED:
+    if GLU.gated and GLU.interleaved:
         h_offset = lane * intermediate + cols
         gate, up = load_pairs(h_tile, h_offset, mask)
-        a, from_gate, from_up = glu(gate, up, ACT, ALPHA, SHIFT, LIMIT, LATE)
-    elif GATED:
+        a, from_gate, from_up = glu(gate, up, GLU)
+    elif GLU.gated:
         h_offset = lane * (2 * intermediate) + cols
         gate = tl.load(h_tile + h_offset, mask=mask, other=0.0).to(tl.float32)
         up = tl.load(h_tile + h_offset + intermediate, mask=mask, other=0.0).to(tl.float32)
-        a, from_gate, from_up = glu(gate, up, ACT, ALPHA, SHIFT, LIMIT, LATE)
+        a, from_gate, from_up = glu(gate, up, GLU)
     else:
         h_offset = lane * intermediate + cols
-        a, slope = activation(tl.load(h_tile + h_offset, mask=mask, other=0.0).to(tl.float32), ACT, ALPHA)
+        a, slope = activation(tl.load(h_tile + h_offset, mask=mask, other=0.0).to(tl.float32), GLU)
     ds = tl.sum(da * a, axis=1)
     tl.store(sa_tile + lane * intermediate + cols, (a * scale[:, None]).to(dtype), mask=mask)
     da = da * scale[:, None]
-    if GATED and INTERLEAVED:
+    if GLU.gated and GLU.interleaved:
         store_pairs(dh_tile, h_offset, da * from_gate, da * from_up, mask)
-    elif GATED:
+    elif GLU.gated:
         tl.store(dh_tile + h_offset, (da * from_gate).to(dtype), mask=mask)
         tl.store(dh_tile + h_offset + intermediate, (da * from_up).to(dtype), mask=mask)
     else:
@@ -178,13 +168,7 @@ def activation_backward_halves(
     rows_left,
     col0,
     intermediate,
-    ACT: tl.constexpr,
-    ALPHA: tl.constexpr,
-    SHIFT: tl.constexpr,
-    LIMIT: tl.constexpr,
-    LATE: tl.constexpr,
-    GATED: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
+    GLU: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_I: tl.constexpr,
 ):
@@ -202,13 +186,7 @@ def activation_backward_halves(
         rows_left,
         col0,
         intermediate,
-        ACT,
-        ALPHA,
-        SHIFT,
-        LIMIT,
-        LATE,
-        GATED,
-        INTERLEAVED,
+        GLU,
         BLOCK_P,
         HALF,
     )
@@ -221,13 +199,7 @@ def activation_backward_halves(
         rows_left,
         col0 + HALF,
         intermediate,
-        ACT,
-        ALPHA,
-        SHIFT,
-        LIMIT,
-        LATE,
-        GATED,
-        INTERLEAVED,
+        GLU,
         BLOCK_P,
         HALF,
     )

@@ -56,30 +56,12 @@ def up_projection(
     intermediate,
     top_k,
     stride_xt,
-    stride_we,
-    stride_wn,
-    stride_wk,
-    group_p,
     h_rows,
-    ACT: tl.constexpr,
-    ALPHA: tl.constexpr,
-    SHIFT: tl.constexpr,
-    LIMIT: tl.constexpr,
-    LATE: tl.constexpr,
-    GATED: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
-    BIAS: tl.constexpr,
+    GLU: tl.constexpr,
     STORE_H: tl.constexpr,
     STORE_A: tl.constexpr,
-    GATHER: tl.constexpr,
-    USE_TMA: tl.constexpr,
-    K_CONTIGUOUS: tl.constexpr,
-    EVEN: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    BLOCK_I: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    PAD: tl.constexpr,
+    LOADS: tl.constexpr,
+    TILE: tl.constexpr,
 ):
     """h[row] = x[token(row)] @ W1[e].T (+ bias[e]), and a = act(h), gated: glu(gate, up). x is gathered by the loads.
 
@@ -87,31 +69,29 @@ def up_projection(
     less than P; a is [P, I]. Whichever is not asked for is neither computed nor touched.
     """
     pid = tl.program_id(0)
-    num_col_tiles = tl.cdiv(intermediate, BLOCK_I)
+    num_col_tiles = tl.cdiv(intermediate, TILE.block_n)
     expert = tl.load(tile_expert_ptr + pid // num_col_tiles)
     if expert < 0:
         return
-    row0, row_end, col_tile = locate_tile(
-        pid, expert, tile_offset_ptr, expert_offset_ptr, num_col_tiles, group_p, BLOCK_P
-    )
-    rows = row0 + tl.arange(0, BLOCK_P)
+    row0, row_end, col_tile = locate_tile(pid, expert, tile_offset_ptr, expert_offset_ptr, num_col_tiles, TILE)
+    rows = row0 + tl.arange(0, TILE.block_p)
     in_expert = rows < row_end
-    if GATHER:
+    if LOADS.gather:
         # A row past the expert's end reads token 0: real memory, and masked at the store.
         token = tl.load(row_slot_ptr + rows, mask=in_expert, other=0) // top_k
         x_row0 = row0
     else:
         # x was gathered before, with every expert's rows padded: the same rows lie elsewhere there
         token = rows
-        x_row0 = tl.load(pad_tile_ptr + expert) * PAD + row0 - tl.load(expert_offset_ptr + expert)
-    x_rows = point_at_rows(x_src, token, stride_xt, not GATHER, BLOCK_K)
-    col0 = col_tile * BLOCK_I
+        x_row0 = tl.load(pad_tile_ptr + expert) * LOADS.pad + row0 - tl.load(expert_offset_ptr + expert)
+    x_rows = point_at_rows(x_src, token, stride_xt, not LOADS.gather, TILE.block_k)
+    col0 = col_tile * TILE.block_n
 
-    WIDTH: tl.constexpr = 2 * BLOCK_I if GATED else BLOCK_I
-    acc = tl.zeros((BLOCK_P, WIDTH), tl.float32)
-    for k in range(0, hidden, BLOCK_K):
-        x = load_rows(x_src, x_row0, x_rows, k, hidden, not GATHER, EVEN, BLOCK_K)
-        if GATED and not INTERLEAVED:
+    WIDTH: tl.constexpr = 2 * TILE.block_n if GLU.gated else TILE.block_n
+    acc = tl.zeros((TILE.block_p, WIDTH), tl.float32)
+    for k in range(0, hidden, TILE.block_k):
+        x = load_rows(x_src, x_row0, x_rows, k, hidden, not LOADS.gather, LOADS.even, TILE.block_k)
+        if GLU.gated and not GLU.interleaved:
             w = load_gate_up(
                 w_src,
                 expert,
@@ -119,63 +99,53 @@ def up_projection(
                 k,
                 intermediate,
                 hidden,
-                stride_we,
-                stride_wn,
-                stride_wk,
-                USE_TMA,
-                K_CONTIGUOUS,
-                EVEN,
-                BLOCK_I,
-                BLOCK_K,
+                LOADS,
+                TILE.block_n,
+                TILE.block_k,
             )
         else:
             w = load_weight(
                 w_src,
                 expert,
-                col0 * (WIDTH // BLOCK_I),
+                col0 * (WIDTH // TILE.block_n),
                 k,
-                intermediate * (WIDTH // BLOCK_I),
+                intermediate * (WIDTH // TILE.block_n),
                 hidden,
-                stride_we,
-                stride_wn,
-                stride_wk,
-                USE_TMA,
-                K_CONTIGUOUS,
-                EVEN,
+                LOADS,
                 WIDTH,
-                BLOCK_K,
+                TILE.block_k,
             )
-        acc = tl.dot(x, w, acc, input_precision=PRECISION)
+        acc = tl.dot(x, w, acc, input_precision=LOADS.precision)
 
-    lane = tl.arange(0, BLOCK_P)[:, None]
+    lane = tl.arange(0, TILE.block_p)[:, None]
     rows_left = row_end - row0
-    cols = col0 + tl.arange(0, BLOCK_I)[None, :]
+    cols = col0 + tl.arange(0, TILE.block_n)[None, :]
     mask = (lane < rows_left) & (cols < intermediate)
     h_left = tl.minimum(rows_left, h_rows - row0)
     # From the tile's first row on, offsets fit 32 bits.
     first = row0.to(tl.int64) * intermediate
     dtype = a_ptr.dtype.element_ty
-    if BIAS:
-        col = pair_columns(col0, intermediate, WIDTH, BLOCK_I, INTERLEAVED)[None, :]
-        bias = bias_ptr + expert.to(tl.int64) * (intermediate * (WIDTH // BLOCK_I)) + col
-        acc += tl.load(bias, mask=col < intermediate * (WIDTH // BLOCK_I), other=0.0).to(tl.float32)
-    if GATED:
-        if INTERLEAVED and STORE_H:
+    if LOADS.bias:
+        col = pair_columns(col0, intermediate, WIDTH, TILE.block_n, GLU.interleaved)[None, :]
+        bias = bias_ptr + expert.to(tl.int64) * (intermediate * (WIDTH // TILE.block_n)) + col
+        acc += tl.load(bias, mask=col < intermediate * (WIDTH // TILE.block_n), other=0.0).to(tl.float32)
+    if GLU.gated:
+        if GLU.interleaved and STORE_H:
             col = 2 * col0 + tl.arange(0, WIDTH)[None, :]
             h_tile = h_ptr + 2 * first + (lane * (2 * intermediate) + col)
             tl.store(h_tile, acc.to(dtype), mask=(lane < h_left) & (col < 2 * intermediate))
-        gate, up = split_pairs(acc, BLOCK_P, WIDTH, INTERLEAVED)
-        if STORE_H and not INTERLEAVED:
+        gate, up = split_pairs(acc, TILE.block_p, WIDTH, GLU.interleaved)
+        if STORE_H and not GLU.interleaved:
             h_tile = h_ptr + 2 * first + (lane * (2 * intermediate) + cols)
             h_mask = (lane < h_left) & (cols < intermediate)
             tl.store(h_tile, gate.to(dtype), mask=h_mask)
             tl.store(h_tile + intermediate, up.to(dtype), mask=h_mask)
-        activated, _, _ = glu(gate, up, ACT, ALPHA, SHIFT, LIMIT, LATE)
+        activated, _, _ = glu(gate, up, GLU)
     else:
         if STORE_H:
             h_mask = (lane < h_left) & (cols < intermediate)
             tl.store(h_ptr + first + (lane * intermediate + cols), acc.to(dtype), mask=h_mask)
-        activated, _ = activation(acc, ACT, ALPHA)
+        activated, _ = activation(acc, GLU)
     if STORE_A:
         tl.store(a_ptr + first + (lane * intermediate + cols), activated.to(dtype), mask=mask)
 
@@ -192,38 +162,26 @@ def grouped_rows(
     expert_offset_ptr,
     depth,
     width,
-    stride_we,
-    stride_wn,
-    stride_wk,
-    group_p,
-    BIAS: tl.constexpr,
-    USE_TMA: tl.constexpr,
-    K_CONTIGUOUS: tl.constexpr,
-    EVEN: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    LOADS: tl.constexpr,
+    TILE: tl.constexpr,
 ):
     """y[row] = a[row] @ weight[e] (+ bias[e]), rows already grouped: the down-projection, and dh @ W1 of the
     backward.
     """
     pid = tl.program_id(0)
-    num_col_tiles = tl.cdiv(width, BLOCK_N)
+    num_col_tiles = tl.cdiv(width, TILE.block_n)
     expert = tl.load(tile_expert_ptr + pid // num_col_tiles)
     if expert < 0:
         return
-    row0, row_end, col_tile = locate_tile(
-        pid, expert, tile_offset_ptr, expert_offset_ptr, num_col_tiles, group_p, BLOCK_P
-    )
-    rows = row0 + tl.arange(0, BLOCK_P)
+    row0, row_end, col_tile = locate_tile(pid, expert, tile_offset_ptr, expert_offset_ptr, num_col_tiles, TILE)
+    rows = row0 + tl.arange(0, TILE.block_p)
     # clamped, not masked: a row past the expert's end reads a valid one and is masked at the store
-    a_rows = point_at_rows(a_src, tl.minimum(rows, row_end - 1), depth, USE_TMA, BLOCK_K)
-    col0 = col_tile * BLOCK_N
+    a_rows = point_at_rows(a_src, tl.minimum(rows, row_end - 1), depth, LOADS.tma, TILE.block_k)
+    col0 = col_tile * TILE.block_n
 
-    acc = tl.zeros((BLOCK_P, BLOCK_N), tl.float32)
-    for k in range(0, depth, BLOCK_K):
-        a = load_rows(a_src, row0, a_rows, k, depth, USE_TMA, EVEN, BLOCK_K)
+    acc = tl.zeros((TILE.block_p, TILE.block_n), tl.float32)
+    for k in range(0, depth, TILE.block_k):
+        a = load_rows(a_src, row0, a_rows, k, depth, LOADS.tma, LOADS.even, TILE.block_k)
         w = load_weight(
             w_src,
             expert,
@@ -231,21 +189,16 @@ def grouped_rows(
             k,
             width,
             depth,
-            stride_we,
-            stride_wn,
-            stride_wk,
-            USE_TMA,
-            K_CONTIGUOUS,
-            EVEN,
-            BLOCK_N,
-            BLOCK_K,
+            LOADS,
+            TILE.block_n,
+            TILE.block_k,
         )
-        acc = tl.dot(a, w, acc, input_precision=PRECISION)
+        acc = tl.dot(a, w, acc, input_precision=LOADS.precision)
 
-    lane = tl.arange(0, BLOCK_P)[:, None]
-    cols = col0 + tl.arange(0, BLOCK_N)[None, :]
+    lane = tl.arange(0, TILE.block_p)[:, None]
+    cols = col0 + tl.arange(0, TILE.block_n)[None, :]
     mask = (lane < row_end - row0) & (cols < width)
-    if BIAS:
+    if LOADS.bias:
         bias = tl.load(bias_ptr + expert.to(tl.int64) * width + cols, mask=cols < width, other=0.0)
         acc += bias.to(tl.float32)
     y_tile = y_ptr + row0.to(tl.int64) * width + (lane * width + cols)
@@ -270,50 +223,31 @@ def down_backward(
     num_rows,
     hidden,
     intermediate,
-    stride_we,
-    stride_wn,
-    stride_wk,
-    group_p,
-    ACT: tl.constexpr,
-    ALPHA: tl.constexpr,
-    SHIFT: tl.constexpr,
-    LIMIT: tl.constexpr,
-    LATE: tl.constexpr,
-    GATED: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
-    USE_TMA: tl.constexpr,
-    K_CONTIGUOUS: tl.constexpr,
-    EVEN: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    BLOCK_I: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    PAD: tl.constexpr,
-    CHUNKS: tl.constexpr,
+    GLU: tl.constexpr,
+    LOADS: tl.constexpr,
+    TILE: tl.constexpr,
 ):
     """da = dout[token] @ W2[e], kept in registers, dout as gather_rows left it; writes dh as h, sa [P, I] and ds
     partials [column tiles, P].
     """
     pid = tl.program_id(0)
-    num_col_tiles = tl.cdiv(intermediate, BLOCK_I)
+    num_col_tiles = tl.cdiv(intermediate, TILE.block_n)
     expert = tl.load(tile_expert_ptr + pid // num_col_tiles)
     if expert < 0:
         return
-    row0, row_end, col_tile = locate_tile(
-        pid, expert, tile_offset_ptr, expert_offset_ptr, num_col_tiles, group_p, BLOCK_P
-    )
-    rows = row0 + tl.arange(0, BLOCK_P)
+    row0, row_end, col_tile = locate_tile(pid, expert, tile_offset_ptr, expert_offset_ptr, num_col_tiles, TILE)
+    rows = row0 + tl.arange(0, TILE.block_p)
     in_expert = rows < row_end
     slot = tl.load(row_slot_ptr + rows, mask=in_expert, other=0)
     # dout was gathered with every expert's rows padded: the same rows lie elsewhere there
-    pad0 = tl.load(pad_tile_ptr + expert) * PAD + row0 - tl.load(expert_offset_ptr + expert)
-    d_row = pad0 + tl.minimum(tl.arange(0, BLOCK_P), row_end - 1 - row0)  # clamped: stay inside the buffer
-    d_rows = point_at_rows(dout_src, d_row, hidden, USE_TMA, BLOCK_K)
-    col0 = col_tile * BLOCK_I
+    pad0 = tl.load(pad_tile_ptr + expert) * LOADS.pad + row0 - tl.load(expert_offset_ptr + expert)
+    d_row = pad0 + tl.minimum(tl.arange(0, TILE.block_p), row_end - 1 - row0)  # clamped: stay inside the buffer
+    d_rows = point_at_rows(dout_src, d_row, hidden, LOADS.tma, TILE.block_k)
+    col0 = col_tile * TILE.block_n
 
-    da = tl.zeros((BLOCK_P, BLOCK_I), tl.float32)
-    for k in range(0, hidden, BLOCK_K):
-        d = load_rows(dout_src, pad0, d_rows, k, hidden, USE_TMA, EVEN, BLOCK_K)
+    da = tl.zeros((TILE.block_p, TILE.block_n), tl.float32)
+    for k in range(0, hidden, TILE.block_k):
+        d = load_rows(dout_src, pad0, d_rows, k, hidden, LOADS.tma, LOADS.even, TILE.block_k)
         w = load_weight(
             w_src,
             expert,
@@ -321,23 +255,18 @@ def down_backward(
             k,
             intermediate,
             hidden,
-            stride_we,
-            stride_wn,
-            stride_wk,
-            USE_TMA,
-            K_CONTIGUOUS,
-            EVEN,
-            BLOCK_I,
-            BLOCK_K,
+            LOADS,
+            TILE.block_n,
+            TILE.block_k,
         )
-        da = tl.dot(d, w, da, input_precision=PRECISION)
+        da = tl.dot(d, w, da, input_precision=LOADS.precision)
 
     scale = tl.load(weight_ptr + slot, mask=in_expert, other=0.0).to(tl.float32)
     first = row0.to(tl.int64) * intermediate
-    h_first = 2 * first if GATED else first
+    h_first = 2 * first if GLU.gated else first
     h_tile, dh_tile, sa_tile = h_ptr + h_first, dh_ptr + h_first, sa_ptr + first
     rows_left = row_end - row0
-    if CHUNKS == 1:
+    if TILE.chunks == 1:
         ds = activation_backward(
             da,
             scale,
@@ -347,17 +276,11 @@ def down_backward(
             rows_left,
             col0,
             intermediate,
-            ACT,
-            ALPHA,
-            SHIFT,
-            LIMIT,
-            LATE,
-            GATED,
-            INTERLEAVED,
-            BLOCK_P,
-            BLOCK_I,
+            GLU,
+            TILE.block_p,
+            TILE.block_n,
         )
-    elif CHUNKS == 2:
+    elif TILE.chunks == 2:
         ds = activation_backward_halves(
             da,
             scale,
@@ -367,19 +290,13 @@ def down_backward(
             rows_left,
             col0,
             intermediate,
-            ACT,
-            ALPHA,
-            SHIFT,
-            LIMIT,
-            LATE,
-            GATED,
-            INTERLEAVED,
-            BLOCK_P,
-            BLOCK_I,
+            GLU,
+            TILE.block_p,
+            TILE.block_n,
         )
     else:
-        HALF: tl.constexpr = BLOCK_I // 2
-        left, right = split_columns(da, BLOCK_P, BLOCK_I)
+        HALF: tl.constexpr = TILE.block_n // 2
+        left, right = split_columns(da, TILE.block_p, TILE.block_n)
         ds = activation_backward_halves(
             left,
             scale,
@@ -389,14 +306,8 @@ def down_backward(
             rows_left,
             col0,
             intermediate,
-            ACT,
-            ALPHA,
-            SHIFT,
-            LIMIT,
-            LATE,
-            GATED,
-            INTERLEAVED,
-            BLOCK_P,
+            GLU,
+            TILE.block_p,
             HALF,
         )
         ds += activation_backward_halves(
@@ -408,14 +319,8 @@ def down_backward(
             rows_left,
             col0 + HALF,
             intermediate,
-            ACT,
-            ALPHA,
-            SHIFT,
-            LIMIT,
-            LATE,
-            GATED,
-            INTERLEAVED,
-            BLOCK_P,
+            GLU,
+            TILE.block_p,
             HALF,
         )
     tl.store(ds_ptr + col_tile.to(tl.int64) * num_rows + rows, ds, mask=in_expert)

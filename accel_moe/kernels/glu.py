@@ -84,19 +84,6 @@ class Glu:
         """See `of`."""
         return [float(self.interleaved), self.alpha, self.shift, self.limit, float(self.late)]
 
-    @property
-    def constants(self) -> dict[str, object]:
-        """The kernels' constants."""
-        return {
-            "ACT": self.act,
-            "ALPHA": self.alpha,
-            "SHIFT": self.shift,
-            "LIMIT": self.limit,
-            "LATE": self.late,
-            "GATED": self.gated,
-            "INTERLEAVED": self.interleaved,
-        }
-
     def describe(self) -> str:
         """In words, for a table: "silu gate, clamped at 7"."""
         words = [f"{self.act} gate" if self.gated else f"{self.act}, no gate"]

@@ -133,13 +133,31 @@ def _descriptor(t: Tensor, block: list[int]) -> TensorDescriptor:
     return TensorDescriptor(t, list(t.shape), list(t.stride()), block)
 
 
+PAD = 64  # rows; weight_grad's blocks must divide it
+
+
+@dataclass(frozen=True)
+class Loads:
+    """How a GEMM's operands are loaded. A constant of the kernels."""
+
+    tma: bool  # by descriptor, not by pointers
+    even: bool  # no load crosses an edge
+    k_contiguous: bool  # a weight's summed dimension is the one without a stride
+    precision: str  # of fp32 products
+    bias: bool = False
+    gather: bool = False  # `up_projection`: rows are gathered by the loads
+    pad: int = PAD  # each expert's padded rows are a multiple of it
+
+
 class Weight:
-    """A weight [E, width, depth] as a GEMM reads it: a strided view, and how to hand it to a kernel."""
+    """A weight [E, width, depth] as a GEMM reads it: contiguous as [E, width, depth], or as [E, depth, width] if not
+    k_contiguous."""
 
     def __init__(self, weight: Tensor, depth_last: bool):
-        self.view = weight if depth_last else weight.transpose(1, 2)  # [E, width, depth]
-        self.k_contiguous = self.view.stride(2) == 1
-        self.stored = self.view if self.k_contiguous else self.view.transpose(1, 2)
+        swapped = not weight.is_contiguous() and weight.mT.is_contiguous()
+        self.stored = weight.mT if swapped else weight.contiguous()
+        self.k_contiguous = depth_last != swapped
+        self.width, self.depth = self.stored.shape[1:] if self.k_contiguous else self.stored.shape[:0:-1]
 
     def source(self, tma: bool, block_n: int, block_k: int):
         """The kernel's argument: the stored tensor, or a descriptor of it."""
@@ -157,10 +175,6 @@ class Weight:
         if not tma:
             return self.stored
         return _descriptor(self.gate_up, [1, 2, block_i, block_k] if self.k_contiguous else [1, block_k, 2, block_i])
-
-    @property
-    def strides(self) -> tuple[int, ...]:
-        return self.view.stride()
 
 
 class TileLists:
@@ -181,9 +195,6 @@ class Padded:
 
     data: Tensor  # [tiles.max_tiles * tiles.block_p, H]
     tiles: Tiles
-
-
-PAD = 64  # rows; weight_grad's blocks must divide it
 
 
 def gather_rows(x: Tensor, routing: Routing, tiles: TileLists) -> Padded:
@@ -222,7 +233,7 @@ def up_projection(
     activate: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """-> h [h_rows, 2I or I], its first rows where that is less than P, and a [P, I] (0 rows unless activate)."""
-    width, hidden = weight.view.shape[1:]
+    width, hidden = weight.width, weight.depth
     intermediate = width // 2 if gate.gated else width
     halves = gate.gated and not gate.interleaved  # one copy then brings a tile of both
     a = x.new_empty(routing.num_rows if activate else 0, intermediate)
@@ -233,6 +244,7 @@ def up_projection(
     padded = None if gather else gather_rows(x, routing, tiles)
     source = weight.gate_up_source if halves else weight.source
     block_n = config.block_n * (2 if gate.interleaved else 1)
+    even = hidden % config.block_k == 0 and (tma or intermediate % config.block_n == 0)
     grid = (rows.max_tiles * triton.cdiv(intermediate, config.block_n),)
     if grid[0]:
         gemm.up_projection[grid](
@@ -250,22 +262,12 @@ def up_projection(
             intermediate,
             routing.top_k,
             x.stride(0),
-            *weight.strides,
-            config.group,
             h_rows,
-            **gate.constants,
-            BIAS=bias is not None,
+            GLU=gate,
             STORE_H=h_rows > 0,
             STORE_A=activate,
-            GATHER=gather,
-            USE_TMA=tma,
-            K_CONTIGUOUS=weight.k_contiguous,
-            EVEN=hidden % config.block_k == 0 and (tma or intermediate % config.block_n == 0),
-            PRECISION=_precision(x),
-            BLOCK_P=config.block_p,
-            BLOCK_I=config.block_n,
-            BLOCK_K=config.block_k,
-            PAD=PAD,
+            LOADS=Loads(tma, even, weight.k_contiguous, _precision(x), bias is not None, gather),
+            TILE=config,
             num_warps=config.num_warps,
             num_stages=config.num_stages,
         )
@@ -276,10 +278,11 @@ def grouped_rows(
     a: Tensor, weight: Weight, bias: Tensor | None, routing: Routing, tiles: TileLists, config: Config
 ) -> Tensor:
     """a [P, depth] times each expert's weight (+ bias [E, width]) -> [P, width]."""
-    width, depth = weight.view.shape[1:]
+    width, depth = weight.width, weight.depth
     y = a.new_empty(routing.num_rows, width)
     rows = tiles[config.block_p]
     tma = _tma_fits(weight.stored, a)
+    even = depth % config.block_k == 0 and (tma or width % config.block_n == 0)
     grid = (rows.max_tiles * triton.cdiv(width, config.block_n),)
     if grid[0]:
         gemm.grouped_rows[grid](
@@ -292,16 +295,8 @@ def grouped_rows(
             routing.expert_offsets,
             depth,
             width,
-            *weight.strides,
-            config.group,
-            BIAS=bias is not None,
-            USE_TMA=tma,
-            K_CONTIGUOUS=weight.k_contiguous,
-            EVEN=depth % config.block_k == 0 and (tma or width % config.block_n == 0),
-            PRECISION=_precision(a),
-            BLOCK_P=config.block_p,
-            BLOCK_N=config.block_n,
-            BLOCK_K=config.block_k,
+            LOADS=Loads(tma, even, weight.k_contiguous, _precision(a), bias is not None),
+            TILE=config,
             num_warps=config.num_warps,
             num_stages=config.num_stages,
         )
@@ -340,13 +335,14 @@ def down_backward(
     extra_parts: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """-> dh as h, sa [P, I], ds partials [parts, P] in fp32, of which the last extra_parts are left to the caller."""
-    intermediate, hidden = weight.view.shape[1:]
+    intermediate, hidden = weight.width, weight.depth
     num_rows = routing.num_rows
     dh, sa = torch.empty_like(h), h.new_empty(num_rows, intermediate)
     parts = triton.cdiv(intermediate, config.block_n)
     ds = torch.empty(parts + extra_parts, num_rows, dtype=torch.float32, device=h.device)
     rows = tiles[config.block_p]
     tma = _tma_fits(weight.stored, dout.data)
+    even = hidden % config.block_k == 0 and (tma or intermediate % config.block_n == 0)
     if rows.max_tiles:
         gemm.down_backward[(rows.max_tiles * parts,)](
             _descriptor(dout.data, [config.block_p, config.block_k]) if tma else dout.data,
@@ -364,18 +360,9 @@ def down_backward(
             num_rows,
             hidden,
             intermediate,
-            *weight.strides,
-            config.group,
-            **gate.constants,
-            USE_TMA=tma,
-            K_CONTIGUOUS=weight.k_contiguous,
-            EVEN=hidden % config.block_k == 0 and (tma or intermediate % config.block_n == 0),
-            PRECISION=_precision(h),
-            BLOCK_P=config.block_p,
-            BLOCK_I=config.block_n,
-            BLOCK_K=config.block_k,
-            PAD=PAD,
-            CHUNKS=config.chunks,
+            GLU=gate,
+            LOADS=Loads(tma, even, weight.k_contiguous, _precision(h)),
+            TILE=config,
             num_warps=config.num_warps,
             num_stages=config.num_stages,
         )

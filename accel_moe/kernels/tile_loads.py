@@ -1,6 +1,6 @@
 """Parts that the GEMMs share: which tile a program has, and how the tiles of its operands are loaded.
 
-Letters, slots and rows are gemm.py's. An operand named `src` is a TMA tensor descriptor if USE_TMA, else a pointer.
+Letters, slots and rows are gemm.py's. An operand named `src` is a TMA tensor descriptor if LOADS.tma, else a pointer.
 """
 
 import triton
@@ -14,23 +14,22 @@ def locate_tile(
     tile_offset_ptr,
     expert_offset_ptr,
     num_col_tiles,
-    group_p,
-    BLOCK_P: tl.constexpr,
+    TILE: tl.constexpr,
 ):
     """-> first row, end of the expert's rows, column tile.
 
-    An expert's tiles are walked group_p row tiles at a time, all of those before the next column tile, so
+    An expert's tiles are walked TILE.group row tiles at a time, all of those before the next column tile, so
     that the weight columns and the rows that programs in flight need stay in L2.
     """
     first_tile = tl.load(tile_offset_ptr + expert)
     num_row_tiles = tl.load(tile_offset_ptr + expert + 1) - first_tile
     local = pid - first_tile * num_col_tiles
-    group = local // (group_p * num_col_tiles)
-    group_rows = tl.minimum(num_row_tiles - group * group_p, group_p)
-    local -= group * group_p * num_col_tiles
-    row_tile = group * group_p + local % group_rows
+    group = local // (TILE.group * num_col_tiles)
+    group_rows = tl.minimum(num_row_tiles - group * TILE.group, TILE.group)
+    local -= group * TILE.group * num_col_tiles
+    row_tile = group * TILE.group + local % group_rows
     start = tl.load(expert_offset_ptr + expert)
-    return start + row_tile * BLOCK_P, tl.load(expert_offset_ptr + expert + 1), local // group_rows
+    return start + row_tile * TILE.block_p, tl.load(expert_offset_ptr + expert + 1), local // group_rows
 
 
 @triton.jit
@@ -58,6 +57,17 @@ def load_rows(src, row, pointers, k, depth, USE_TMA: tl.constexpr, EVEN: tl.cons
 
 
 @triton.jit
+def point_at_weight(src, expert, n, k, width, depth, LOADS: tl.constexpr):
+    """[k, n] pointers into weight[expert], stored as [width, depth], or as [depth, width] if not k_contiguous."""
+    first = src + expert.to(tl.int64) * (width * depth)
+    if LOADS.k_contiguous:
+        pointers = first + n[None, :] * depth + k[:, None]
+    else:
+        pointers = first + n[None, :] + k[:, None] * width
+    return pointers
+
+
+@triton.jit
 def load_weight(
     src,
     expert,
@@ -65,27 +75,22 @@ def load_weight(
     k,
     width,
     depth,
-    stride_e,
-    stride_n,
-    stride_k,
-    USE_TMA: tl.constexpr,
-    K_CONTIGUOUS: tl.constexpr,
-    EVEN: tl.constexpr,
+    LOADS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     """[BLOCK_K, BLOCK_N] of weight[expert] read as [depth, width], whichever of the two is contiguous in
     memory.
     """
-    if USE_TMA and K_CONTIGUOUS:
+    if LOADS.tma and LOADS.k_contiguous:
         tile = src.load([expert, n, k]).reshape(BLOCK_N, BLOCK_K).T
-    elif USE_TMA:
+    elif LOADS.tma:
         tile = src.load([expert, k, n]).reshape(BLOCK_K, BLOCK_N)
     else:
         offs_n = n + tl.arange(0, BLOCK_N)
         offs_k = k + tl.arange(0, BLOCK_K)
-        pointers = src + expert.to(tl.int64) * stride_e + offs_n[None, :] * stride_n + offs_k[:, None] * stride_k
-        if EVEN:
+        pointers = point_at_weight(src, expert, offs_n, offs_k, width, depth, LOADS)
+        if LOADS.even:
             tile = tl.load(pointers)
         else:
             tile = tl.load(pointers, mask=(offs_k < depth)[:, None] & (offs_n < width)[None, :], other=0.0)
@@ -100,12 +105,7 @@ def load_gate_up(
     k,
     intermediate,
     depth,
-    stride_e,
-    stride_n,
-    stride_k,
-    USE_TMA: tl.constexpr,
-    K_CONTIGUOUS: tl.constexpr,
-    EVEN: tl.constexpr,
+    LOADS: tl.constexpr,
     BLOCK_I: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
@@ -114,17 +114,17 @@ def load_gate_up(
 
     The descriptor sees the weight as [E, 2, I, H] (or [E, H, 2, I]), so both come in one copy.
     """
-    if USE_TMA and K_CONTIGUOUS:
+    if LOADS.tma and LOADS.k_contiguous:
         tile = src.load([expert, 0, i, k]).reshape(2 * BLOCK_I, BLOCK_K).T
-    elif USE_TMA:
+    elif LOADS.tma:
         tile = src.load([expert, k, 0, i]).reshape(BLOCK_K, 2 * BLOCK_I)
     else:
         lane = tl.arange(0, 2 * BLOCK_I)
         offs_i = i + lane % BLOCK_I
         offs_n = offs_i + (lane // BLOCK_I) * intermediate
         offs_k = k + tl.arange(0, BLOCK_K)
-        pointers = src + expert.to(tl.int64) * stride_e + offs_n[None, :] * stride_n + offs_k[:, None] * stride_k
-        if EVEN:
+        pointers = point_at_weight(src, expert, offs_n, offs_k, 2 * intermediate, depth, LOADS)
+        if LOADS.even:
             tile = tl.load(pointers)
         else:
             tile = tl.load(pointers, mask=(offs_k < depth)[:, None] & (offs_i < intermediate)[None, :], other=0.0)

@@ -57,28 +57,46 @@ def tanh(x):
     return 2.0 * tl.sigmoid(2.0 * x) - 1.0
 
 
+# ---- The formulas of activations.ACTIVATIONS: (x, alpha) -> act(x), act'(x), in fp32
+
+
+@triton.jit
+def silu(x, alpha):
+    sig = tl.sigmoid(alpha * x)
+    return x * sig, sig * (1.0 + alpha * x * (1.0 - sig))
+
+
+@triton.jit
+def gelu(x, alpha):
+    cdf = 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))
+    return x * cdf, cdf + x * 0.3989422804014327 * tl.exp(-0.5 * x * x)
+
+
+@triton.jit
+def gelu_tanh(x, alpha):
+    t = tanh(0.7978845608028654 * (x + 0.044715 * x * x * x))
+    slope = 0.7978845608028654 * (1.0 + 0.134145 * x * x)
+    return 0.5 * x * (1.0 + t), 0.5 * (1.0 + t) + 0.5 * x * (1.0 - t * t) * slope
+
+
+@triton.jit
+def relu(x, alpha):
+    return tl.maximum(x, 0.0), tl.where(x > 0.0, 1.0, 0.0)
+
+
+@triton.jit
+def relu2(x, alpha):
+    positive = tl.maximum(x, 0.0)
+    return positive * positive, 2.0 * positive
+
+
+# ---- On tiles
+
+
 @triton.jit
 def activation(x, GLU: tl.constexpr):
-    """-> act(x), act'(x), in fp32. To add one: a branch here and its name in launch.ACTIVATIONS.
-
-    silu is x * sigmoid(alpha * x); the others know no alpha.
-    """
-    if GLU.act == "silu":
-        sig = tl.sigmoid(GLU.alpha * x)
-        return x * sig, sig * (1.0 + GLU.alpha * x * (1.0 - sig))
-    elif GLU.act == "gelu":
-        cdf = 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))
-        return x * cdf, cdf + x * 0.3989422804014327 * tl.exp(-0.5 * x * x)
-    elif GLU.act == "gelu_tanh":
-        t = tanh(0.7978845608028654 * (x + 0.044715 * x * x * x))
-        slope = 0.7978845608028654 * (1.0 + 0.134145 * x * x)
-        return 0.5 * x * (1.0 + t), 0.5 * (1.0 + t) + 0.5 * x * (1.0 - t * t) * slope
-    elif GLU.act == "relu":
-        return tl.maximum(x, 0.0), tl.where(x > 0.0, 1.0, 0.0)
-    else:
-        tl.static_assert(GLU.act == "relu2", "unknown activation")
-        positive = tl.maximum(x, 0.0)
-        return positive * positive, 2.0 * positive
+    """-> act(x), act'(x), in fp32."""
+    return GLU.formula(x, GLU.alpha)
 
 
 @triton.jit

@@ -12,38 +12,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-# What ACT2FN and torch.nn call the activations that activation.activation computes.
-_ACTIVATION_NAMES = {
-    "SiLU": "silu",
-    "SiLUActivation": "silu",
-    "silu": "silu",
-    "GELUActivation": "gelu",
-    "gelu": "gelu",
-    "GELUTanh": "gelu_tanh",
-    "PytorchGELUTanh": "gelu_tanh",
-    "NewGELUActivation": "gelu_tanh",
-    "ReLU": "relu",
-    "relu": "relu",
-    "ReLUSquaredActivation": "relu2",
-}
-_TORCH = {
-    "gelu": F.gelu,
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "relu": F.relu,
-    "relu2": lambda x: F.relu(x) ** 2,
-}
+from .activations import ACTIVATIONS, activation_name
+
 # the attributes in which families keep a gate's numbers
 _LIMITS, _ALPHAS = ("limit", "swiglu_limit"), ("alpha", "swiglu_alpha")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Glu:
     """act(gate) * (up + shift), gate and up clamped: h [P, 2I] -> a [P, I]; or, not gated, act(h), [P, I] -> [P, I].
 
-    The fields are constants of the kernels (activation.glu, activation.activation).
+    A constant of the kernels (activation.glu, activation.activation).
     """
 
     act: str = "silu"
@@ -69,7 +50,17 @@ class Glu:
         return gate * (up + self.shift)
 
     def _activated(self, x: Tensor) -> Tensor:
-        return x * torch.sigmoid(self.alpha * x) if self.act == "silu" else _TORCH[self.act](x)
+        return ACTIVATIONS[self.act].torch(x, self.alpha)
+
+    @property
+    def formula(self):
+        """The activation and its derivative as a function of Triton."""
+        return ACTIVATIONS[self.act].triton()
+
+    def __repr__(self) -> str:
+        """Triton's caches on disk know a constant by this text. The formula's hash is of its source."""
+        source = getattr(self.formula, "cache_key", "interpreted")
+        return f"Glu({self.act!r}, gated={self.gated}, {self.numbers}, formula={source!r})"
 
     @classmethod
     def of(cls, act: str, gated: bool, numbers: Sequence[float]) -> "Glu":
@@ -91,16 +82,6 @@ class Glu:
         words += [f"up + {self.shift:g}"] if self.shift else []
         words += [f"clamped{' late' if self.late else ''} at {self.limit:g}"] if self.limit else []
         return ", ".join(words)
-
-
-def activation_name(act_fn) -> str | None:
-    """The kernels' name for a module's act_fn, or None when no kernel computes it."""
-    name = getattr(act_fn, "__name__", type(act_fn).__name__)
-    if name == "GELU":
-        return "gelu_tanh" if act_fn.approximate == "tanh" else "gelu"
-    if name == "GELUActivation" and "python" in getattr(act_fn.act, "__name__", ""):
-        return "gelu"
-    return _ACTIVATION_NAMES.get(name)
 
 
 def has_default_glu(module) -> bool:

@@ -20,7 +20,6 @@ from .glu import Glu
 from .routing import Routing, Tiles, list_tiles
 from .tuning import Config, Problem
 
-ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2")  # the branches of activation.activation
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"

@@ -1,6 +1,7 @@
-"""CONTRIBUTING.md shows how to add a dispatcher, a weight storage and a checkpoint format from outside. The code, taken
-from the page, runs here."""
+"""CONTRIBUTING.md shows how to add a dispatcher, a gate, a weight storage and a checkpoint format from outside. The
+code, taken from the page, runs here."""
 
+import importlib
 import re
 from pathlib import Path
 
@@ -15,10 +16,13 @@ CONTRIBUTING = Path(__file__).resolve().parents[2] / "CONTRIBUTING.md"
 NAME = "every_token_everywhere"
 
 
-def run_code_of_the_page(section: str) -> None:
+def code_of_the_page(section: str) -> str:
     shown = CONTRIBUTING.read_text().split(f"<!-- {section}:begin -->")[1].split(f"<!-- {section}:end -->")[0]
-    code = re.fullmatch(r"\s*```python\n(.*)```\s*", shown, re.DOTALL)[1]
-    exec(compile(code, str(CONTRIBUTING), "exec"), {"__name__": f"my_{section}"})
+    return re.fullmatch(r"\s*```python\n(.*)```\s*", shown, re.DOTALL)[1]
+
+
+def run_code_of_the_page(section: str) -> None:
+    exec(compile(code_of_the_page(section), str(CONTRIBUTING), "exec"), {"__name__": f"my_{section}"})
 
 
 def train_a_step(dispatcher: str) -> tuple[float, float, dict[str, torch.Tensor]]:
@@ -74,6 +78,39 @@ def gradients_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     tokens = batches(1)[0]
     model(input_ids=tokens, labels=tokens).loss.backward()
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.fixture
+def only_activations_of_ours():
+    from accel_moe.kernels.activations import ACTIVATIONS
+
+    before = dict(ACTIVATIONS)
+    yield
+    ACTIVATIONS.clear()
+    ACTIVATIONS.update(before)
+
+
+@pytest.mark.core
+@pytest.mark.skipif(torch.cuda.is_available(), reason="interpreted")
+def test_the_gate_of_contributing_computes_as_the_model_itself_does(only_activations_of_ours, tmp_path, monkeypatch):
+    import accel_moe
+
+    def with_softsign():
+        model = tiny_model()
+        for layer in model.model.layers:
+            layer.mlp.experts.act_fn = torch.nn.Softsign()
+        return model
+
+    expected = gradients_of(with_softsign())
+    with pytest.raises(ValueError, match="a gate that the kernels do not know"):
+        accel_moe.prepare(with_softsign(), moe_kernel="scattermoe")
+    (tmp_path / "my_gate.py").write_text(code_of_the_page("gate"))
+    monkeypatch.syspath_prepend(tmp_path)
+    importlib.import_module("my_gate")
+    # the same fp32 products in another order
+    torch.testing.assert_close(
+        gradients_of(accel_moe.prepare(with_softsign(), moe_kernel="scattermoe")), expected, rtol=1e-4, atol=1e-6
+    )
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ shapes are in tests/gpu.
 import pytest
 import torch
 
-from accel_moe.kernels import launch, ops
+from accel_moe.kernels import activations, launch, ops
 from accel_moe.kernels.casts import Casts
 from accel_moe.kernels.deferred_count import DeferredCount
 from accel_moe.kernels.glu import Glu
@@ -118,7 +118,7 @@ def test_output_and_gradients_equal_the_loop(shape):
     check(make(**shape))
 
 
-@pytest.mark.parametrize("act", launch.ACTIVATIONS)
+@pytest.mark.parametrize("act", activations.ACTIVATIONS)
 def test_every_activation_and_its_derivative(act):
     check(make(), act=act)
 

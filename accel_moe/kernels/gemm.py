@@ -87,8 +87,9 @@ def up_projection(
     x_rows = point_at_rows(x_src, token, stride_xt, not LOADS.gather, TILE.block_k)
     col0 = col_tile * TILE.block_n
 
+    BLOCK_P: tl.constexpr = TILE.block_p  # a shape needs constexprs of its own
     WIDTH: tl.constexpr = 2 * TILE.block_n if GLU.gated else TILE.block_n
-    acc = tl.zeros((TILE.block_p, WIDTH), tl.float32)
+    acc = tl.zeros((BLOCK_P, WIDTH), tl.float32)
     for k in range(0, hidden, TILE.block_k):
         x = load_rows(x_src, x_row0, x_rows, k, hidden, not LOADS.gather, LOADS.even, TILE.block_k)
         if GLU.gated and not GLU.interleaved:
@@ -179,7 +180,9 @@ def grouped_rows(
     a_rows = point_at_rows(a_src, tl.minimum(rows, row_end - 1), depth, LOADS.tma, TILE.block_k)
     col0 = col_tile * TILE.block_n
 
-    acc = tl.zeros((TILE.block_p, TILE.block_n), tl.float32)
+    BLOCK_P: tl.constexpr = TILE.block_p
+    BLOCK_N: tl.constexpr = TILE.block_n
+    acc = tl.zeros((BLOCK_P, BLOCK_N), tl.float32)
     for k in range(0, depth, TILE.block_k):
         a = load_rows(a_src, row0, a_rows, k, depth, LOADS.tma, LOADS.even, TILE.block_k)
         w = load_weight(
@@ -245,7 +248,9 @@ def down_backward(
     d_rows = point_at_rows(dout_src, d_row, hidden, LOADS.tma, TILE.block_k)
     col0 = col_tile * TILE.block_n
 
-    da = tl.zeros((TILE.block_p, TILE.block_n), tl.float32)
+    BLOCK_P: tl.constexpr = TILE.block_p
+    BLOCK_N: tl.constexpr = TILE.block_n
+    da = tl.zeros((BLOCK_P, BLOCK_N), tl.float32)
     for k in range(0, hidden, TILE.block_k):
         d = load_rows(dout_src, pad0, d_rows, k, hidden, LOADS.tma, LOADS.even, TILE.block_k)
         w = load_weight(

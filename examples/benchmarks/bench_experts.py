@@ -4,12 +4,12 @@
     python examples/benchmarks/bench_experts.py --shape mine=T,K,H,I,E --shape qwen3 --dtype float16
 
 T tokens, K experts per token, H hidden, I intermediate, E experts. Peers: `eager` (the loop over experts) and
-`grouped_mm` of transformers always; upstream `scattermoe` (github.com/shawntan/scattermoe) and transformers'
-`sonicmoe` when they import. Routing is random with a mild skew: softmax of randn(T, E) + 0.5 * randn(E). Printed per
-implementation: milliseconds of a forward and of forward + backward (median of CUDA events), useful TFLOP/s of the
-latter (18*T*K*H*I), MiB saved for backward beyond inputs and weights, MiB at the peak, and the relative error
-(Frobenius norm) of the output and each gradient against the loop in fp32. Writes a Markdown table and, with
-matplotlib, a chart, into --out.
+`grouped_mm` of transformers always; upstream `scattermoe` (github.com/shawntan/scattermoe) and `sonicmoe` (PyPI
+sonic-moe, called as transformers calls it) when they import. Routing is random with a mild skew: softmax of
+randn(T, E) + 0.5 * randn(E). Printed per implementation: milliseconds of a forward and of forward + backward (median of
+CUDA events), useful TFLOP/s of the latter (18*T*K*H*I), MiB saved for backward beyond inputs and weights, MiB at the
+peak, and the relative error (Frobenius norm) of the output and each gradient against the loop in fp32. Writes a
+Markdown table and, with matplotlib, a chart, into --out.
 """
 
 import argparse
@@ -112,6 +112,30 @@ def _upstream_scattermoe() -> Forward | None:
     return forward
 
 
+def _sonicmoe() -> Forward | None:
+    try:
+        from sonicmoe.enums import ActivationType
+        from sonicmoe.functional import moe_general_routing_inputs
+    except ImportError:
+        return None
+
+    def forward(x: Tensor, w1: Tensor, w2: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        token = torch.arange(len(x), device=x.device).repeat_interleave(index.shape[1]).int()
+        slots = x, weights.reshape(-1).to(x.dtype), token, index.reshape(-1).int()
+        out, _ = moe_general_routing_inputs(
+            *slots,
+            *(w1.permute(1, 2, 0), None, w2.permute(1, 2, 0), None),  # [2I, H, E] and [H, I, E], no biases
+            E=len(w1),
+            stream_id=None,
+            activation_type=ActivationType.SWIGLU,
+            is_inference_mode_enabled=not torch.is_grad_enabled(),
+            concat_layout=True,  # gate rows, then up rows
+        )
+        return out
+
+    return forward
+
+
 def implementations(names: list[str] | None) -> dict[str, Forward]:
     """All implementations that can run here, ours first; or only the named ones."""
     found: dict[str, Forward | None] = {
@@ -119,10 +143,8 @@ def implementations(names: list[str] | None) -> dict[str, Forward]:
         "grouped_mm": _registered(moe.grouped_mm_experts_forward),
         "eager": eager,
         "scattermoe upstream": _upstream_scattermoe(),
+        "sonicmoe": _sonicmoe(),
     }
-    loadable = getattr(__import__("transformers.integrations.sonicmoe", fromlist=["x"]), "is_sonicmoe_loadable", None)
-    if loadable is not None and loadable():
-        found["sonicmoe"] = _registered(moe.sonicmoe_experts_forward)
     return {n: f for n, f in found.items() if f is not None and (names is None or n in names)}
 
 

@@ -17,6 +17,10 @@ weight, the layer is
                 dW2[e] = dout[token].T @ sa     dW1[e] = dh.T @ x[token]
                 dx[t] = sum_k (dh @ W1[e])[row(t, k)]
 
+A low-rank change of a weight, W + outer.T @ inner with frozen W (LoRA), is never built: each GEMM that multiplies by W
+adds (rows @ inner[e].T) @ outer[e] at the end of its sum, R columns more. low_rank.py makes these narrow rows [P, R]
+and the gradients of inner and outer.
+
 `x[token]` and `dout[token]` are gathered by the GEMMs' own loads. Every sum has one owner and a fixed order:
 no atomics, so two runs give the same bits. One tile belongs to one expert; tiles are listed on the GPU
 (sort.list_tiles). Kernels that are launched carry `@cached_launch`; the others are parts of them. Beside the GEMMs
@@ -36,7 +40,16 @@ import triton.language as tl
 
 from .activation import activation, activation_backward, activation_backward_halves, glu, split_columns, split_pairs
 from .cached_launch import cached_launch
-from .tile_loads import load_gate_up, load_row_block, load_rows, load_weight, locate_tile, pair_columns, point_at_rows
+from .tile_loads import (
+    add_low_rank,
+    load_gate_up,
+    load_row_block,
+    load_rows,
+    load_weight,
+    locate_tile,
+    pair_columns,
+    point_at_rows,
+)
 
 
 @cached_launch
@@ -45,10 +58,11 @@ def up_projection(
     x_src,
     w_src,
     bias_ptr,
+    low_rank_ptr,
+    factor_ptr,
     h_ptr,
     a_ptr,
-    row_slot_ptr,
-    pad_tile_ptr,
+    place_ptr,
     tile_expert_ptr,
     tile_offset_ptr,
     expert_offset_ptr,
@@ -58,15 +72,16 @@ def up_projection(
     stride_xt,
     h_rows,
     GLU: tl.constexpr,
-    STORE_H: tl.constexpr,
-    STORE_A: tl.constexpr,
+    STORES: tl.constexpr,
     LOADS: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """h[row] = x[token(row)] @ W1[e].T (+ bias[e]), and a = act(h), gated: glu(gate, up). x is gathered by the loads.
+    """h[row] = x[token(row)] @ W1[e].T (+ bias[e], + the low-rank term), and a = act(h), gated: glu(gate, up). x is
+    gathered by the loads.
 
     h is [h_rows, 2I] gated and [h_rows, I] if not, its columns in W1's own order, of the first rows where h_rows is
-    less than P; a is [P, I]. Whichever is not asked for is neither computed nor touched.
+    less than P; a is [P, I]. Whichever is not asked for is neither computed nor touched. place: the rows' slots if
+    LOADS.gather, else the experts' first padded tiles.
     """
     pid = tl.program_id(0)
     num_col_tiles = tl.cdiv(intermediate, TILE.block_n)
@@ -78,12 +93,12 @@ def up_projection(
     in_expert = rows < row_end
     if LOADS.gather:
         # A row past the expert's end reads token 0: real memory, and masked at the store.
-        token = tl.load(row_slot_ptr + rows, mask=in_expert, other=0) // top_k
+        token = tl.load(place_ptr + rows, mask=in_expert, other=0) // top_k
         x_row0 = row0
     else:
         # x was gathered before, with every expert's rows padded: the same rows lie elsewhere there
         token = rows
-        x_row0 = tl.load(pad_tile_ptr + expert) * LOADS.pad + row0 - tl.load(expert_offset_ptr + expert)
+        x_row0 = tl.load(place_ptr + expert) * LOADS.pad + row0 - tl.load(expert_offset_ptr + expert)
     x_rows = point_at_rows(x_src, token, stride_xt, not LOADS.gather, TILE.block_k)
     col0 = col_tile * TILE.block_n
 
@@ -118,6 +133,10 @@ def up_projection(
             )
         acc = tl.dot(x, w, acc, input_precision=LOADS.precision)
 
+    if LOADS.rank:
+        columns = pair_columns(col0, intermediate, WIDTH, TILE.block_n, GLU.interleaved)
+        wide = intermediate * (WIDTH // TILE.block_n)
+        acc = add_low_rank(acc, low_rank_ptr, factor_ptr, expert, row0, row_end, columns, wide, LOADS, BLOCK_P)
     lane = tl.arange(0, TILE.block_p)[:, None]
     rows_left = row_end - row0
     cols = col0 + tl.arange(0, TILE.block_n)[None, :]
@@ -131,23 +150,23 @@ def up_projection(
         bias = bias_ptr + expert.to(tl.int64) * (intermediate * (WIDTH // TILE.block_n)) + col
         acc += tl.load(bias, mask=col < intermediate * (WIDTH // TILE.block_n), other=0.0).to(tl.float32)
     if GLU.gated:
-        if GLU.interleaved and STORE_H:
+        if GLU.interleaved and STORES.h:
             col = 2 * col0 + tl.arange(0, WIDTH)[None, :]
             h_tile = h_ptr + 2 * first + (lane * (2 * intermediate) + col)
             tl.store(h_tile, acc.to(dtype), mask=(lane < h_left) & (col < 2 * intermediate))
         gate, up = split_pairs(acc, TILE.block_p, WIDTH, GLU.interleaved)
-        if STORE_H and not GLU.interleaved:
+        if STORES.h and not GLU.interleaved:
             h_tile = h_ptr + 2 * first + (lane * (2 * intermediate) + cols)
             h_mask = (lane < h_left) & (cols < intermediate)
             tl.store(h_tile, gate.to(dtype), mask=h_mask)
             tl.store(h_tile + intermediate, up.to(dtype), mask=h_mask)
         activated, _, _ = glu(gate, up, GLU)
     else:
-        if STORE_H:
+        if STORES.h:
             h_mask = (lane < h_left) & (cols < intermediate)
             tl.store(h_ptr + first + (lane * intermediate + cols), acc.to(dtype), mask=h_mask)
         activated, _ = activation(acc, GLU)
-    if STORE_A:
+    if STORES.a:
         tl.store(a_ptr + first + (lane * intermediate + cols), activated.to(dtype), mask=mask)
 
 
@@ -157,6 +176,8 @@ def grouped_rows(
     a_src,
     w_src,
     bias_ptr,
+    low_rank_ptr,
+    factor_ptr,
     y_ptr,
     tile_expert_ptr,
     tile_offset_ptr,
@@ -166,8 +187,8 @@ def grouped_rows(
     LOADS: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """y[row] = a[row] @ weight[e] (+ bias[e]), rows already grouped: the down-projection, and dh @ W1 of the
-    backward.
+    """y[row] = a[row] @ weight[e] (+ bias[e], + the low-rank term), rows already grouped: the down-projection, and
+    dh @ W1 of the backward.
     """
     pid = tl.program_id(0)
     num_col_tiles = tl.cdiv(width, TILE.block_n)
@@ -198,6 +219,9 @@ def grouped_rows(
         )
         acc = tl.dot(a, w, acc, input_precision=LOADS.precision)
 
+    if LOADS.rank:
+        columns = col0 + tl.arange(0, TILE.block_n)
+        acc = add_low_rank(acc, low_rank_ptr, factor_ptr, expert, row0, row_end, columns, width, LOADS, BLOCK_P)
     lane = tl.arange(0, TILE.block_p)[:, None]
     cols = col0 + tl.arange(0, TILE.block_n)[None, :]
     mask = (lane < row_end - row0) & (cols < width)
@@ -213,6 +237,8 @@ def grouped_rows(
 def down_backward(
     dout_src,
     w_src,
+    low_rank_ptr,
+    factor_ptr,
     h_ptr,
     weight_ptr,
     dh_ptr,
@@ -266,6 +292,9 @@ def down_backward(
         )
         da = tl.dot(d, w, da, input_precision=LOADS.precision)
 
+    if LOADS.rank:
+        columns = col0 + tl.arange(0, TILE.block_n)
+        da = add_low_rank(da, low_rank_ptr, factor_ptr, expert, row0, row_end, columns, intermediate, LOADS, BLOCK_P)
     scale = tl.load(weight_ptr + slot, mask=in_expert, other=0.0).to(tl.float32)
     first = row0.to(tl.int64) * intermediate
     h_first = 2 * first if GLU.gated else first

@@ -8,7 +8,7 @@ import functools
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 import triton
@@ -22,18 +22,18 @@ from .tuning import Config, Problem
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _Result = TypeVar("_Result")
 
 
 def check_runnable(x: Tensor) -> None:
     """Raises ValueError where Triton cannot run, or not rightly."""
-    if x.device.type != "cuda" and not _INTERPRETED:
+    if x.device.type != "cuda" and not INTERPRETED:
         raise ValueError(
             f"scattermoe runs on a GPU; hidden_states are on {x.device}. Move the model to a GPU, choose "
             f"experts_implementation='grouped_mm', or set TRITON_INTERPRET=1 before Python starts (slow)."
         )
-    if x.dtype == torch.bfloat16 and _INTERPRETED:
+    if x.dtype == torch.bfloat16 and INTERPRETED:
         raise ValueError(
             "scattermoe cannot compute in bfloat16 under TRITON_INTERPRET=1: the interpreter's products of bfloat16 "
             "are wrong by orders of magnitude. Use float32 or float16 there, or moe_kernel: grouped_mm."
@@ -96,14 +96,14 @@ def on_device(x: Tensor):
     return torch.cuda.device(x.device) if x.device.type == "cuda" else contextlib.nullcontext()
 
 
-def _precision(x: Tensor) -> str:
+def precision(x: Tensor) -> str:
     """How tl.dot multiplies fp32: as torch.backends.cuda.matmul says. Other dtypes ignore it."""
     return "tf32" if x.device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32 else "ieee"
 
 
 @functools.cache
 def _capability(device: torch.device) -> tuple[int, int]:
-    return (0, 0) if _INTERPRETED else torch.cuda.get_device_capability(device)
+    return (0, 0) if INTERPRETED else torch.cuda.get_device_capability(device)
 
 
 def tuned(kernel: str, layer: Layer, rows: int, x: Tensor, launch: Callable[[Config], _Result]) -> _Result:
@@ -146,6 +146,27 @@ class Loads:
     bias: bool = False
     gather: bool = False  # `up_projection`: rows are gathered by the loads
     pad: int = PAD  # each expert's padded rows are a multiple of it
+    rank: int = 0  # columns of a low-rank term; 0: there is none
+
+
+@dataclass(frozen=True)
+class Stores:
+    """What `up_projection` writes. A constant of the kernel."""
+
+    h: bool
+    a: bool
+
+
+class Term(NamedTuple):
+    """A low-rank term of a GEMM: rows @ factor[e] is added to the product. low_rank.py makes the rows."""
+
+    rows: Tensor  # [P, R]
+    factor: Tensor  # [E, R, width]
+
+
+def _parts(term: Term | None, like: Tensor) -> tuple[Tensor, Tensor, int]:
+    """The kernel's arguments and R; any tensor stands for those that are not there."""
+    return (like, like, 0) if term is None else (*term, term.rows.shape[1])
 
 
 class Weight:
@@ -200,7 +221,7 @@ def gather_rows(x: Tensor, routing: Routing, tiles: TileLists) -> Padded:
     """x [T, H] -> each row's token, padded per expert."""
     pad, width = tiles[PAD], x.shape[1]
     out = x.new_empty(pad.max_tiles * PAD, width)
-    rows = 16 if not _INTERPRETED else PAD
+    rows = 16 if not INTERPRETED else PAD
     if out.numel():
         passes.gather_rows[(pad.max_tiles, PAD // rows)](
             x,
@@ -229,6 +250,7 @@ def up_projection(
     config: Config,
     gate: Glu,
     h_rows: int,
+    term: Term | None = None,
     activate: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """-> h [h_rows, 2I or I], its first rows where that is less than P, and a [P, I] (0 rows unless activate)."""
@@ -245,15 +267,17 @@ def up_projection(
     block_n = config.block_n * (2 if gate.interleaved else 1)
     even = hidden % config.block_k == 0 and (tma or intermediate % config.block_n == 0)
     grid = (rows.max_tiles * triton.cdiv(intermediate, config.block_n),)
+    low_rank, factor, rank = _parts(term, x)
     if grid[0]:
         gemm.up_projection[grid](
             _descriptor(padded.data, [config.block_p, config.block_k]) if padded else x,
             source(tma, block_n, config.block_k),
             x if bias is None else bias,
+            low_rank,
+            factor,
             h,
             a,
-            routing.row_slot,
-            padded.tiles.tile_offsets if padded else rows.tile_offsets,
+            padded.tiles.tile_offsets if padded else routing.row_slot,
             rows.tile_expert,
             rows.tile_offsets,
             routing.expert_offsets,
@@ -263,9 +287,8 @@ def up_projection(
             x.stride(0),
             h_rows,
             GLU=gate,
-            STORE_H=h_rows > 0,
-            STORE_A=activate,
-            LOADS=Loads(tma, even, weight.k_contiguous, _precision(x), bias is not None, gather),
+            STORES=Stores(h=h_rows > 0, a=activate),
+            LOADS=Loads(tma, even, weight.k_contiguous, precision(x), bias is not None, gather, rank=rank),
             TILE=config,
             num_warps=config.num_warps,
             num_stages=config.num_stages,
@@ -274,52 +297,41 @@ def up_projection(
 
 
 def grouped_rows(
-    a: Tensor, weight: Weight, bias: Tensor | None, routing: Routing, tiles: TileLists, config: Config
+    a: Tensor,
+    weight: Weight,
+    bias: Tensor | None,
+    routing: Routing,
+    tiles: TileLists,
+    config: Config,
+    term: Term | None = None,
 ) -> Tensor:
-    """a [P, depth] times each expert's weight (+ bias [E, width]) -> [P, width]."""
+    """a [P, depth] times each expert's weight (+ bias [E, width], + term) -> [P, width]."""
     width, depth = weight.width, weight.depth
     y = a.new_empty(routing.num_rows, width)
     rows = tiles[config.block_p]
     tma = _tma_fits(weight.stored, a)
     even = depth % config.block_k == 0 and (tma or width % config.block_n == 0)
     grid = (rows.max_tiles * triton.cdiv(width, config.block_n),)
+    low_rank, factor, rank = _parts(term, a)
     if grid[0]:
         gemm.grouped_rows[grid](
             _descriptor(a, [config.block_p, config.block_k]) if tma else a,
             weight.source(tma, config.block_n, config.block_k),
             a if bias is None else bias,
+            low_rank,
+            factor,
             y,
             rows.tile_expert,
             rows.tile_offsets,
             routing.expert_offsets,
             depth,
             width,
-            LOADS=Loads(tma, even, weight.k_contiguous, _precision(a), bias is not None),
+            LOADS=Loads(tma, even, weight.k_contiguous, precision(a), bias is not None, rank=rank),
             TILE=config,
             num_warps=config.num_warps,
             num_stages=config.num_stages,
         )
     return y
-
-
-def sum_slots(y: Tensor, routing: Routing, weights: Tensor | None, num_tokens: int) -> Tensor:
-    """y [P, H] -> [T, H]: each token's rows, weighted or plain, k ascending."""
-    hidden = y.shape[1]
-    out = y.new_empty(num_tokens, hidden)
-    block = min(triton.next_power_of_2(hidden), 64 if _INTERPRETED else 2048)
-    if out.numel():
-        passes.sum_slots[(num_tokens, triton.cdiv(hidden, block))](
-            y,
-            routing.slot_row,
-            y if weights is None else weights,
-            out,
-            hidden,
-            TOP_K=routing.top_k,
-            WEIGHTED=weights is not None,
-            BLOCK_H=block,
-            num_warps=4,
-        )
-    return out
 
 
 def down_backward(
@@ -331,6 +343,7 @@ def down_backward(
     tiles: TileLists,
     config: Config,
     gate: Glu,
+    term: Term | None = None,
     extra_parts: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """-> dh as h, sa [P, I], ds partials [parts, P] in fp32, of which the last extra_parts are left to the caller."""
@@ -342,10 +355,13 @@ def down_backward(
     rows = tiles[config.block_p]
     tma = _tma_fits(weight.stored, dout.data)
     even = hidden % config.block_k == 0 and (tma or intermediate % config.block_n == 0)
+    low_rank, factor, rank = _parts(term, h)
     if rows.max_tiles:
         gemm.down_backward[(rows.max_tiles * parts,)](
             _descriptor(dout.data, [config.block_p, config.block_k]) if tma else dout.data,
             weight.source(tma, config.block_n, config.block_k),
+            low_rank,
+            factor,
             h,
             weights,
             dh,
@@ -360,35 +376,12 @@ def down_backward(
             hidden,
             intermediate,
             GLU=gate,
-            LOADS=Loads(tma, even, weight.k_contiguous, _precision(h)),
+            LOADS=Loads(tma, even, weight.k_contiguous, precision(h), rank=rank),
             TILE=config,
             num_warps=config.num_warps,
             num_stages=config.num_stages,
         )
     return dh, sa, ds
-
-
-def zero_tail(first: Tensor, second: Tensor, routing: Routing, tail: int) -> None:
-    passes.zero_tail[(tail,)](
-        first,
-        second,
-        routing.expert_offsets,
-        routing.num_experts,
-        routing.num_rows,
-        first.shape[1],
-        second.shape[1],
-        BLOCK=1024,
-    )
-
-
-def routing_grad(ds: Tensor, routing: Routing, like: Tensor) -> Tensor:
-    """ds partials [parts, P] -> the gradient of top_k_weights [T, K], in its dtype."""
-    out, block = torch.empty_like(like, memory_format=torch.contiguous_format), 256
-    if out.numel():
-        grid = (triton.cdiv(out.numel(), block),)
-        slot_row, num_rows = routing.slot_row, routing.num_rows
-        passes.sum_routing_grad[grid](ds, slot_row, out, out.numel(), num_rows, ds.shape[0], BLOCK=block)
-    return out
 
 
 def weight_grad(
@@ -416,7 +409,7 @@ def weight_grad(
             LEFT_PADDED=padded is left,
             USE_TMA=tma,
             EVEN=m % block_m == 0 and n % block_n == 0,
-            PRECISION=_precision(left_data),
+            PRECISION=precision(left_data),
             BLOCK_M=block_m,
             BLOCK_N=block_n,
             BLOCK_P=block_p,
@@ -425,51 +418,6 @@ def weight_grad(
             num_stages=config.num_stages,
         )
     return dw
-
-
-def bias_grad(
-    src: Tensor, weights: Tensor | None, routing: Routing, like: Tensor, scale: float, dtype: torch.dtype
-) -> Tensor:
-    """The gradient of a bias [E, width], in dtype: src [P, width] summed per expert, or src [T, width] at each row's
-    token times its routing weight.
-    """
-    out = torch.empty_like(like, dtype=dtype, memory_format=torch.contiguous_format)
-    width, block = like.shape[1], 128
-    passes.sum_expert_rows[(routing.num_experts, triton.cdiv(width, block))](
-        src,
-        src if weights is None else weights,
-        out,
-        routing.row_slot,
-        routing.expert_offsets,
-        width,
-        src.stride(0),
-        routing.top_k,
-        scale,
-        WEIGHTED=weights is not None,
-        ROWS=16,
-        BLOCK=block,
-    )
-    return out
-
-
-def dot_bias(dout: Tensor, bias: Tensor, ds: Tensor, routing: Routing, tiles: TileLists) -> None:
-    """ds [P] = each row's dout[token] . bias[expert]."""
-    rows = tiles[PAD]
-    if rows.max_tiles:
-        passes.dot_bias[(rows.max_tiles,)](
-            dout,
-            bias,
-            ds,
-            routing.row_slot,
-            rows.tile_expert,
-            rows.tile_offsets,
-            routing.expert_offsets,
-            dout.shape[1],
-            dout.stride(0),
-            routing.top_k,
-            BLOCK_P=PAD,
-            BLOCK=64,
-        )
 
 
 def row_major(t: Tensor) -> Tensor:

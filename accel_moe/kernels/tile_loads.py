@@ -148,6 +148,28 @@ def pair_columns(i, intermediate, WIDTH: tl.constexpr, BLOCK_I: tl.constexpr, IN
 
 
 @triton.jit
+def add_low_rank(
+    acc, rows_ptr, factor_ptr, expert, row0, row_end, columns, width, LOADS: tl.constexpr, BLOCK_P: tl.constexpr
+):
+    """acc + rows[row0 ..] @ factor[expert][:, columns], of rows [P, LOADS.rank] and factor [E, LOADS.rank, width].
+
+    A column from width on adds nothing.
+    """
+    RANK: tl.constexpr = LOADS.rank
+    BLOCK: tl.constexpr = 64 if LOADS.rank > 64 else LOADS.rank  # pyright: ignore
+    lane = tl.arange(0, BLOCK_P)[:, None]
+    inside = lane < row_end - row0
+    rank = tl.arange(0, BLOCK)
+    rows = rows_ptr + row0.to(tl.int64) * RANK + (lane * RANK + rank[None, :])
+    factor = factor_ptr + expert.to(tl.int64) * (RANK * width) + (rank[:, None] * width + columns[None, :])
+    for first in tl.static_range(0, RANK, BLOCK):  # pyright: ignore
+        left = tl.load(rows + first, mask=inside, other=0.0)
+        right = tl.load(factor + first * width, mask=columns[None, :] < width, other=0.0)
+        acc = tl.dot(left, right, acc, input_precision=LOADS.precision)
+    return acc
+
+
+@triton.jit
 def load_row_block(
     src,
     row,

@@ -389,7 +389,8 @@ def test_inference_mode_saves_nothing_and_gives_the_same_output():
         out = experts(*args, "silu")
     torch.testing.assert_close(out, eager(*args), rtol=1e-5, atol=1e-5)
     x, w1, w2, *routing = args
-    assert ops.experts_forward(x, w1, w2, None, None, *routing, "silu", [], True, False, -1, 38, 0)[1].numel() == 0
+    inputs = (x, w1, w2, None, None, [], [], *routing, "silu", [], True, False, -1, 38, 0)
+    assert ops.experts_forward(*inputs)[1].numel() == 0
 
 
 def test_bf16_routing_weights_keep_their_dtype_in_the_gradient():
@@ -415,10 +416,10 @@ def test_compiles_without_a_graph_break_and_the_fake_kernels_agree():
     assert_close([out / 2, *grads], run(eager, args, torch.ones(19, 24)))
     no_grad = [t.detach() for t in args]
     x, w1, w2, *routing = no_grad
-    inputs = (x, w1, w2, None, None, *routing, "silu", [], True, False, -1, 38, 38)
+    inputs = (x, w1, w2, None, None, [], [], *routing, "silu", [], True, False, -1, 38, 38)
     torch.library.opcheck(ops.experts_forward, inputs, test_utils="test_faketensor")
-    _, h, *sorted_slots = ops.experts_forward(*inputs)
-    inputs = (x, w1, w2, None, *sorted_slots, "silu", [], True, False, 38)
+    _, h, narrow, _, *sorted_slots = ops.experts_forward(*inputs)
+    inputs = (x, w1, w2, None, None, narrow, *sorted_slots, "silu", [], True, False, 38)
     torch.library.opcheck(ops.pre_activation, inputs, test_utils="test_faketensor")
     assert torch.equal(ops.pre_activation(*inputs), h)
 

@@ -1,0 +1,97 @@
+"""Launches of the passes that add (passes.py). One function per kernel, as in launch.py; no host sync."""
+
+import torch
+import triton
+from torch import Tensor
+
+from . import passes
+from .launch import INTERPRETED, PAD, TileLists
+from .routing import Routing
+
+
+def sum_slots(y: Tensor, routing: Routing, weights: Tensor | None, num_tokens: int) -> Tensor:
+    """y [P, H] -> [T, H]: each token's rows, weighted or plain, k ascending."""
+    hidden = y.shape[1]
+    out = y.new_empty(num_tokens, hidden)
+    block = min(triton.next_power_of_2(hidden), 64 if INTERPRETED else 2048)
+    if out.numel():
+        passes.sum_slots[(num_tokens, triton.cdiv(hidden, block))](
+            y,
+            routing.slot_row,
+            y if weights is None else weights,
+            out,
+            hidden,
+            TOP_K=routing.top_k,
+            WEIGHTED=weights is not None,
+            BLOCK_H=block,
+            num_warps=4,
+        )
+    return out
+
+
+def zero_tail(first: Tensor, second: Tensor, routing: Routing, tail: int) -> None:
+    passes.zero_tail[(tail,)](
+        first,
+        second,
+        routing.expert_offsets,
+        routing.num_experts,
+        routing.num_rows,
+        first.shape[1],
+        second.shape[1],
+        BLOCK=1024,
+    )
+
+
+def routing_grad(ds: Tensor, routing: Routing, like: Tensor) -> Tensor:
+    """ds partials [parts, P] -> the gradient of top_k_weights [T, K], in its dtype."""
+    out, block = torch.empty_like(like, memory_format=torch.contiguous_format), 256
+    if out.numel():
+        grid = (triton.cdiv(out.numel(), block),)
+        slot_row, num_rows = routing.slot_row, routing.num_rows
+        passes.sum_routing_grad[grid](ds, slot_row, out, out.numel(), num_rows, ds.shape[0], BLOCK=block)
+    return out
+
+
+def bias_grad(
+    src: Tensor, weights: Tensor | None, routing: Routing, like: Tensor, scale: float, dtype: torch.dtype
+) -> Tensor:
+    """The gradient of a bias [E, width], in dtype: src [P, width] summed per expert, or src [T, width] at each row's
+    token times its routing weight.
+    """
+    out = torch.empty_like(like, dtype=dtype, memory_format=torch.contiguous_format)
+    width, block = like.shape[1], 128
+    passes.sum_expert_rows[(routing.num_experts, triton.cdiv(width, block))](
+        src,
+        src if weights is None else weights,
+        out,
+        routing.row_slot,
+        routing.expert_offsets,
+        width,
+        src.stride(0),
+        routing.top_k,
+        scale,
+        WEIGHTED=weights is not None,
+        ROWS=16,
+        BLOCK=block,
+    )
+    return out
+
+
+def dot_bias(dout: Tensor, bias: Tensor, ds: Tensor, routing: Routing, tiles: TileLists) -> None:
+    """ds [P] = each row's dout[token] . bias[expert]."""
+    rows = tiles[PAD]
+    if rows.max_tiles:
+        passes.dot_bias[(rows.max_tiles,)](
+            dout,
+            bias,
+            ds,
+            routing.row_slot,
+            rows.tile_expert,
+            rows.tile_offsets,
+            routing.expert_offsets,
+            dout.shape[1],
+            dout.stride(0),
+            routing.top_k,
+            BLOCK_P=PAD,
+            BLOCK=64,
+        )

@@ -18,7 +18,7 @@ weight, the layer is
                 dx[t] = sum_k (dh @ W1[e])[row(t, k)]
 
 A low-rank change of a weight, W + outer.T @ inner with frozen W (LoRA), is never built: each GEMM that multiplies by W
-adds (rows @ inner[e].T) @ outer[e] at the end of its sum, R columns more. low_rank.py makes these narrow rows [P, R]
+begins its sum with (rows @ inner[e].T) @ outer[e], R columns more. low_rank.py makes these narrow rows [P, R]
 and the gradients of inner and outer.
 
 `x[token]` and `dout[token]` are gathered by the GEMMs' own loads. Every sum has one owner and a fixed order:
@@ -105,6 +105,13 @@ def up_projection(
     BLOCK_P: tl.constexpr = TILE.block_p  # a shape needs constexprs of its own
     WIDTH: tl.constexpr = 2 * TILE.block_n if GLU.gated else TILE.block_n
     acc = tl.zeros((BLOCK_P, WIDTH), tl.float32)
+    if LOADS.rank:
+        first_col = col0 * 2 if GLU.gated and GLU.interleaved else col0
+        wide = intermediate * (WIDTH // TILE.block_n)
+        PAIRED: tl.constexpr = GLU.gated and not GLU.interleaved
+        acc = add_low_rank(
+            acc, low_rank_ptr, factor_ptr, expert, row0, row_end, first_col, wide, PAIRED, LOADS, BLOCK_P, WIDTH
+        )
     for k in range(0, hidden, TILE.block_k):
         x = load_rows(x_src, x_row0, x_rows, k, hidden, not LOADS.gather, LOADS.even, TILE.block_k)
         if GLU.gated and not GLU.interleaved:
@@ -133,10 +140,6 @@ def up_projection(
             )
         acc = tl.dot(x, w, acc, input_precision=LOADS.precision)
 
-    if LOADS.rank:
-        columns = pair_columns(col0, intermediate, WIDTH, TILE.block_n, GLU.interleaved)
-        wide = intermediate * (WIDTH // TILE.block_n)
-        acc = add_low_rank(acc, low_rank_ptr, factor_ptr, expert, row0, row_end, columns, wide, LOADS, BLOCK_P)
     lane = tl.arange(0, TILE.block_p)[:, None]
     rows_left = row_end - row0
     cols = col0 + tl.arange(0, TILE.block_n)[None, :]
@@ -204,6 +207,10 @@ def grouped_rows(
     BLOCK_P: tl.constexpr = TILE.block_p
     BLOCK_N: tl.constexpr = TILE.block_n
     acc = tl.zeros((BLOCK_P, BLOCK_N), tl.float32)
+    if LOADS.rank:
+        acc = add_low_rank(
+            acc, low_rank_ptr, factor_ptr, expert, row0, row_end, col0, width, False, LOADS, BLOCK_P, BLOCK_N
+        )
     for k in range(0, depth, TILE.block_k):
         a = load_rows(a_src, row0, a_rows, k, depth, LOADS.tma, LOADS.even, TILE.block_k)
         w = load_weight(
@@ -219,9 +226,6 @@ def grouped_rows(
         )
         acc = tl.dot(a, w, acc, input_precision=LOADS.precision)
 
-    if LOADS.rank:
-        columns = col0 + tl.arange(0, TILE.block_n)
-        acc = add_low_rank(acc, low_rank_ptr, factor_ptr, expert, row0, row_end, columns, width, LOADS, BLOCK_P)
     lane = tl.arange(0, TILE.block_p)[:, None]
     cols = col0 + tl.arange(0, TILE.block_n)[None, :]
     mask = (lane < row_end - row0) & (cols < width)
@@ -277,6 +281,10 @@ def down_backward(
     BLOCK_P: tl.constexpr = TILE.block_p
     BLOCK_N: tl.constexpr = TILE.block_n
     da = tl.zeros((BLOCK_P, BLOCK_N), tl.float32)
+    if LOADS.rank:
+        da = add_low_rank(
+            da, low_rank_ptr, factor_ptr, expert, row0, row_end, col0, intermediate, False, LOADS, BLOCK_P, BLOCK_N
+        )
     for k in range(0, hidden, TILE.block_k):
         d = load_rows(dout_src, pad0, d_rows, k, hidden, LOADS.tma, LOADS.even, TILE.block_k)
         w = load_weight(
@@ -292,9 +300,6 @@ def down_backward(
         )
         da = tl.dot(d, w, da, input_precision=LOADS.precision)
 
-    if LOADS.rank:
-        columns = col0 + tl.arange(0, TILE.block_n)
-        da = add_low_rank(da, low_rank_ptr, factor_ptr, expert, row0, row_end, columns, intermediate, LOADS, BLOCK_P)
     scale = tl.load(weight_ptr + slot, mask=in_expert, other=0.0).to(tl.float32)
     first = row0.to(tl.int64) * intermediate
     h_first = 2 * first if GLU.gated else first

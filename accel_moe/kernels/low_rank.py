@@ -187,10 +187,10 @@ def _narrow(
             RANK=rank,
             PRECISION=precision(src),
             BLOCK_P=PAD,
-            BLOCK_K=16 if INTERPRETED else 128 if src.element_size() == 2 else 64,
+            BLOCK_K=16 if INTERPRETED else (128 if gather else 512) // src.element_size(),
             BLOCK_R=_block_r(rank),
-            num_warps=4,
-            num_stages=3,
+            num_warps=8,
+            num_stages=2,
         )
     return out
 
@@ -223,7 +223,7 @@ def grad(
             WEIGHTED=weights is not None,
             RANK=rank,
             PRECISION=precision(wide),
-            BLOCK_P=16 if INTERPRETED else 64,
+            BLOCK_P=16 if INTERPRETED else 256 // wide.element_size(),
             BLOCK_N=block,
             BLOCK_R=_block_r(rank),
             num_warps=4,

@@ -149,22 +149,41 @@ def pair_columns(i, intermediate, WIDTH: tl.constexpr, BLOCK_I: tl.constexpr, IN
 
 @triton.jit
 def add_low_rank(
-    acc, rows_ptr, factor_ptr, expert, row0, row_end, columns, width, LOADS: tl.constexpr, BLOCK_P: tl.constexpr
+    acc,
+    rows_ptr,
+    factor_ptr,
+    expert,
+    row0,
+    row_end,
+    col0,
+    width,
+    PAIRED: tl.constexpr,
+    LOADS: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):
-    """acc + rows[row0 ..] @ factor[expert][:, columns], of rows [P, LOADS.rank] and factor [E, LOADS.rank, width].
+    """acc + rows[row0 ..] @ factor[expert][:, col0 ..], of rows [P, LOADS.rank] and factor [E, LOADS.rank, width].
 
-    A column from width on adds nothing.
+    PAIRED: the columns col0 .. and width / 2 + col0 .. side by side, half of BLOCK_N each. A column past the last adds
+    nothing.
     """
     RANK: tl.constexpr = LOADS.rank
-    BLOCK: tl.constexpr = 64 if LOADS.rank > 64 else LOADS.rank  # pyright: ignore
+    BLOCK: tl.constexpr = 16  # each block's operands take shared memory beside those of the sum
+    HALF: tl.constexpr = BLOCK_N // 2
     lane = tl.arange(0, BLOCK_P)[:, None]
     inside = lane < row_end - row0
     rank = tl.arange(0, BLOCK)
     rows = rows_ptr + row0.to(tl.int64) * RANK + (lane * RANK + rank[None, :])
-    factor = factor_ptr + expert.to(tl.int64) * (RANK * width) + (rank[:, None] * width + columns[None, :])
+    factor = factor_ptr + expert.to(tl.int64) * (RANK * width)
     for first in tl.static_range(0, RANK, BLOCK):  # pyright: ignore
         left = tl.load(rows + first, mask=inside, other=0.0)
-        right = tl.load(factor + first * width, mask=columns[None, :] < width, other=0.0)
+        if PAIRED:  # three dimensions, so that neighbours are seen to be neighbours
+            columns = (col0 + tl.arange(0, HALF))[None, None, :]
+            places = (first + rank)[:, None, None] * width + tl.arange(0, 2)[None, :, None] * (width // 2) + columns
+            right = tl.load(factor + places, mask=columns < width // 2, other=0.0).reshape(BLOCK, BLOCK_N)
+        else:
+            columns = (col0 + tl.arange(0, BLOCK_N))[None, :]
+            right = tl.load(factor + (first + rank)[:, None] * width + columns, mask=columns < width, other=0.0)
         acc = tl.dot(left, right, acc, input_precision=LOADS.precision)
     return acc
 

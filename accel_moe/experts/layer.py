@@ -47,6 +47,7 @@ class ScatterMoE(nn.Module):
         layer = self._accel_moe_layer
         own = super().extra_repr()
         text = f"experts={layer.num_experts}, local={layer.num_local_experts}, ep={layer.ep}, kernel={layer.kernel}"
+        text += f", weights={layer.prepared.quantize}" if layer.packed else ""
         return f"{own}, {text}" if own else text
 
 

@@ -73,7 +73,8 @@ def refuse_quantised(name: str, config: Any) -> None:
     raise ValueError(
         f"{name} is quantised ({getattr(method, 'value', method)}): its weights are packed, and cannot be cut into "
         "shards and trained. Give a dequantised copy of it, or load it with transformers' from_pretrained and its "
-        "quantization config's dequantize=True, and pass the model to accel_moe.prepare(model)."
+        "quantization config's dequantize=True, and pass the model to accel_moe.prepare(model). moe_quantize_experts "
+        "(nf4, int8) quantises dense experts while they are read."
     )
 
 

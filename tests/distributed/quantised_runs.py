@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from tests.families import peft_runs
-from tests.families.peft_runs import Run, clean, optimizer_of, trained, whole
+from tests.families.peft_runs import Run, optimizer_of, trained, whole
 from tests.tiny import batches, decoder_layer_names, tiny_model
 
 STACKS = ("experts.gate_up_proj", "experts.down_proj")
@@ -23,8 +23,8 @@ class Case(peft_runs.Case):
 
     Attributes:
         scheme: moe_quantize_experts.
-        dp_replicate: replicas of the shards (HSDP).
-        fsdp: under FSDP2; else one process and no sharding.
+        fsdp: under FSDP2; else without sharding: one process, or DDP.
+        from_files: the base comes from accel_moe.from_pretrained.
         options: more options of accel_moe.
         ram_efficient: only rank 0's values are real.
         wrong_scale: the scale of one block of one expert is changed: the test must see it.
@@ -67,6 +67,8 @@ def int8(matrix: torch.Tensor) -> torch.Tensor:
 @torch.no_grad()
 def dequantised(base: torch.nn.Module, scheme: str) -> torch.nn.Module:
     """`base` with every expert's matrix quantised and made dense again."""
+    if scheme == "none":
+        return base
     there_and_back = {"nf4": nf4, "int8": int8}[scheme]
     for name, parameter in base.named_parameters():
         if name.endswith(STACKS):
@@ -102,7 +104,7 @@ def accelerator_of(case: Case, model):
     from accelerate.utils import FullyShardedDataParallelPlugin
 
     if not case.fsdp:
-        return Accelerator(mixed_precision=case.mixed_precision)
+        return Accelerator(cpu=not torch.cuda.is_available(), mixed_precision=case.mixed_precision)
     plugin = FullyShardedDataParallelPlugin(
         fsdp_version=2,
         auto_wrap_policy="transformer_based_wrap",
@@ -118,7 +120,8 @@ def prepared(case: Case, folder: str | None = None):
     """(accelerator, model, optimizer) of a case on this rank."""
     import accel_moe.cpu
 
-    accel_moe.cpu.enable()
+    if case.fsdp:
+        accel_moe.cpu.enable()
     model = build(case, folder)
     accelerator = accelerator_of(case, model)
     if case.ram_efficient and accelerator.process_index:
@@ -172,6 +175,10 @@ def spoil_a_scale(model) -> None:
             local = parameter.to_local() if hasattr(parameter, "to_local") else parameter
             scale = local[:, -4:].clone().view(torch.float32)
             local[:, -4:] = (scale * 2).view(torch.uint8)
+
+
+def clean(name: str) -> str:
+    return peft_runs.clean(name).removeprefix("module.")  # DDP's
 
 
 def save_base(folder) -> str:

@@ -10,7 +10,7 @@ import functools
 
 import pytest
 
-from tests.distributed.quantised_runs import Case, on_one_process, on_rank
+from tests.distributed.quantised_runs import Case, on_one_process, on_rank, save_base
 from tests.families.peft_runs import EXPERTS, differences
 from tests.ranks import run_ranks
 
@@ -32,6 +32,12 @@ TABLE = [
     Case(2, 2, **SCATTERMOE, checkpointing=True),
     Case(2, 2, **BOTH, options=(("moe_dispatch_chunk_tokens", 5),)),
     Case(2, 2, **BOTH, ram_efficient=True),
+    Case(2, 1, fsdp=False),
+    Case(1, 1, **BOTH, fsdp=False, from_files=True),
+    Case(2, 2, **BOTH, scheme="none", from_files=True),
+    Case(2, 1, **BOTH, from_files=True),
+    Case(2, 2, **BOTH, scheme="int8", from_files=True),
+    Case(4, 2, **SCATTERMOE, from_files=True),
 ]
 
 
@@ -40,14 +46,23 @@ def oracle(scheme: str, modules, parameters):
     return on_one_process(Case(1, 1, scheme=scheme, modules=modules, parameters=parameters))
 
 
-def run(case: Case, *args):
-    return run_ranks(on_rank, case.world, case, *args, interpret=case.interpret)[0]
+def run(case: Case, folder):
+    base = save_base(folder) if case.from_files else None
+    return run_ranks(on_rank, case.world, case, base, interpret=case.interpret)[0]
 
 
 @pytest.mark.parametrize("case", TABLE, ids=lambda case: case.name)
-def test_training_on_quantised_experts_equals_training_on_the_dequantised(case):
-    found = run(case)
+def test_training_on_quantised_experts_equals_training_on_the_dequantised(case, tmp_path):
+    found = run(case, tmp_path)
     assert not (wrong := differences(found, oracle(case.scheme, case.modules, case.parameters))), "\n".join(wrong)
-    assert found.facts["packed"] == [("torch.uint8", 2, False)]
-    assert not any(found.facts["packed_changed"])
-    assert f"weights={case.scheme}" in found.facts["repr"]
+    if case.scheme != "none":
+        assert found.facts["packed"] == [("torch.uint8", 2, False)]
+        assert not any(found.facts["packed_changed"])
+        assert f"weights={case.scheme}" in found.facts["repr"]
+
+
+@pytest.mark.parametrize("scheme", ["nf4", "int8"])
+def test_one_wrong_scale_is_seen(scheme, tmp_path):
+    case = Case(2, 2, scheme=scheme, wrong_scale=True)
+    wrong = differences(run(case, tmp_path), oracle(scheme, case.modules, case.parameters))
+    assert any("losses" in line for line in wrong) and any("gradient" in line for line in wrong), wrong

@@ -17,7 +17,6 @@ import torch
 from accel_moe.patching import install, patch, patches_of
 from accel_moe.weights.deferred_tensors import is_deferred
 
-
 _WHY = (
     "PEFT moves new adapters to the device of the weight they change: to meta, before accelerator.prepare has read a "
     "model of accel_moe.from_pretrained, and their values are lost."

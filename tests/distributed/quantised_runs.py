@@ -36,6 +36,8 @@ class Case(peft_runs.Case):
     ram_efficient: bool = False
     options: tuple[tuple[str, object], ...] = ()
     wrong_scale: bool = False
+    adapters: bool = True
+    """False: attention trains itself, without PEFT, beside frozen experts."""
 
     @property
     def name(self) -> str:
@@ -92,7 +94,10 @@ def build(case: Case, folder: str | None):
     def base_of(base):
         return accel_moe.from_pretrained(folder, dtype="float32", attn_implementation="eager") if folder else base
 
-    model = peft_runs.build(case, base_of)
+    model = peft_runs.build(case, base_of) if case.adapters else base_of(tiny_model(case.family))
+    if not case.adapters:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_("self_attn" in name)
     options = dict(case.options)
     return accel_moe.prepare(
         model, moe_ep_degree=case.ep, moe_kernel=case.kernel, moe_quantize_experts=case.scheme, **options
@@ -108,7 +113,7 @@ def accelerator_of(case: Case, model):
     plugin = FullyShardedDataParallelPlugin(
         fsdp_version=2,
         auto_wrap_policy="transformer_based_wrap",
-        transformer_cls_names_to_wrap=decoder_layer_names(model.base_model.model),
+        transformer_cls_names_to_wrap=decoder_layer_names(model.base_model.model if case.adapters else model),
         activation_checkpointing=case.checkpointing,
         state_dict_type="SHARDED_STATE_DICT",
         cpu_ram_efficient_loading=case.ram_efficient,
@@ -165,6 +170,30 @@ def on_rank(case: Case, folder: str | None = None) -> Run | None:
         "repr": repr(model),
     }
     return Run(losses, norms, gradients, weights, facts) if accelerator.process_index == 0 else None
+
+
+def saved(case: Case, folder: str) -> tuple[list[float], list[str]]:
+    """One step, save_state, two steps: their losses; and the names of the packed tensors. On this rank."""
+    accelerator, model, optimizer = prepared(case)
+    first, *rest = batches(3)
+    steps(accelerator, model, optimizer, [first])
+    accelerator.save_state(folder)
+    losses, _, _ = steps(accelerator, model, optimizer, rest)
+    return losses, [clean(n) for n, p in model.named_parameters() if p.dtype == torch.uint8]
+
+
+def resumed(case: Case, folder: str) -> list[float] | str:
+    """The losses of the same two steps after load_state, or the error's text. On this rank."""
+    from accel_moe.errors import CheckpointError
+
+    accelerator, model, optimizer = prepared(case)
+    before = {n: whole(p) for n, p in model.named_parameters()}
+    try:
+        accelerator.load_state(folder)
+    except CheckpointError as error:
+        assert all(torch.equal(whole(p), before[n]) for n, p in model.named_parameters())
+        return str(error)
+    return steps(accelerator, model, optimizer, batches(3)[1:])[0]
 
 
 @torch.no_grad()

@@ -7,10 +7,16 @@ packed weights give the oracle's numbers exactly; only sums over ranks are taken
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 
 import pytest
 
-from tests.distributed.quantised_runs import Case, on_one_process, on_rank, save_base
+from accel_moe.checkpoint import opened
+from accel_moe.checkpoint.export_plan import plan_export
+from accel_moe.checkpoint.manifest import Quantisation, read_manifest
+from accel_moe.errors import CheckpointError
+from accel_moe.weights.base_model import open_base
+from tests.distributed.quantised_runs import Case, on_one_process, on_rank, resumed, save_base, saved
 from tests.families.peft_runs import EXPERTS, differences
 from tests.ranks import run_ranks
 
@@ -66,3 +72,39 @@ def test_one_wrong_scale_is_seen(scheme, tmp_path):
     case = Case(2, 2, scheme=scheme, wrong_scale=True)
     wrong = differences(run(case, tmp_path), oracle(scheme, case.modules, case.parameters))
     assert any("losses" in line for line in wrong) and any("gradient" in line for line in wrong), wrong
+
+
+@pytest.mark.parametrize(
+    "case",
+    [Case(2, 2, **BOTH), Case(2, 1, scheme="int8", adapters=False), Case(2, 2, adapters=False)],
+    ids=lambda case: case.name,
+)
+def test_a_run_on_quantised_experts_resumes_where_it_was(case, tmp_path):
+    folder = str(tmp_path / "checkpoint")
+    (losses, packed), *_ = run_ranks(saved, case.world, case, folder)
+    assert len(packed) == 4
+    assert read_manifest(folder).quantised_experts == Quantisation(case.scheme, 64)
+    assert run_ranks(resumed, case.world, case, folder)[0] == losses
+    # another layout: sums in another order, after one step
+    other = replace(case, ep=3 - case.ep)
+    assert run_ranks(resumed, other.world, other, folder)[0] == pytest.approx(losses, rel=1e-5)
+
+
+@pytest.mark.parametrize("adapters", [True, False])
+@pytest.mark.parametrize(("there", "here"), [("nf4", "int8"), ("nf4", "none"), ("none", "nf4")])
+def test_a_resume_with_another_quantisation_is_refused_on_every_rank(there, here, adapters, tmp_path):
+    folder = str(tmp_path / "checkpoint")
+    case = Case(2, 2, scheme=there, adapters=adapters)
+    run_ranks(saved, 2, case, folder)
+    words = {"nf4": "nf4 (blocks of 64)", "int8": "int8 (blocks of 64)", "none": "none"}
+    for told in run_ranks(resumed, 2, replace(case, scheme=here), folder):
+        assert f"trained with moe_quantize_experts={words[there]}, and this run has {words[here]}" in told
+        assert f"Set moe_quantize_experts: {there}," in told
+
+
+def test_a_checkpoint_of_quantised_experts_is_not_consolidated(tmp_path):
+    folder, base = str(tmp_path / "checkpoint"), save_base(tmp_path / "base")
+    run_ranks(saved, 2, Case(2, 2, adapters=False), folder)
+    assert "experts      nf4, blocks of 64" in opened.describe(opened.open_checkpoint([folder]))
+    with pytest.raises(CheckpointError, match=r"holds experts in nf4 \(4 tensors such as .*Train adapters"):
+        plan_export(opened.open_checkpoint([folder]), open_base(base))

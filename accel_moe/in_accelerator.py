@@ -112,7 +112,9 @@ def _models_on_meta(accelerator, args: tuple[Any, ...]) -> Iterator[None]:
     check_together(models, optimizers)
     if not accelerator.is_fsdp2:
         for model in planned:
-            fill(model, torch.device("cpu"))
+            state = prepared_state(model)
+            packs = state is not None and state.quantize is not None and accelerator.device_placement
+            fill(model, accelerator.device if packs else torch.device("cpu"))  # packing is slow on the CPU
     models = [m for m in models if accelerator.is_fsdp2 and any(p.is_meta for p in m.parameters())]
     names = {id(p): plain_name(name) for model in models for name, p in model.named_parameters()}
     optimizers = optimizers if models else []

@@ -38,7 +38,9 @@ class ScatterMoE(nn.Module):
 
         def one_pass(tokens: RoutedTokens) -> torch.Tensor:
             sent = layer.dispatcher.dispatch(tokens, work)
-            rows = experts(work.view(sent), work.rows(sent), sent.local_index, sent.local_weights)
+            view = work.view(sent)
+            with view.keeping:
+                rows = experts(view, work.rows(sent), sent.local_index, sent.local_weights)
             return layer.dispatcher.combine(rows.to(tokens.rows.dtype), sent, work)
 
         return in_chunks(one_pass, tokens, layer.chunk_tokens, layer.dispatcher.group).to(hidden_states.dtype)

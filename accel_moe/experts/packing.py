@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -111,6 +112,44 @@ def _to_int8(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def _from_int8(codes: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     blocks = codes.view(torch.int8).view(-1, BLOCK)
     return torch.mul(blocks, scales[:, None], out=torch.empty(blocks.shape, dtype=dtype, device=codes.device))
+
+
+class KeptPacked:
+    """Within it, autograd keeps no dense copy of a packed weight for backward; there it is made again.
+
+    For kernels that save the weights they were given; our own take `Unpacked`. A kernel may save a part of a weight, or
+    another view of it: only the experts that it touches are made again.
+
+    Args:
+        dense: by name, the weights that the kernel is given, [e, ...].
+        weights: by name, what they were made of, [e, bytes].
+    """
+
+    def __init__(self, dense: dict[str, torch.Tensor], weights: dict[str, torch.Tensor], packed: dict[str, Packing]):
+        memory = ((dense[name].untyped_storage().data_ptr(), name) for name in packed if dense[name].numel())
+        self._made = {at: (weights[name].detach(), packed[name], dense[name].dtype) for at, name in memory}
+
+    def __enter__(self) -> None:
+        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._keep, self._make)
+        self._hooks.__enter__()
+
+    def __exit__(self, *raised: Any) -> None:
+        self._hooks.__exit__(*raised)
+
+    def _keep(self, saved: torch.Tensor) -> Any:
+        made = self._made.get(saved.untyped_storage().data_ptr()) if saved.numel() else None
+        if made is None or saved.dtype != made[2]:
+            return saved
+        return made, saved.shape, saved.stride(), saved.storage_offset()
+
+    def _make(self, kept: Any) -> torch.Tensor:
+        if isinstance(kept, torch.Tensor):
+            return kept
+        (weight, how, dtype), shape, strides, offset = kept
+        last = offset + sum((size - 1) * stride for size, stride in zip(shape, strides))
+        first = offset // how.numel
+        dense = how.dense(weight[first : last // how.numel + 1], dtype)
+        return dense.as_strided(shape, strides, offset - first * how.numel)
 
 
 class Unpacked(Casts):

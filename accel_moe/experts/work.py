@@ -5,6 +5,7 @@ Nothing of it needs the exchange, so a dispatcher may overlap the two.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch.distributed.tensor import DTensor
 from accel_moe.dispatch.base import Dispatched, Overlap, RoutedTokens
 from accel_moe.dispatch.replay import runs_again
 from accel_moe.experts.expert_counts import count_tokens
-from accel_moe.experts.packing import Unpacked
+from accel_moe.experts.packing import KeptPacked, Unpacked
 from accel_moe.experts.state import LayerState
 from accel_moe.experts.storage import DENSE, storage_of
 from accel_moe.experts.view import KNOWN_PARAMETERS, ExpertsView, as_interface, shim_answers
@@ -109,9 +110,12 @@ def view_of(module: Any, layer: LayerState, dtype: torch.dtype) -> ExpertsView:
             f"moe_quantize_experts={layer.prepared.quantize}: the experts are not quantised yet. accelerator.prepare("
             "model, optimizer) does that; call it before the first forward."
         )
-    casts = _casts_of(module, layer, local, dtype)
+    casts, keeping = _casts_of(module, layer, local, dtype), contextlib.nullcontext()
     if casts is None:
+        stored = local
         local = {name: (layer.packed.get(name) or storage_of(w) or DENSE).dense(w, dtype) for name, w in local.items()}
+        if layer.packed and not torch.compiler.is_compiling():
+            keeping = KeptPacked(local, stored, layer.packed)
     else:  # our kernels ask packed weights for their shapes only
         local.update((name, how.stand_in(local[name], dtype)) for name, how in layer.packed.items())
     if layer.ep > 1 and (layer.deltas or layer.kernel != "scattermoe"):
@@ -120,7 +124,11 @@ def view_of(module: Any, layer: LayerState, dtype: torch.dtype) -> ExpertsView:
             local.update(zip(trained, _ScaleWeightGradients.apply(scale, *(local[name] for name in trained))))
         scale = 1.0
     _add_low_rank(layer, weights, local, dtype)
-    answers: dict[str, Any] = {**local, **(shim_answers(module, layer.shim) if layer.shim is not None else {})}
+    answers: dict[str, Any] = {
+        **local,
+        "keeping": keeping,
+        **(shim_answers(module, layer.shim) if layer.shim is not None else {}),
+    }
     if layer.ep > 1:
         answers.update(num_experts=layer.num_local_experts, _is_expert_parallel=True)
     elif layer.splits_identity_experts:

@@ -85,7 +85,7 @@ class MoEConfig:
         "none",
         "Hold frozen experts packed, quantised while they are read, and make a layer dense for its forward and its "
         "backward only. `nf4`: 4 bits, as QLoRA (needs bitsandbytes: the extra `accel_moe[quantize]`). `int8`: 8 bits. "
-        "For training adapters; see lora.md.",
+        "For training adapters: see [4-bit and 8-bit experts](lora.md#4-bit-and-8-bit-experts).",
         choices=("none", "nf4", "int8"),
     )
     moe_keep_exchanged: bool = option(

@@ -6,7 +6,9 @@ meta there, and weights/fill.py packs each matrix as it is read. PEFT has read t
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -43,6 +45,18 @@ def pack_experts(model: nn.Module, state: PreparedState | None, device: torch.de
                 done[id(parameter)] = how = Packing(state.quantize, parameter.shape[1:], parameter.dtype)
                 parameter.data = _packed(parameter, how, device)
             packed[name] = done[id(parameter)]
+    for module in model.modules():
+        if hasattr(module, "save_pretrained") and not hasattr(module, "peft_config"):  # PEFT saves the adapter alone
+            module.save_pretrained = functools.partial(_refuse_to_save, state.quantize)
+
+
+def _refuse_to_save(scheme: str, *args: Any, **kwargs: Any) -> None:
+    """In place of a packed model's save_pretrained, which would write the bytes as if they were weights."""
+    raise ValueError(
+        f"The experts are packed (moe_quantize_experts={scheme}), which is no form of the Hub's: save_pretrained would "
+        "write bytes for weights. Save the adapter (PeftModel.save_pretrained), or a checkpoint "
+        "(accelerator.save_state)."
+    )
 
 
 def _packed(weight: torch.Tensor, how: Packing, device: torch.device) -> torch.Tensor:

@@ -121,7 +121,8 @@ class KeptPacked:
     another view of it: only the experts that it touches are made again.
 
     Args:
-        dense: by name, the weights that the kernel is given, [e, ...].
+        dense: by name, the weights that the kernel is given, [e, ...]. They must live as long as this is in use: they
+            are known again by their memory.
         weights: by name, what they were made of, [e, bytes].
     """
 

@@ -5,7 +5,6 @@ Nothing of it needs the exchange, so a dispatcher may overlap the two.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -110,30 +109,26 @@ def view_of(module: Any, layer: LayerState, dtype: torch.dtype) -> ExpertsView:
             f"moe_quantize_experts={layer.prepared.quantize}: the experts are not quantised yet. accelerator.prepare("
             "model, optimizer) does that; call it before the first forward."
         )
-    casts, keeping = _casts_of(module, layer, local, dtype), contextlib.nullcontext()
+    casts, stored = _casts_of(module, layer, local, dtype), local
     if casts is None:
-        stored = local
         local = {name: (layer.packed.get(name) or storage_of(w) or DENSE).dense(w, dtype) for name, w in local.items()}
-        if layer.packed and not torch.compiler.is_compiling():
-            keeping = KeptPacked(local, stored, layer.packed)
     else:  # our kernels ask packed weights for their shapes only
-        local.update((name, how.stand_in(local[name], dtype)) for name, how in layer.packed.items())
+        local = local | {name: how.stand_in(local[name], dtype) for name, how in layer.packed.items()}
     if layer.ep > 1 and (layer.deltas or layer.kernel != "scattermoe"):
         trained = [name for name, weight in local.items() if weight.requires_grad]
         if trained:
             local.update(zip(trained, _ScaleWeightGradients.apply(scale, *(local[name] for name in trained))))
         scale = 1.0
     _add_low_rank(layer, weights, local, dtype)
-    answers: dict[str, Any] = {
-        **local,
-        "keeping": keeping,
-        **(shim_answers(module, layer.shim) if layer.shim is not None else {}),
-    }
+    answers: dict[str, Any] = {**local, **(shim_answers(module, layer.shim) if layer.shim is not None else {})}
     if layer.ep > 1:
         answers.update(num_experts=layer.num_local_experts, _is_expert_parallel=True)
     elif layer.splits_identity_experts:
         # identity slots are sentinels now, which grouped_mm must skip
         answers.update(gate_up_proj=local["gate_up_proj"][: layer.num_experts], _is_expert_parallel=True)
+    if casts is None and layer.packed and not torch.compiler.is_compiling():
+        unchanged = {name: how for name, how in layer.packed.items() if name not in layer.deltas}
+        answers["keeping"] = KeptPacked(local, stored, unchanged)
     hints = Hints(scale, casts=casts, glu=layer.glu, recompute_up=layer.recompute_up)
     return ExpertsView(module, hints, **answers)
 

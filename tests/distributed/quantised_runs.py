@@ -24,6 +24,7 @@ class Case(peft_runs.Case):
     Attributes:
         scheme: moe_quantize_experts.
         fsdp: under FSDP2; else without sharding: one process, or DDP.
+        dp_replicate: replicas of the shards (HSDP).
         from_files: the base comes from accel_moe.from_pretrained.
         options: more options of accel_moe.
         ram_efficient: only rank 0's values are real.
@@ -32,10 +33,13 @@ class Case(peft_runs.Case):
 
     scheme: str = "nf4"
     fsdp: bool = True
+    dp_replicate: int = 1
     from_files: bool = False
     ram_efficient: bool = False
     options: tuple[tuple[str, object], ...] = ()
     wrong_scale: bool = False
+    base: str = "none"
+    """The base is quantised and made dense again, by this scheme, before anything sees it."""
     adapters: bool = True
     """False: attention trains itself, without PEFT, beside frozen experts."""
 
@@ -61,7 +65,7 @@ def nf4(matrix: torch.Tensor) -> torch.Tensor:
 
 def int8(matrix: torch.Tensor) -> torch.Tensor:
     """A matrix through int8 with one step for 64 values, and back: round(w / s) * s, s = max|w| / 127."""
-    flat = matrix.flatten().split(64)
+    flat = matrix.float().flatten().split(64)
     steps = [block.abs().max() / 127 for block in flat]
     return torch.cat([(block / s).round() * s for block, s in zip(flat, steps)]).view_as(matrix)
 
@@ -92,6 +96,7 @@ def build(case: Case, folder: str | None):
     import accel_moe
 
     def base_of(base):
+        base = dequantised(base, case.base)
         return accel_moe.from_pretrained(folder, dtype="float32", attn_implementation="eager") if folder else base
 
     model = peft_runs.build(case, base_of) if case.adapters else base_of(tiny_model(case.family))
@@ -106,6 +111,7 @@ def build(case: Case, folder: str | None):
 
 def accelerator_of(case: Case, model):
     from accelerate import Accelerator
+    from accelerate.parallelism_config import ParallelismConfig
     from accelerate.utils import FullyShardedDataParallelPlugin
 
     if not case.fsdp:
@@ -118,7 +124,10 @@ def accelerator_of(case: Case, model):
         state_dict_type="SHARDED_STATE_DICT",
         cpu_ram_efficient_loading=case.ram_efficient,
     )
-    return Accelerator(fsdp_plugin=plugin, mixed_precision=case.mixed_precision)
+    mesh = None
+    if case.dp_replicate > 1:
+        mesh = ParallelismConfig(dp_replicate_size=case.dp_replicate, dp_shard_size=case.world // case.dp_replicate)
+    return Accelerator(fsdp_plugin=plugin, parallelism_config=mesh, mixed_precision=case.mixed_precision)
 
 
 def prepared(case: Case, folder: str | None = None):
@@ -170,6 +179,23 @@ def on_rank(case: Case, folder: str | None = None) -> Run | None:
         "repr": repr(model),
     }
     return Run(losses, norms, gradients, weights, facts) if accelerator.process_index == 0 else None
+
+
+def refused(case: Case) -> str:
+    """The error of a case at accelerator.prepare, on this rank: its experts are to be trained."""
+    import accel_moe.cpu
+
+    accel_moe.cpu.enable()
+    model = build(case, None)
+    for name, parameter in model.named_parameters():
+        if name.endswith("down_proj"):
+            parameter.requires_grad_()
+    accelerator = accelerator_of(case, model)
+    try:
+        accelerator.prepare(model, optimizer_of(model))
+    except ValueError as error:
+        return str(error)
+    return ""
 
 
 def saved(case: Case, folder: str) -> tuple[list[float], list[str]]:

@@ -10,13 +10,14 @@ import functools
 from dataclasses import replace
 
 import pytest
+import torch
 
 from accel_moe.checkpoint import opened
 from accel_moe.checkpoint.export_plan import plan_export
 from accel_moe.checkpoint.manifest import Quantisation, read_manifest
 from accel_moe.errors import CheckpointError
 from accel_moe.weights.base_model import open_base
-from tests.distributed.quantised_runs import Case, on_one_process, on_rank, resumed, save_base, saved
+from tests.distributed.quantised_runs import Case, on_one_process, on_rank, refused, resumed, save_base, saved
 from tests.families.peft_runs import EXPERTS, differences
 from tests.ranks import run_ranks
 
@@ -35,6 +36,7 @@ TABLE = [
     Case(2, 2, **BOTH),
     Case(2, 2, **BOTH, scheme="int8", **SCATTERMOE),
     Case(4, 2, **BOTH, scheme="nf4", **SCATTERMOE),
+    Case(4, 2, **BOTH, dp_replicate=2),
     Case(2, 2, **SCATTERMOE, checkpointing=True),
     Case(2, 2, **BOTH, options=(("moe_dispatch_chunk_tokens", 5),)),
     Case(2, 2, **BOTH, ram_efficient=True),
@@ -67,6 +69,24 @@ def test_training_on_quantised_experts_equals_training_on_the_dequantised(case, 
         assert f"weights={case.scheme}" in found.facts["repr"]
 
 
+@pytest.mark.parametrize("scheme, world, ep", [("nf4", 2, 1), ("nf4", 4, 2), ("int8", 2, 2)])
+def test_under_bf16_mixed_precision_the_bits_are_those_of_the_dequantised_base(scheme, world, ep, tmp_path):
+    # the same layout, kernel and dtypes on both sides: a scale that FSDP had cast to bf16 would show
+    case = Case(world, ep, **BOTH, scheme=scheme, mixed_precision="bf16")
+    packed, dense = run(case, tmp_path), run(replace(case, scheme="none", base=scheme), tmp_path)
+    assert packed.losses == dense.losses and packed.norms == dense.norms
+    for what in ("gradients", "weights"):
+        ours, theirs = getattr(packed, what), getattr(dense, what)
+        assert ours.keys() == theirs.keys() and ours
+        assert not [name for name, value in theirs.items() if not torch.equal(ours[name], value)], what
+
+
+@pytest.mark.parametrize("ep", [1, 2])
+def test_trained_experts_are_refused_on_every_rank(ep):
+    for told in run_ranks(refused, 2, Case(2, ep)):
+        assert "moe_quantize_experts=nf4" in told and "down_proj is trained" in told and "freeze the experts" in told
+
+
 @pytest.mark.parametrize("scheme", ["nf4", "int8"])
 def test_one_wrong_scale_is_seen(scheme, tmp_path):
     case = Case(2, 2, scheme=scheme, wrong_scale=True)
@@ -90,8 +110,9 @@ def test_a_run_on_quantised_experts_resumes_where_it_was(case, tmp_path):
     assert run_ranks(resumed, other.world, other, folder)[0] == pytest.approx(losses, rel=1e-5)
 
 
-@pytest.mark.parametrize("adapters", [True, False])
-@pytest.mark.parametrize(("there", "here"), [("nf4", "int8"), ("nf4", "none"), ("none", "nf4")])
+@pytest.mark.parametrize(
+    ("there", "here", "adapters"), [("nf4", "int8", True), ("nf4", "none", False), ("none", "nf4", True)]
+)
 def test_a_resume_with_another_quantisation_is_refused_on_every_rank(there, here, adapters, tmp_path):
     folder = str(tmp_path / "checkpoint")
     case = Case(2, 2, scheme=there, adapters=adapters)

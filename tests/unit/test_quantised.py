@@ -226,6 +226,18 @@ def test_adapters_merge_into_dense_experts_only():
     loss_of(model).backward()
 
 
+def test_packed_experts_are_not_saved_as_a_hub_model_and_an_adapter_is(tmp_path):
+    peft = pytest.importorskip("peft")
+    model, _ = prepared("int8")
+    with pytest.raises(ValueError, match=r"experts are packed \(moe_quantize_experts=int8\).*Save the adapter"):
+        model.save_pretrained(tmp_path)
+    assert not list(tmp_path.iterdir())
+    model = peft.get_peft_model(tiny_model(), peft.LoraConfig(target_modules=["q_proj"]))
+    accel_moe.prepare(model, moe_kernel="grouped_mm", moe_quantize_experts="int8")
+    Accelerator(cpu=True).prepare(model).save_pretrained(tmp_path)
+    assert (tmp_path / "adapter_model.safetensors").is_file()
+
+
 def test_an_adapter_that_came_after_the_packing_is_refused():
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(target_modules=[], target_parameters=list(EXPERTS))

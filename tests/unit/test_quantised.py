@@ -19,10 +19,12 @@ from accel_moe.experts import pack, packing
 from accel_moe.experts.packing import KeptPacked, Packing
 from accel_moe.weights import place
 from tests.distributed.quantised_runs import dequantised, int8, nf4
+from tests.families import tiny_families
 from tests.families.peft_runs import EXPERTS
 from tests.tiny import batches, tiny_model
 
 pytest.importorskip("bitsandbytes")
+STACKS = ("experts.gate_up_proj", "experts.up_proj", "experts.down_proj")
 SCHEMES = {"nf4": nf4, "int8": int8}
 
 
@@ -96,6 +98,29 @@ def test_loss_and_gradients_equal_those_of_the_dequantised_model(scheme, kernel)
         else:  # another order of summation
             largest = theirs.grad.abs().max().item()
             torch.testing.assert_close(ours.grad, theirs.grad, rtol=0, atol=1e-4 * largest, msg=name)
+
+
+@pytest.mark.parametrize("kernel", ["scattermoe", "grouped_mm"])
+@pytest.mark.parametrize("family", ["gpt_oss", "nemotron_h", "longcat_flash"])
+def test_biases_transposed_weights_gateless_and_identity_experts_compute_the_same_bits(family, kernel):
+    model, right = (tiny_families.tiny(family).build() for _ in range(2))
+    right.load_state_dict(model.state_dict())
+    stacks = [name for name, p in model.named_parameters() if name.endswith(STACKS) and p.dim() == 3]
+    for name, parameter in right.named_parameters():
+        if name in stacks:
+            how = Packing("nf4", parameter.shape[1:], parameter.dtype)
+            parameter.data = how.dense(torch.stack([how.pack(matrix) for matrix in parameter.data]), parameter.dtype)
+    for name in stacks:
+        model.get_parameter(name).requires_grad_(False)
+    accel_moe.prepare(right, moe_kernel=kernel)
+    accel_moe.prepare(model, moe_kernel=kernel, moe_quantize_experts="nf4")
+    model = Accelerator(cpu=True).prepare(model)
+    tokens = torch.arange(16).view(2, 8)
+    for each in (model, right):
+        each(input_ids=tokens, labels=tokens).loss.backward()
+    for (name, ours), (_, theirs) in zip(model.named_parameters(), right.named_parameters()):
+        assert (ours.dtype == torch.uint8) == (name in stacks), name
+        assert ours.grad is None or torch.equal(ours.grad, theirs.grad), name
 
 
 @pytest.mark.parametrize("kernel", ["scattermoe", "grouped_mm", "eager"])

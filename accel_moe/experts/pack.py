@@ -15,6 +15,7 @@ from torch import nn
 
 from accel_moe.experts.packing import BLOCK, Packing
 from accel_moe.experts.state import PreparedState, swapped_layers
+from accel_moe.experts.storage import DENSE
 
 _STACKS = ("gate_up_proj", "up_proj", "down_proj")
 
@@ -77,7 +78,7 @@ def check_packable(model: nn.Module, state: PreparedState, device: torch.device)
     """Whether the experts can be packed, on this rank. Not a collective.
 
     Raises:
-        ValueError: they are trained; or this machine lacks the library, or its kernels for `device`.
+        ValueError: they are trained, or no floats; or this machine lacks the library, or its kernels for `device`.
     """
     if state.quantize is None:
         return
@@ -89,6 +90,11 @@ def check_packable(model: nn.Module, state: PreparedState, device: torch.device)
                     f"{asked} needs frozen experts, and {prefix}.{name} is trained: quantised weights take no "
                     "gradient. Train an adapter (peft.get_peft_model freezes the rest), freeze the experts "
                     "(requires_grad_(False)), or remove moe_quantize_experts."
+                )
+            if not DENSE.holds(parameter):
+                raise ValueError(
+                    f"{asked} quantises float32, bfloat16 or float16, and {prefix}.{name} is {parameter.dtype} "
+                    "already. Give a dequantised base, or remove moe_quantize_experts."
                 )
     if why := _fails_on(state.quantize, device):
         raise ValueError(f"{asked} {why}")

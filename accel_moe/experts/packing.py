@@ -8,10 +8,11 @@ it lies, in blocks of 64 values; zeros fill the last block.
     nf4     bitsandbytes' NF4, as QLoRA uses it: 4-bit normal floats times the block's largest magnitude. Its scales
             stay in fp32 (no double quantisation): 4.5 bits a value
     int8    round(w / s) for a step s of the block's largest magnitude / 127: w is at most s / 2 off; 8.5 bits a value.
-            Plain torch. LLM.int8 has one step for a whole row, which one large value spoils, and rows differ where a
-            family stores its weights transposed; bitsandbytes' blockwise int8 looks codes up in a table
+            Plain torch. LLM.int8 has one step for a whole row, which one large value spoils, and a row is an output
+            in some families and an input in others; bitsandbytes' blockwise int8 looks codes up in a table
 
-bitsandbytes, because its kernels run on the CPU, CUDA and ROCm, and its NF4 is the one that PEFT's users know.
+NF4 is bitsandbytes', because its kernels run on the CPU, CUDA and ROCm, and PEFT's users know it. It gets rows of
+values, never matrices: 0.50 dequantises a matrix wrongly on the CPU if its rows are no multiple of a block.
 """
 
 from __future__ import annotations

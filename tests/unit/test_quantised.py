@@ -17,6 +17,7 @@ import accel_moe
 from accel_moe import hooks
 from accel_moe.experts import pack, packing
 from accel_moe.experts.packing import KeptPacked, Packing
+from accel_moe.experts.storage import STORAGES
 from accel_moe.weights import place
 from tests.distributed.quantised_runs import dequantised, int8, nf4
 from tests.families import tiny_families
@@ -198,6 +199,23 @@ def test_trained_experts_are_refused():
     with pytest.raises(ValueError, match=r"moe_quantize_experts=nf4 \(argument.*\) needs frozen experts, and "
                        r"model\.layers\.0\.mlp\.experts\.gate_up_proj is trained.*Train an adapter"):  # fmt: skip
         prepared(frozen=False)
+
+
+def test_experts_that_are_no_floats_are_refused(monkeypatch):
+    class Float8:
+        def holds(self, weight):
+            return weight.dtype == torch.float8_e4m3fn
+
+        def dense(self, weight, dtype):
+            return weight.to(dtype)
+
+    monkeypatch.setitem(STORAGES, "float8", Float8())
+    model = tiny_model()
+    for layer in model.model.layers:
+        down = layer.mlp.experts.down_proj
+        layer.mlp.experts.down_proj = torch.nn.Parameter(down.detach().to(torch.float8_e4m3fn), requires_grad=False)
+    with pytest.raises(ValueError, match=r"down_proj is torch\.float8_e4m3fn already\. Give a dequantised base"):
+        prepared("int8", "grouped_mm", model=model)
 
 
 def test_a_forward_before_the_experts_are_quantised_is_refused():

@@ -6,6 +6,7 @@ import builtins
 import gc
 import re
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from torch.multiprocessing.reductions import StorageWeakRef
 
 import accel_moe
-from accel_moe import hooks
+from accel_moe import hooks, in_accelerator
 from accel_moe.experts import pack, packing
 from accel_moe.experts.packing import KeptPacked, Packing
 from accel_moe.experts.storage import STORAGES
@@ -71,6 +72,19 @@ def test_dense_weights_are_those_of_the_oracle_to_the_bit(scheme, shape, dtype):
         assert torch.equal(how.dense(rows, to), expected.to(to))
         assert torch.equal(how.dense(rows[2:3], to), expected[2:3].to(to))
         assert how.dense(rows[:0], to).shape == (0, *shape)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_gpu_makes_the_same_dense_weights_of_the_same_bytes(scheme, dtype):
+    weight = torch.randn(4, 48, 40, generator=torch.Generator().manual_seed(1))
+    how = Packing(scheme, weight.shape[1:], weight.dtype)
+    rows = torch.stack([how.pack(matrix) for matrix in weight])
+    assert torch.equal(how.dense(rows.cuda(), dtype).cpu(), how.dense(rows, dtype))
+    there = torch.stack([how.pack(matrix) for matrix in weight.cuda()])
+    # a value halfway between two codes may go to either
+    assert (there.cpu() != rows).float().mean() < 1e-2
 
 
 def test_bytes_for_a_value():
@@ -251,6 +265,14 @@ def test_a_library_that_does_not_run_on_the_device_is_told_at_start_up(broken, s
     monkeypatch.setattr(packing, "_from_nf4", broken)
     with pytest.raises(ValueError, match=f"needs bitsandbytes on cpu, {says}.*moe_quantize_experts: int8"):
         prepared("nf4")
+
+
+@pytest.mark.parametrize(("kind", "says"), [("DEEPSPEED", "DEEPSPEED"), ("FSDP", "FSDP version 1")])
+def test_deepspeed_and_fsdp1_are_refused(kind, says):
+    model = accel_moe.prepare(tiny_model(), moe_kernel="grouped_mm", moe_quantize_experts="int8")
+    other = SimpleNamespace(distributed_type=SimpleNamespace(value=kind), is_fsdp2=False)
+    with pytest.raises(ValueError, match=f"needs FSDP2, DDP or one process, but this Accelerator runs {says}"):
+        in_accelerator._prepare_to_pack(other, model, model._accel_moe)
 
 
 def test_an_unknown_scheme_is_refused():

@@ -38,6 +38,7 @@ TABLE = [
     Case(4, 2, **BOTH, scheme="nf4", **SCATTERMOE),
     Case(4, 2, **BOTH, dp_replicate=2),
     Case(2, 2, **SCATTERMOE, checkpointing=True),
+    Case(2, 2, **SCATTERMOE, options=(("moe_recompute_up_projection", True),)),
     Case(2, 2, **BOTH, options=(("moe_dispatch_chunk_tokens", 5),)),
     Case(2, 2, **BOTH, ram_efficient=True),
     Case(2, 1, fsdp=False),

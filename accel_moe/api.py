@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import warnings
 from typing import Any, TypeVar
 
 from torch import nn
@@ -14,7 +15,7 @@ from accel_moe import config, dispatch, hooks, ranks
 from accel_moe.experts import forwards, probe, recognise
 from accel_moe.experts.state import PreparedState, prepared_state
 from accel_moe.experts.swap import recompute_refusal, swap
-from accel_moe.weights import plan, request
+from accel_moe.weights import deferred_adapters, plan, request
 
 logger = logging.getLogger("accel_moe")
 
@@ -75,8 +76,9 @@ def from_pretrained(model_name_or_path: str | os.PathLike, *args: Any, model_cla
 
     In an FSDP2 launch the model is returned on the meta device: the files are checked, but not read. Each rank reads
     only its own shards once the model is sharded. An optimizer may be built before that. Expert parallelism may be
-    off. In one process without FSDP, and under DeepSpeed or FSDP1, which need the whole model, it loads at once. Not
-    a collective.
+    off. In one process without FSDP, and under DeepSpeed or FSDP1, which need the whole model, it loads at once; but
+    not in one process if the environment or the YAML sets moe_quantize_experts: then the experts are quantised while
+    they are read. Not a collective.
 
     Args:
         model_name_or_path: a Hub id or a folder.
@@ -93,16 +95,24 @@ def from_pretrained(model_name_or_path: str | os.PathLike, *args: Any, model_cla
     """
     if model_class is None:
         from transformers import AutoModelForCausalLM as model_class
-    if not request.deferred(os.environ):
+    if not request.deferred(os.environ, _quantises()):
         return model_class.from_pretrained(model_name_or_path, *args, **kwargs)
     request.refuse_arguments(kwargs)
     request.refuse_other_folders(model_name_or_path, kwargs)
     request.refuse_quantised(str(model_name_or_path), request.read_config(model_name_or_path, kwargs))
+    deferred_adapters.import_peft()
     hooks.install()
     with request.quiet_but_rank_0(), hooks.planning_loads():
         loaded = model_class.from_pretrained(model_name_or_path, *args, **kwargs)
     plan.watch_edits(loaded)
     return loaded
+
+
+def _quantises() -> bool:
+    """Whether the environment or the YAML sets moe_quantize_experts. What else they do wrong, `prepare` tells."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return config.resolve().config.moe_quantize_experts != "none"
 
 
 def _already_prepared(model: Model, resolved: config.ResolvedConfig) -> Model:

@@ -81,6 +81,13 @@ class MoEConfig:
         "size for each (token, expert) pair of a layer (1 x without a gate). Needs `scattermoe` and a gate that its "
         "kernels know. Of no use under activation checkpointing or in chunks, which compute it again anyway.",
     )
+    moe_quantize_experts: str = option(
+        "none",
+        "Hold frozen experts packed, quantised while they are read, and make a layer dense for its forward and its "
+        "backward only. `nf4`: 4 bits, as QLoRA (needs bitsandbytes: the extra `accel_moe[quantize]`). `int8`: 8 bits. "
+        "For training adapters: see [4-bit and 8-bit experts](lora.md#4-bit-and-8-bit-experts).",
+        choices=("none", "nf4", "int8"),
+    )
     moe_keep_exchanged: bool = option(
         True,
         "Under activation checkpointing, keep the received rows until backward instead of exchanging them twice. "

@@ -26,7 +26,7 @@ from accel_moe import (
 from accel_moe.checkpoint import background, for_accelerate, for_trainer
 from accel_moe.experts import adapters
 from accel_moe.patching import patches_of
-from accel_moe.weights import plan
+from accel_moe.weights import deferred_adapters, plan
 
 logger = logging.getLogger("accel_moe")
 
@@ -34,7 +34,7 @@ TABLE = (
     *patches_of(in_accelerator, dtype_units, shard, recompute, positions, whereabouts),
     *patches_of(for_accelerate, background, for_trainer),
 )
-PEFT_TABLE = patches_of(adapters)
+PEFT_TABLE = patches_of(adapters, deferred_adapters)
 """In place where PEFT was imported."""
 CPU_TABLE = patches_of(cpu)
 """`accel_moe.cpu.enable()` installs it."""
@@ -53,6 +53,7 @@ def install() -> None:
     """
     patching.install(TABLE)
     adapters.patch_peft()
+    deferred_adapters.patch_peft()
     _warn_of_untested_versions()
 
 

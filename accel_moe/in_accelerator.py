@@ -26,6 +26,7 @@ from accel_moe import mesh, positions, ranks, recompute, shard, whereabouts
 from accel_moe.agreement import compare_ranks
 from accel_moe.experts import forwards
 from accel_moe.experts.adapters import adopt_adapters, patch_peft
+from accel_moe.experts.pack import check_packable, pack_experts
 from accel_moe.experts.recognise import find_experts
 from accel_moe.experts.state import PreparedState, prepared_state
 from accel_moe.names import plain_name
@@ -52,6 +53,8 @@ def prepare(original, self, *args, device_placement=None):
             if state.config.moe_ep_degree > 1:
                 _check_accelerator(self, state)
                 adopt_adapters(find_experts(model))  # PEFT may have wrapped the experts since prepare()
+            if state.quantize is not None:
+                _prepare_to_pack(self, model, state)
     with _models_on_meta(self, args):
         return original(self, *args, device_placement=device_placement)
 
@@ -85,6 +88,7 @@ def _values_from_files(accelerator, model: nn.Module) -> Iterator[None]:
         return
     plugin = accelerator.state.fsdp_plugin
     settle(model)
+    pack_experts(model, prepared_state(model), accelerator.device)
     share_real(model, accelerator.device)
     ram_efficient, plugin.cpu_ram_efficient_loading = plugin.cpu_ram_efficient_loading, False  # rank 0 has no values
     try:
@@ -108,7 +112,9 @@ def _models_on_meta(accelerator, args: tuple[Any, ...]) -> Iterator[None]:
     check_together(models, optimizers)
     if not accelerator.is_fsdp2:
         for model in planned:
-            fill(model, torch.device("cpu"))
+            state = prepared_state(model)
+            packs = state is not None and state.quantize is not None and accelerator.device_placement
+            fill(model, accelerator.device if packs else torch.device("cpu"))  # packing is slow on the CPU
     models = [m for m in models if accelerator.is_fsdp2 and any(p.is_meta for p in m.parameters())]
     names = {id(p): plain_name(name) for model in models for name, p in model.named_parameters()}
     optimizers = optimizers if models else []
@@ -125,11 +131,8 @@ def _check_accelerator(accelerator, state: PreparedState) -> None:
     source = state.resolved.sources["moe_ep_degree"]
     found = f"moe_ep_degree={degree} ({source})"
     if not accelerator.is_fsdp2:
-        kind = accelerator.distributed_type.value
-        if kind == "FSDP":
-            kind = "FSDP version 1"
         raise ValueError(
-            f"{found} needs FSDP2, but this Accelerator runs {kind}. Set distributed_type: FSDP and "
+            f"{found} needs FSDP2, but this Accelerator runs {_kind(accelerator)}. Set distributed_type: FSDP and "
             "fsdp_config.fsdp_version: 2 in the accelerate config, or remove moe_ep_degree."
         )
     parallelism = accelerator.parallelism_config
@@ -152,6 +155,33 @@ def _check_accelerator(accelerator, state: PreparedState) -> None:
             "Set dynamo_config.dynamo_use_fullgraph: false."
         )
     _plan(accelerator, state)
+
+
+def _prepare_to_pack(accelerator, model: nn.Module, state: PreparedState) -> None:
+    """Check what `moe_quantize_experts` needs, and pack a model that is in memory. A collective.
+
+    Raises:
+        ValueError: on every rank, if one of them cannot pack its experts.
+    """
+    if accelerator.distributed_type.value in ("DEEPSPEED", "MEGATRON_LM") or (
+        accelerator.distributed_type.value == "FSDP" and not accelerator.is_fsdp2
+    ):
+        found = f"moe_quantize_experts={state.quantize} ({state.resolved.sources['moe_quantize_experts']})"
+        raise ValueError(
+            f"{found} needs FSDP2, DDP or one process, but this Accelerator runs {_kind(accelerator)}. Set "
+            "distributed_type: FSDP and fsdp_config.fsdp_version: 2 in the accelerate config, or remove "
+            "moe_quantize_experts."
+        )
+    check = partial(check_packable, model, state, accelerator.device)
+    ranks.run_or_raise_everywhere("accelerator.prepare", check, ValueError, over=dist.group.WORLD)
+    adopt_adapters(find_experts(model), "moe_quantize_experts")
+    if pending(model) is None:
+        pack_experts(model, state, accelerator.device)
+
+
+def _kind(accelerator) -> str:
+    kind = accelerator.distributed_type.value
+    return "FSDP version 1" if kind == "FSDP" else kind
 
 
 def _plan(accelerator, state: PreparedState) -> mesh.MeshPlan:

@@ -214,9 +214,22 @@ def _refuse_adapters(checkpoint: Checkpoint, base: BaseModel) -> None:
         )
 
 
+def _refuse_packed(checkpoint: Checkpoint) -> None:
+    """Raises CheckpointError for a checkpoint that holds quantised experts themselves."""
+    how = None if checkpoint.manifest is None else checkpoint.manifest.quantised_experts
+    packed = [name for name, entry in checkpoint.reader.tensors.items() if entry.dtype == "uint8" and "expert" in name]
+    if how is not None and packed:
+        raise CheckpointError(
+            f"{checkpoint.name} holds experts in {how.scheme} ({len(packed)} tensors such as {packed[0]}), which the "
+            "Hub's format has no place for, and whose dense values are the base's own: they were frozen. Train "
+            "adapters (peft.get_peft_model) on quantised experts."
+        )
+
+
 def _match_checkpoint(checkpoint: Checkpoint, converter: HubConverter, base: BaseModel) -> None:
     """Raises CheckpointError, with the way out, when the checkpoint's tensors are not those of the base's model."""
     stored = checkpoint.reader.tensors
+    _refuse_packed(checkpoint)
     _refuse_adapters(checkpoint, base)
     shapes = {name: tuple(tensor.shape) for name, tensor in converter.model.state_dict().items()}
     aliases = converter.tied_aliases()

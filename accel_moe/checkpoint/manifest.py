@@ -61,6 +61,19 @@ class TensorEntry:
 
 
 @dataclass(frozen=True)
+class Quantisation:
+    """How frozen experts were quantised while a checkpoint was trained (`moe_quantize_experts`).
+
+    Attributes:
+        scheme: "nf4" or "int8".
+        block_size: values that share a scale.
+    """
+
+    scheme: str
+    block_size: int
+
+
+@dataclass(frozen=True)
 class Manifest:
     """What a checkpoint holds. `tensors` is keyed by DCP folder, then by DCP key ("model.<parameter name>").
 
@@ -82,6 +95,7 @@ class Manifest:
     tensors: dict[str, dict[str, TensorEntry]]
     format_version: int = FORMAT_VERSION
     node: int = field(default=0, compare=False)
+    quantised_experts: Quantisation | None = None
 
     @property
     def size_bytes(self) -> int:
@@ -125,6 +139,7 @@ class Manifest:
                 }
                 for folder, tensors in sorted(self.tensors.items())
             },
+            **({} if self.quantised_experts is None else {"quantised_experts": vars(self.quantised_experts)}),
         }
 
     @staticmethod
@@ -197,7 +212,14 @@ def _parse(body: dict[str, Any], node: Any) -> Manifest:
         tensors=tensors,
         format_version=_number(body["format_version"], "format_version", least=1),
         node=node,
+        quantised_experts=_quantisation(body["quantised_experts"]) if "quantised_experts" in body else None,
     )
+
+
+def _quantisation(entry: Any) -> Quantisation:
+    at = "quantised_experts"
+    fields = _dict(entry, at)
+    return Quantisation(_text(fields["scheme"], f"{at}: scheme"), _number(fields["block_size"], f"{at}: block_size", 1))
 
 
 def _tensor(entry: Any, at: str) -> TensorEntry:

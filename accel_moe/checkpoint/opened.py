@@ -212,6 +212,8 @@ def describe(checkpoint: Checkpoint) -> list[str]:
             f"files        {len(known_paths(manifest))}, {manifest.size_bytes / 1e9:.3f} GB, "
             f"checksums {manifest.digest_algorithm}",
         ]
+        if (how := manifest.quantised_experts) is not None:
+            lines.append(f"experts      {how.scheme}, blocks of {how.block_size}")
     lines.append(
         f"weights      {len(tensors)} tensors, {sum(sizes.values()) / 1e9:.3f} GB, {', '.join(dtypes)}, "
         f"in {len({c.file for e in tensors.values() for c in e.chunks})} file(s)"

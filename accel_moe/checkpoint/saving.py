@@ -43,9 +43,10 @@ from accel_moe.checkpoint.dcp_metadata import METADATA_NAME, check_metadata, ten
 from accel_moe.checkpoint.dcp_read import FolderReader
 from accel_moe.checkpoint.dcp_write import COPY_AHEAD_BYTES, ChecksumWriter
 from accel_moe.checkpoint.durable import fsync_folder, fsync_path
-from accel_moe.checkpoint.manifest import FileEntry, Manifest, write_manifest
+from accel_moe.checkpoint.manifest import FileEntry, Manifest, Quantisation, write_manifest
 from accel_moe.checkpoint.node_local import Disks, NodePlanner
 from accel_moe.errors import CheckpointError
+from accel_moe.experts.packing import BLOCK
 from accel_moe.experts.state import prepared_state
 
 T = TypeVar("T")
@@ -107,6 +108,13 @@ def state_of(model: Any) -> Any:
 
 def option(models: Sequence[Any], name: str) -> Any:
     return getattr(state_of(models[0]).config, name)
+
+
+def quantisation_of(models: Iterable[Any]) -> Quantisation | None:
+    """How the experts of the first of `models` that packs them are packed, or None."""
+    schemes = (getattr(state_of(model), "quantize", None) for model in models)
+    scheme = next(filter(None, schemes), None)
+    return None if scheme is None else Quantisation(scheme, BLOCK)
 
 
 # --- 1. begin ------------------------------------------------------------------------------------------------------
@@ -335,6 +343,7 @@ def _seal(save: Save) -> Manifest:
             nodes=tuple(hosts[leader] for leader in leaders),
             files=tuple(sealed[leader] for leader in leaders),
             tensors={folder: tensors_of(metadata) for folder, metadata in save.metadata.items()},
+            quantised_experts=quantisation_of(save.models),
         )
 
     hosts = ranks.gather(ranks.host())

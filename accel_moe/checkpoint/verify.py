@@ -33,8 +33,8 @@ from accel_moe.checkpoint.dcp_metadata import (
     was_written_with_manifest,
 )
 from accel_moe.checkpoint.dcp_read import FolderReader
-from accel_moe.checkpoint.manifest import Manifest, check_files, known_paths, read_manifest
-from accel_moe.checkpoint.saving import option
+from accel_moe.checkpoint.manifest import Manifest, Quantisation, check_files, known_paths, read_manifest
+from accel_moe.checkpoint.saving import option, quantisation_of
 from accel_moe.errors import CheckpointError, first_few
 from accel_moe.names import MANIFEST_NAME, plain_name
 from accel_moe.whereabouts import listed
@@ -281,6 +281,7 @@ def _unlisted(folder: Path, path: str) -> str:
 def _check_dcp(folder: Path, manifest: Manifest | None, models: list[Any]) -> None:
     from accelerate.utils.modeling import is_peft_model
 
+    _check_quantisation(folder, manifest, models)
     for index, model in enumerate(models):
         dcp_folder = folder / f"{MODEL_FOLDER}_{index}"
         if not dcp_folder.is_dir():
@@ -294,6 +295,23 @@ def _check_dcp(folder: Path, manifest: Manifest | None, models: list[Any]) -> No
             )
         if not is_peft_model(model):  # whose checkpoint may hold the adapters alone
             _check_model(folder, stored, model, manifest)
+
+
+def _check_quantisation(folder: Path, manifest: Manifest | None, models: list[Any]) -> None:
+    """Raises CheckpointError when the experts were packed otherwise, or not at all: they were other weights then."""
+    if manifest is None:
+        return
+    there, here = manifest.quantised_experts, quantisation_of(models)
+    if there != here:
+        raise CheckpointError(
+            f"{folder} was trained with moe_quantize_experts={_spelt(there)}, and this run has {_spelt(here)}: the "
+            "experts would be other weights than those it was trained on. Nothing was loaded. Set "
+            f"moe_quantize_experts: {'none' if there is None else there.scheme}, or give another folder."
+        )
+
+
+def _spelt(how: Quantisation | None) -> str:
+    return "none" if how is None else f"{how.scheme} (blocks of {how.block_size})"
 
 
 def _explain_missing(folder: Path, dcp_folder: Path) -> None:

@@ -1,6 +1,7 @@
-"""PEFT's LoRA on the experts themselves (`target_parameters`), under expert parallelism.
+"""PEFT's LoRA on the experts themselves (`target_parameters`), under expert parallelism or on packed weights.
 
-Without it (ep 1) PEFT's own parametrisation works as it is; with shards it would add a whole matrix to a part of one.
+Without both, PEFT's own parametrisation works as it is. With shards it would add a whole matrix to a part of one, and
+with packed weights (packing.py) a matrix to bytes.
 """
 
 from __future__ import annotations
@@ -31,11 +32,12 @@ class LowRank:
 
 
 class LendsLowRank(nn.Module):
-    """Mixed into a PEFT wrapper of an experts parameter when ep > 1.
+    """Mixed into a PEFT wrapper of an experts parameter when ep > 1, or when the experts are packed.
 
     PEFT's own forward adds left @ right to the whole weight by parametrisation, which needs a plain tensor where there
-    is a shard. Instead the factors are lent to the layer, which adds the part of its own experts. Rank, alpha, scaling
-    and active adapters stay PEFT's; so do the names and shapes of lora_A and lora_B, which are dense weights.
+    is a shard or a packed weight. Instead the factors are lent to the layer, which adds the part of its own experts.
+    Rank, alpha, scaling and active adapters stay PEFT's; so do the names and shapes of lora_A and lora_B, which are
+    dense weights.
     """
 
     @contextlib.contextmanager
@@ -48,11 +50,26 @@ class LendsLowRank(nn.Module):
         finally:
             del deltas[self.parameter_name]
 
+    def get_param(self) -> torch.Tensor:
+        """The weight; for a packed one a stand-in, which PEFT asks for the dense weight's shape, dtype and device."""
+        weight = super().get_param()  # pyright: ignore[reportAttributeAccessIssue]
+        how = self.get_base_layer()._accel_moe_layer.packed.get(self.parameter_name)
+        return weight if how is None else how.stand_in(weight)
+
     def get_delta_weight(self, adapter_name: str, *args: Any, **kwargs: Any) -> torch.Tensor:
         """PEFT's change of the whole weight, as the weight itself lies: merge and unmerge add and take it.
 
         A collective where FSDP shards lora_A and lora_B, as merging is in plain FSDP2.
+
+        Raises:
+            ValueError: the weight is packed.
         """
+        if (how := self.get_base_layer()._accel_moe_layer.packed.get(self.parameter_name)) is not None:
+            raise ValueError(
+                f"{self.parameter_name} is packed (moe_quantize_experts={how.scheme}), and an adapter merges into a "
+                "dense weight only. Save the adapter (save_pretrained), and merge it into the dense base: "
+                "peft.PeftModel.from_pretrained(base, adapter).merge_and_unload()."
+            )
         change, weight = super().get_delta_weight(adapter_name, *args, **kwargs), self.get_param()  # pyright: ignore
         return _sharded_like(change, weight) if isinstance(weight, DTensor) else change
 
@@ -76,14 +93,21 @@ def _sharded_like(whole: torch.Tensor, weight: DTensor) -> DTensor:
 
 @patch(
     "peft.tuners.lora.layer.ParamWrapper._activate_lora",
-    why="PEFT may wrap experts after they were sharded, and its parametrisation then adds a whole matrix to a shard.",
+    why="PEFT may wrap experts after they were sharded or packed, and its parametrisation then adds a whole matrix to "
+    "a shard or to bytes.",
     tested="peft 0.21.2",
 )
 def _activate_lora(original, self, active_adapters):
     layer = getattr(self.get_base_layer(), "_accel_moe_layer", None)
-    if layer is None or layer.ep == 1:
+    if layer is None or (layer.ep == 1 and not layer.packed):
         return original(self, active_adapters)
-    _check_adapter(self)
+    if layer.packed:
+        raise ValueError(
+            f"PEFT wrapped {self.parameter_name} after accelerator.prepare() had quantised it "
+            f"(moe_quantize_experts={layer.prepared.quantize}), and took the bytes for a matrix. Call "
+            "peft.get_peft_model(model, ...) before accelerator.prepare()."
+        )
+    _check_adapter(self, "moe_ep_degree > 1")
     self.__class__ = _lending_class(self.__class__)
     return self._activate_lora(active_adapters)
 
@@ -94,26 +118,28 @@ def patch_peft() -> None:
         install(patches_of(_activate_lora))
 
 
-def adopt_adapters(found: FoundExperts) -> None:
-    """Let the PEFT wrappers around experts work with shards (ep > 1). A second call changes nothing.
+def adopt_adapters(found: FoundExperts, because: str = "moe_ep_degree > 1") -> None:
+    """Let the PEFT wrappers around experts work with shards and packed weights. A second call changes nothing.
+
+    `because` names the option that needs it, for the error.
 
     Raises:
-        ValueError: one of them cannot be trained over several ranks; none is changed then.
+        ValueError: one of them cannot be trained so; none is changed then.
     """
     for adapter in found.adapters:
-        _check_adapter(adapter)
+        _check_adapter(adapter, because)
     for adapter in found.adapters:
         adapter.__class__ = _lending_class(adapter.__class__)
 
 
-def _check_adapter(adapter: nn.Module) -> None:
+def _check_adapter(adapter: nn.Module, because: str) -> None:
     """LoRA's ParamWrapper of peft 0.17 to 0.21, on a 3-D weight; anything else is refused."""
     kind = f"{type(adapter).__name__} on {adapter.parameter_name}"
     if not all(hasattr(adapter, name) for name in ("_activate_lora", "get_delta_factors", "lora_A", "lora_B")):
-        raise ValueError(f"moe_ep_degree > 1 with {kind} is not supported. Use LoRA (LoraConfig.target_parameters).")
+        raise ValueError(f"{because} with {kind} is not supported. Use LoRA (LoraConfig.target_parameters).")
     if adapter.get_param().dim() != 3:
         raise ValueError(
-            f"moe_ep_degree > 1 with LoRA on {adapter.parameter_name}, which is not a stack of matrices, is not "
+            f"{because} with LoRA on {adapter.parameter_name}, which is not a stack of matrices, is not "
             "supported. Leave it out of target_parameters."
         )
 

@@ -38,7 +38,9 @@ class ScatterMoE(nn.Module):
 
         def one_pass(tokens: RoutedTokens) -> torch.Tensor:
             sent = layer.dispatcher.dispatch(tokens, work)
-            rows = experts(work.view(sent), work.rows(sent), sent.local_index, sent.local_weights)
+            view = work.view(sent)
+            with view.keeping:
+                rows = experts(view, work.rows(sent), sent.local_index, sent.local_weights)
             return layer.dispatcher.combine(rows.to(tokens.rows.dtype), sent, work)
 
         return in_chunks(one_pass, tokens, layer.chunk_tokens, layer.dispatcher.group).to(hidden_states.dtype)
@@ -47,6 +49,7 @@ class ScatterMoE(nn.Module):
         layer = self._accel_moe_layer
         own = super().extra_repr()
         text = f"experts={layer.num_experts}, local={layer.num_local_experts}, ep={layer.ep}, kernel={layer.kernel}"
+        text += f", weights={layer.prepared.quantize}" if layer.packed else ""
         return f"{own}, {text}" if own else text
 
 

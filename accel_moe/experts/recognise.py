@@ -66,6 +66,8 @@ class FoundExperts(dict[str, nn.Module]):
 
 def is_experts(module: nn.Module) -> bool:
     """True for an experts module on transformers' experts interface, or with a shim that fits it."""
+    if getattr(getattr(module, "_accel_moe_layer", None), "packed", None):
+        return True  # its weights are no stacks of matrices any more
     down = module._parameters.get("down_proj")
     if shim_of(module) is not None:
         return True
@@ -85,7 +87,8 @@ def find_experts(model: nn.Module) -> FoundExperts:
         raise ValueError(
             f"accel_moe.prepare() found quantised experts ({', '.join(quantised)}) in {_describe_model(model)}. "
             "Quantised experts are not supported: load the model dequantised, in bf16 or fp32 (MXFP4 and FP8 "
-            "checkpoints with their quantization config's dequantize=True)."
+            "checkpoints with their quantization config's dequantize=True). For 4-bit or 8-bit experts, also set "
+            "moe_quantize_experts, which quantises dense ones."
         )
     if not found:
         classes = {type(m) for m in model.modules() if _sounds_like_experts(m)}

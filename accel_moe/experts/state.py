@@ -11,6 +11,7 @@ from torch import nn
 
 from accel_moe.config import MoEConfig, ResolvedConfig
 from accel_moe.experts.adapters import LowRank
+from accel_moe.experts.packing import Packing
 from accel_moe.experts.view import Shim
 from accel_moe.kernels.glu import Glu
 from accel_moe.names import plain_name
@@ -37,6 +38,12 @@ class PreparedState:
     def config(self) -> MoEConfig:
         return self.resolved.config
 
+    @property
+    def quantize(self) -> str | None:
+        """How frozen experts are to be packed: "nf4", "int8", or None."""
+        scheme = self.config.moe_quantize_experts
+        return None if scheme == "none" else scheme
+
 
 @dataclass
 class LayerState:
@@ -59,7 +66,14 @@ class LayerState:
     cast_bytes: dict[torch.dtype, int] = field(default_factory=dict, repr=False)
     """What this rank's experts take in a dtype, where they are stored in another; read off them once."""
     deltas: dict[str, list[LowRank]] = field(default_factory=dict, repr=False)
-    """LoRA on the experts, under ep: by parameter, the factors that its PEFT wrapper lends during a forward."""
+    """LoRA on the experts, sharded or packed: by parameter, the factors that its PEFT wrapper lends for a forward."""
+    packed: dict[str, Packing] = field(default_factory=dict, repr=False)
+    """By parameter, how it is packed (`moe_quantize_experts`); empty until `accelerator.prepare`."""
+
+    def values_of(self, name: str, weight: torch.Tensor) -> int:
+        """How many values a weight has, however it is stored."""
+        how = self.packed.get(name)
+        return weight.numel() if how is None else weight.shape[0] * how.numel
 
     @property
     def ep(self) -> int:

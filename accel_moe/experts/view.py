@@ -3,6 +3,7 @@ interface but fit it."""
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import types
 from dataclasses import dataclass
@@ -58,8 +59,10 @@ class ExpertsView:
     Parameters are the rank's own local tensors, `num_experts` is e, `_is_expert_parallel` says that sentinel
     slots may occur; every other attribute is the module's.
 
-    `hints` are for functions that can use them (ours does).
+    `hints` are for functions that can use them (ours does). The function is to run within `keeping`.
     """
+
+    keeping: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
 
     def __init__(self, module: nn.Module, hints: Hints = NO_HINTS, **answers: Any):
         self._module = module

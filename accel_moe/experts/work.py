@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 from accel_moe.dispatch.base import Dispatched, Overlap, RoutedTokens
 from accel_moe.dispatch.replay import runs_again
 from accel_moe.experts.expert_counts import count_tokens
+from accel_moe.experts.packing import KeptPacked, Unpacked
 from accel_moe.experts.state import LayerState
 from accel_moe.experts.storage import DENSE, storage_of
 from accel_moe.experts.view import KNOWN_PARAMETERS, ExpertsView, as_interface, shim_answers
@@ -40,7 +41,8 @@ class LayerWork(Overlap):
         layer = self._layer
         if layer.pair_widths is None:
             layout: Any = as_interface(self._module)
-            intermediate: int = layout.down_proj.shape[-2 if layout.is_transposed else -1]
+            down = layer.packed["down_proj"].matrix if layer.packed else layout.down_proj.shape
+            intermediate: int = down[-2 if layout.is_transposed else -1]
             layer.pair_widths = intermediate, (3 if layout.has_gate else 2) * intermediate
         return layer.pair_widths[torch.is_grad_enabled()] * self._dtype.itemsize
 
@@ -49,8 +51,9 @@ class LayerWork(Overlap):
         """Bytes this rank's expert weights take once cast to the compute dtype; weights already in it count as 0."""
         layer, dtype = self._layer, self._dtype
         if dtype not in layer.cast_bytes:
-            stored = (p for p in parameters_of(self._module).values() if p.dtype != dtype)
-            layer.cast_bytes[dtype] = sum(p.numel() for p in stored) // layer.ep * dtype.itemsize
+            stored = {name: p for name, p in parameters_of(self._module).items() if p.dtype != dtype}
+            values = sum(layer.values_of(name, p) for name, p in stored.items())
+            layer.cast_bytes[dtype] = values // layer.ep * dtype.itemsize
         return layer.cast_bytes[dtype]
 
     def prepare_weights(self) -> None:
@@ -101,9 +104,16 @@ def view_of(module: Any, layer: LayerState, dtype: torch.dtype) -> ExpertsView:
     """
     scale, weights = 1.0 / layer.ep, parameters_of(module)
     local = {name: w.to_local() if isinstance(w, DTensor) else w for name, w in weights.items()}
-    casts = _casts_of(module, layer, local, dtype)
+    if layer.prepared.quantize is not None and not layer.packed:
+        raise RuntimeError(
+            f"moe_quantize_experts={layer.prepared.quantize}: the experts are not quantised yet. accelerator.prepare("
+            "model, optimizer) does that; call it before the first forward."
+        )
+    casts, stored = _casts_of(module, layer, local, dtype), local
     if casts is None:
-        local = {name: (storage_of(w) or DENSE).dense(w, dtype) for name, w in local.items()}
+        local = {name: (layer.packed.get(name) or storage_of(w) or DENSE).dense(w, dtype) for name, w in local.items()}
+    else:  # our kernels ask packed weights for their shapes only
+        local = local | {name: how.stand_in(local[name], dtype) for name, how in layer.packed.items()}
     if layer.ep > 1 and (layer.deltas or layer.kernel != "scattermoe"):
         trained = [name for name, weight in local.items() if weight.requires_grad]
         if trained:
@@ -116,6 +126,9 @@ def view_of(module: Any, layer: LayerState, dtype: torch.dtype) -> ExpertsView:
     elif layer.splits_identity_experts:
         # identity slots are sentinels now, which grouped_mm must skip
         answers.update(gate_up_proj=local["gate_up_proj"][: layer.num_experts], _is_expert_parallel=True)
+    if casts is None and layer.packed and not torch.compiler.is_compiling():
+        unchanged = {name: how for name, how in layer.packed.items() if name not in layer.deltas}
+        answers["keeping"] = KeptPacked(local, stored, unchanged)
     hints = Hints(scale, casts=casts, glu=layer.glu, recompute_up=layer.recompute_up)
     return ExpertsView(module, hints, **answers)
 
@@ -129,7 +142,8 @@ def _add_low_rank(
     expert, summed over the group. That is the mean over ranks: no factor here.
     """
     for name, changes in layer.deltas.items():
-        first = weights[name].device_mesh.get_local_rank("ep") * layer.num_local_experts  # pyright: ignore
+        at = weights[name].device_mesh.get_local_rank("ep") if layer.ep > 1 else 0  # pyright: ignore
+        first = at * layer.num_local_experts
         own = slice(first, first + layer.num_local_experts)
         for change in changes:
             left, right = change.left[own].to(dtype), change.right[own].to(dtype)
@@ -143,10 +157,13 @@ def _casts_of(module: Any, layer: LayerState, weights: dict[str, torch.Tensor], 
         return None
     if layer.glu is None or layer.deltas or layer.shim is not None:
         return None
+    names = scattermoe.parameter_names(module)
+    if layer.packed:
+        return Unpacked({name: weights[name] for name in names}, layer.packed, dtype)
     if any(storage_of(w) is not DENSE for w in weights.values()):
         return None
     # with ep 1, PEFT computes the weights for the length of a forward
-    return Casts([weights[name] for name in scattermoe.parameter_names(module)], dtype, of_module=layer.ep > 1)
+    return Casts([weights[name] for name in names], dtype, of_module=layer.ep > 1)
 
 
 def parameters_of(module: Any) -> dict[str, torch.Tensor]:

@@ -23,6 +23,8 @@ import torch.distributed as dist
 from torch import nn
 
 from accel_moe import ranks
+from accel_moe.experts.pack import pack_experts, packings
+from accel_moe.experts.state import prepared_state
 from accel_moe.names import plain_name
 from accel_moe.weights.load_groups import LoadGroup, convert
 from accel_moe.weights.place import Place, places_of
@@ -96,8 +98,10 @@ def fill(model: nn.Module, device: torch.device) -> LoadReport:
 def _fill(model: nn.Module, plan: LoadPlan, device: torch.device) -> LoadReport:
     started = time.perf_counter()
     origins = settle(model)
+    pack_experts(model, prepared_state(model), device)
     _allocate(model, device)
-    read_bytes = sum(read_into(places, plan, model) for places in places_of(named_tensors(model), origins))
+    places = places_of(named_tensors(model), origins, packings(model))
+    read_bytes = sum(read_into(some, plan, model) for some in places)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     left = [name for name, tensor in named_tensors(model).items() if tensor.is_meta]
@@ -114,20 +118,24 @@ def read_into(places: Mapping[str, Place], plan: LoadPlan, model: nn.Module) -> 
     """
     copies: list[Copy] = []
     conversions: list[Conversion] = []
+    packed: list[PackedRows] = []
     for group in (left for group in plan.groups if (left := group.of(places.__contains__)).targets):
-        if group.method == "copy":
-            copies += _copies_of_renamed(group, places[group.name], plan)
-        elif group.method == "stack":
-            copies += _copies_of_stack(group, places[group.name], plan)
-        elif any(places[name].local.numel() for name in group.targets):
-            conversions.append(Conversion.of(group, places))
+        if any(places[name].packing for name in group.targets):
+            packed += PackedRows.of(group, places, plan)
+        else:
+            some, others = _pieces_of(group, places, plan)
+            copies, conversions = copies + some, conversions + others
     copies = _joined(sorted(copies, key=lambda c: (c.file, c.start)))
-    expected = sum(c.size_bytes for c in (*copies, *conversions))
+    packed.sort(key=lambda rows: rows.first_byte)
+    expected = sum(piece.size_bytes for piece in (*copies, *conversions, *packed))
     with Reader(expected) as reader, ThreadPoolExecutor(_threads(), initializer=_same_gpu(places)) as pool:
         running = [pool.submit(_run_one, reader, copies, i) for i in range(len(copies))]
+        running += [pool.submit(rows.run, reader, places, plan, model) for rows in packed if not rows.converts]
         try:
             for conversion in sorted(conversions, key=lambda c: c.first_byte):
                 conversion.run(reader, places, plan, model)
+            for rows in (rows for rows in packed if rows.converts):
+                rows.run(reader, places, plan, model)
             for future in running:
                 future.result()
         except BaseException:
@@ -164,6 +172,10 @@ class Copy:
     def size_bytes(self) -> int:
         return self.to.numel() * self.dtype.itemsize
 
+    @property
+    def first_byte(self) -> tuple[str, int]:
+        return self.file, self.start
+
     def run(self, reader: Reader) -> None:
         if {self.to.dtype, *self.via} == {self.dtype} and self.to.device.type == "cpu":
             reader.into(self.to, self.file, self.start)
@@ -175,6 +187,17 @@ class Copy:
             reader.into(staged, self.file, self.start + first * self.dtype.itemsize)
             # Blocking: the next piece goes into the same staging memory.
             to.copy_(_cast(staged.to(to.device), self.via))
+
+
+def _pieces_of(group: LoadGroup, places: Mapping[str, Place], plan: LoadPlan) -> tuple[list[Copy], list[Conversion]]:
+    """The reads that give the group's places their values."""
+    if group.method == "copy":
+        return _copies_of_renamed(group, places[group.name], plan), []
+    if group.method == "stack":
+        return _copies_of_stack(group, places[group.name], plan), []
+    if any(places[name].local.numel() for name in group.targets):
+        return [], [Conversion.of(group, places)]
+    return [], []
 
 
 def _cast(tensor: torch.Tensor, dtypes: Sequence[torch.dtype]) -> torch.Tensor:
@@ -290,6 +313,58 @@ class Conversion:
             if self.rows is None and value.dim():
                 value = value.narrow(0, place.first, place.count)
             place.local.copy_(_cast(value, (plan.dtypes[name], *place.casts)))
+
+
+@dataclass(frozen=True)
+class PackedRows:
+    """Rows of a group with a packed weight: read dense, as any weight is, and packed at once.
+
+    One row at a time, an expert's matrix, where the group's rows can be read by themselves; else all of this rank's.
+
+    Attributes:
+        at, count: the rows, from the first of this rank's on.
+        pieces: their reads, planned on meta.
+    """
+
+    group: LoadGroup
+    at: int
+    count: int
+    pieces: tuple[Copy | Conversion, ...]
+
+    @staticmethod
+    def of(group: LoadGroup, places: Mapping[str, Place], plan: LoadPlan) -> list[PackedRows]:
+        own = {(places[name].first, places[name].count) for name in group.targets}
+        assert len(own) == 1, f"{group.name}: one transform makes weights that are sharded differently"
+        ((_, count),) = own
+        at_once = count if group.method == "whole" else 1
+        found = []
+        for at in range(0, count, max(1, at_once)):
+            some = {name: places[name].rows(at, at_once, torch.device("meta")) for name in group.targets}
+            copies, conversions = _pieces_of(group, some, plan)
+            found.append(PackedRows(group, at, at_once, (*copies, *conversions)))
+        return found
+
+    @property
+    def converts(self) -> bool:
+        return any(isinstance(piece, Conversion) for piece in self.pieces)
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(piece.size_bytes for piece in self.pieces)
+
+    @property
+    def first_byte(self) -> tuple[str, int]:
+        return min(piece.first_byte for piece in self.pieces)
+
+    def run(self, reader: Reader, places: Mapping[str, Place], plan: LoadPlan, model: nn.Module) -> None:
+        dense = {name: places[name].rows(self.at, self.count) for name in self.group.targets}
+        copies, conversions = _pieces_of(self.group, dense, plan)
+        for copy in copies:
+            copy.run(reader)
+        for conversion in conversions:
+            conversion.run(reader, dense, plan, model)
+        for name, rows in dense.items():
+            places[name].pack(self.at, rows.local)
 
 
 class AsPlanned:

@@ -36,22 +36,25 @@ PLAIN_ROAD = (
 )
 
 
-def deferred(environ: Mapping[str, str]) -> bool:
+def deferred(environ: Mapping[str, str], quantised: bool = False) -> bool:
     """Whether weights wait for accelerator.prepare: in a launch that uses, or may come to use, FSDP2.
 
-    One process without FSDP loads at once, and so do DeepSpeed, Megatron and FSDP1, which want the whole model.
+    One process without FSDP loads at once, unless the experts are to be `quantised` while they are read; and so do
+    DeepSpeed, Megatron and FSDP1, which want the whole model.
     """
     from accelerate.state import AcceleratorState, is_initialized
 
     if is_initialized():
         state = AcceleratorState()
         plugin = getattr(state, "fsdp_plugin", None)
-        return plugin is not None and plugin.fsdp_version == 2
+        if plugin is None:
+            return quantised and state.distributed_type.value not in ("DEEPSPEED", "MEGATRON_LM")
+        return plugin.fsdp_version == 2
     if environ.get("ACCELERATE_USE_DEEPSPEED", "") == "true" or environ.get("ACCELERATE_USE_MEGATRON_LM", "") == "true":
         return False
     if environ.get("ACCELERATE_USE_FSDP", "").lower() in ("true", "1"):
         return environ.get("FSDP_VERSION", "2") == "2"  # the launcher always says; Trainer sets no version here
-    return int(environ.get("WORLD_SIZE", 1)) > 1  # the Accelerator may still be given an FSDP2 plugin
+    return quantised or int(environ.get("WORLD_SIZE", 1)) > 1  # the Accelerator may still be given an FSDP2 plugin
 
 
 def refuse_arguments(arguments: Mapping[str, Any]) -> None:
@@ -73,7 +76,8 @@ def refuse_quantised(name: str, config: Any) -> None:
     raise ValueError(
         f"{name} is quantised ({getattr(method, 'value', method)}): its weights are packed, and cannot be cut into "
         "shards and trained. Give a dequantised copy of it, or load it with transformers' from_pretrained and its "
-        "quantization config's dequantize=True, and pass the model to accel_moe.prepare(model)."
+        "quantization config's dequantize=True, and pass the model to accel_moe.prepare(model). moe_quantize_experts "
+        "(nf4, int8) quantises dense experts while they are read."
     )
 
 

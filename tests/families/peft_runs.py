@@ -91,7 +91,10 @@ def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
 
 def on_one_process(case: Case) -> Run:
     """Stock PEFT, the family's own loop, the whole batch."""
-    model = build(case)
+    return train_on_one_process(build(case))
+
+
+def train_on_one_process(model: nn.Module) -> Run:
     model.base_model.model.set_experts_implementation("eager")
     optimizer = optimizer_of(model)
     losses, norms, gradients = [], [], {}

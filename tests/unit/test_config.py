@@ -82,7 +82,7 @@ def test_describe_gives_each_value_with_its_source_in_one_line():
         "accel_moe: moe_ep_degree=4 (/x/ep2.yaml (parallelism_config.moe_ep_degree)), "
         "moe_kernel='eager' (argument to prepare()), moe_dispatcher='auto' (default), "
         "moe_dispatch_chunk_tokens=0 (default), moe_recompute_up_projection=False (default), "
-        "moe_keep_exchanged=True (default), moe_async_save=False (default), "
+        "moe_quantize_experts='none' (default), moe_keep_exchanged=True (default), moe_async_save=False (default), "
         "moe_verify='checksums' (default)"
     )
 
@@ -349,6 +349,7 @@ def test_what_a_rank_hands_over_for_comparison_is_what_resolve_found():
         "moe_dispatcher": ("auto", "default"),
         "moe_dispatch_chunk_tokens": (0, "default"),
         "moe_recompute_up_projection": (False, "default"),
+        "moe_quantize_experts": ("none", "default"),
         "moe_keep_exchanged": (True, "default"),
         "moe_async_save": (False, "default"),
         "moe_verify": ("checksums", "default"),

@@ -3,12 +3,14 @@
 Everything is compared at 0.0: the same bytes are read and cast once, on both methods.
 """
 
+import re
 from pathlib import Path
 
 import pytest
 import torch
 
 from accel_moe import hooks
+from accel_moe.experts.packing import Packing
 from accel_moe.weights import fill, request
 from accel_moe.weights.place import Place, own_rows
 from accel_moe.weights.plan import pending
@@ -80,6 +82,22 @@ def test_each_rank_s_rows_are_the_plain_model_s(family):
             rows = expected[name].detach()
             rows = rows[place.first : place.first + place.count] if rows.dim() else rows
             assert torch.equal(place.local, rows), (rank, name)
+
+
+def test_packed_experts_are_the_plain_model_s_packed(family):
+    model_class, folder, plain = family
+    model = planned(model_class, folder, dtype="float32")
+    plan, expected = pending(model).plan, named(plain)
+    stacks = [name for name in plan.dtypes if re.search(r"\.experts\.(gate_up_proj|up_proj|down_proj)$", name)]
+    places = {}
+    for name in stacks:
+        first, count = rows_of_rank(expected[name], 1)
+        how = Packing("int8", expected[name].shape[1:], torch.float32)
+        places[name] = Place(torch.zeros((count, how.row_bytes), dtype=torch.uint8), first, count, packing=how)
+    fill.read_into(places, plan, model)
+    for name, place in places.items():
+        rows = expected[name].detach()[place.first : place.first + place.count]
+        assert torch.equal(place.local, torch.stack([place.packing.pack(row) for row in rows])), name
 
 
 def test_experts_are_read_by_the_rows_a_rank_owns(family):

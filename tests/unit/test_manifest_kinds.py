@@ -144,3 +144,14 @@ def test_thousands_of_random_changes_give_a_checkpoint_error_or_a_manifest(body)
             tree = without(tree, path) if chance.random() < 0.3 else changed(tree, path, lambda _: chance.choice(ODD))
         if isinstance(tree, dict):
             read(text_of(tree))
+
+
+def test_the_quantisation_of_experts_is_read_back_and_is_no_other_kind(body):
+    assert "quantised_experts" not in body  # a manifest of dense experts is what it was
+    good = {**body, "quantised_experts": {"scheme": "nf4", "block_size": 64}}
+    read = Manifest.from_json(text_of(good))
+    assert read.quantised_experts == m.Quantisation("nf4", 64)
+    assert Manifest.from_json(read.to_json()) == read
+    for wrong in (*ODD, {"scheme": "nf4"}, {"scheme": 4, "block_size": 64}, {"scheme": "nf4", "block_size": 0}):
+        with pytest.raises(CheckpointError):
+            Manifest.from_json(text_of({**body, "quantised_experts": wrong}))

@@ -4,10 +4,14 @@ The result has the base model's keys, shapes, dtypes and file layout, its config
 weights. Tensors that training untied are in it, too. Any other change of the model is refused by name. Nothing that a
 checkpoint says is run, and code of the base's own only with --trust-remote-code.
 
+CHECKPOINT may be of an adapter run, or a folder that PEFT saved: the result is then the base with the adapter merged
+into it.
+
 One process, no GPU, no process group; memory is bounded by the largest group of tensors, not by the model.
 
     python -m accel_moe.consolidate out/checkpoint-500 out/hub Qwen/Qwen3-30B-A3B
     python -m accel_moe.consolidate node0/checkpoint-500 node1/checkpoint-500 out/hub base/     (node-local disks)
+    python -m accel_moe.consolidate out/adapter out/hub Qwen/Qwen3-30B-A3B                              (merge LoRA)
     python -m accel_moe.consolidate --inspect out/checkpoint-500
 
 Exit codes: 0 done; 1 the checkpoint or the base cannot be used, or the result is not what it must be; 2 wrong usage;
@@ -105,6 +109,7 @@ def consolidate(args: argparse.Namespace) -> int:
     from accel_moe.checkpoint import opened
     from accel_moe.checkpoint.export_out import check_room, check_writable, place_of
     from accel_moe.checkpoint.export_plan import plan_export
+    from accel_moe.checkpoint.merged import merged_onto
     from accel_moe.weights.base_model import open_base
     from accel_moe.weights.safetensors import parse_size
 
@@ -112,9 +117,10 @@ def consolidate(args: argparse.Namespace) -> int:
     place = place_of(Path(out))
     check_writable(place)
     checkpoint = opened.open_checkpoint(folders)
+    base = open_base(base_name, trust_remote_code=args.trust_remote_code)
     plan = plan_export(
-        checkpoint,
-        open_base(base_name, trust_remote_code=args.trust_remote_code),
+        merged_onto(checkpoint, base),
+        base,
         dtype=getattr(torch, args.dtype) if args.dtype else None,
         max_shard_bytes=parse_size(args.max_shard_size) if args.max_shard_size else None,
         keep_extra=args.keep_extra,
@@ -138,7 +144,8 @@ def _check(checkpoint: Any, checksums: bool) -> None:
         total = sum(opened.model_files(checkpoint).values())
     else:
         print(
-            f"warning: {checkpoint.name} has no manifest (stock accelerate wrote it): nothing vouches for its bytes.",
+            f"warning: {checkpoint.name} has no manifest ({checkpoint.written_by} wrote it): nothing vouches for its "
+            "bytes.",
             file=sys.stderr,
         )
     with _progress("checking", total) as bar:

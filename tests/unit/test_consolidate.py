@@ -9,7 +9,6 @@ import signal
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from accel_moe import consolidate
@@ -282,14 +281,6 @@ def test_a_checkpoint_of_another_model_is_refused_by_name(tmp_path, trained, cap
     line = one_line_error(capsys, checkpoint, tmp_path / "out", base)
     assert "not a checkpoint of" in line and "experts" in line and "(8," in line and "(4," in line
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.tmp").exists()
-
-
-def test_the_checkpoint_of_an_adapter_run_says_how_to_merge(tmp_path, trained, capsys):
-    _, base, _ = trained
-    model = get_peft_model(tiny_model("qwen3_moe"), LoraConfig(r=2, target_modules=["q_proj"]))
-    checkpoint = write_checkpoint(model, tmp_path / "adapters")
-    message = one_line_error(capsys, checkpoint, tmp_path / "out", base)
-    assert "PEFT" in message and "merge_and_unload" in message and "full_tensor" in message
 
 
 @pytest.mark.parametrize("damage", ["missing", "truncated", "empty", "no metadata", "garbage metadata"])

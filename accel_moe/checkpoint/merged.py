@@ -31,6 +31,7 @@ from accel_moe.weights.adapter import (
     unmerged,
 )
 from accel_moe.weights.base_model import BaseModel, BaseTensors
+from accel_moe.weights.fingerprint import digests, first_difference, other_base
 from accel_moe.weights.transforms import ConversionGroup, HubConverter
 
 
@@ -42,7 +43,7 @@ def merged_onto(checkpoint: Checkpoint, base: BaseModel) -> Checkpoint:
     """
     if not is_adapter(checkpoint.reader.tensors):
         return checkpoint
-    names = plain_names(checkpoint.reader.tensors)
+    names = plain_names_of(checkpoint)
     fields = adapter_fields(checkpoint)
     config = AdapterConfig.read(fields, f"{checkpoint.name}/{CONFIG_NAME}")
     if config.base and config.base != base.name:
@@ -56,12 +57,22 @@ def merged_onto(checkpoint: Checkpoint, base: BaseModel) -> Checkpoint:
     )
     if changes.problems:
         raise CheckpointError(unmerged(changes.problems, checkpoint.name, base.name))
+    _check_base(checkpoint, base)
     reader = MergedModel(BaseTensors(base), converter, checkpoint.reader, names, changes)
     return replace(checkpoint, reader=reader, depends_on=(repr(fields), *base.stamps()))
 
 
+def _check_base(checkpoint: Checkpoint, base: BaseModel) -> None:
+    """Raises CheckpointError, with the first tensor that differs, when the base is not the one of the training run."""
+    entry = checkpoint.manifest.adapter if checkpoint.manifest is not None else None
+    if entry is not None and (line := first_difference(entry.base_tensors, digests(base, entry.base_tensors))):
+        raise CheckpointError(other_base(checkpoint.name, base.name, line))
+
+
 def adapter_fields(checkpoint: Checkpoint) -> dict[str, Any]:
     """The adapter_config.json of a checkpoint. Raises CheckpointError where there is none."""
+    if checkpoint.manifest is not None and checkpoint.manifest.adapter is not None:
+        return checkpoint.manifest.adapter.config
     for root in checkpoint.roots:
         if (found := read_adapter_config(root)) is not None:
             return found
@@ -69,6 +80,12 @@ def adapter_fields(checkpoint: Checkpoint) -> dict[str, Any]:
         f"{checkpoint.name} has an adapter's tensors and no {CONFIG_NAME}, which says how they are scaled. Put the one "
         "of the run into the folder: model.peft_config['default'].save_pretrained(FOLDER) in the training script."
     )
+
+
+def plain_names_of(checkpoint: Checkpoint) -> dict[str, str]:
+    """PEFT's name → stored name, for the adapter that the manifest means."""
+    entry = checkpoint.manifest.adapter if checkpoint.manifest is not None else None
+    return plain_names(checkpoint.reader.tensors, None if entry is None else entry.name)
 
 
 class MergedModel:

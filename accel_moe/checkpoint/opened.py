@@ -151,6 +151,12 @@ def _no_checkpoint(folder: Path, dcp_folder: str) -> str:
     if run:
         newest = max(run, key=lambda path: (is_committed(path), path.stat().st_mtime))
         return f"{text} It is the folder of a run with {len(run)} checkpoint(s): give one of them, such as {newest}."
+    manifest = read_manifest(folder)
+    if manifest is not None and manifest.adapter is not None:
+        return (
+            f"{text} It holds an adapter, as FULL_STATE_DICT saves it. Load it in the training script and save it "
+            "with PEFT's save_pretrained, and give that folder; or save with SHARDED_STATE_DICT."
+        )
     if any(name.startswith(("pytorch_model", "model")) and name.endswith((".bin", ".safetensors")) for name in names):
         return f"{text} It holds whole weights, as FULL_STATE_DICT saves them: those need no consolidating."
     return text
@@ -219,6 +225,9 @@ def describe(checkpoint: Checkpoint) -> list[str]:
             f"files        {len(known_paths(manifest))}, {manifest.size_bytes / 1e9:.3f} GB, "
             f"checksums {manifest.digest_algorithm}",
         ]
+        if (adapter := manifest.adapter) is not None:
+            kind, r = adapter.config.get("peft_type"), adapter.config.get("r")
+            lines.append(f"adapter      {adapter.name}: {kind}, r {r}; the base is not in the checkpoint")
     lines.append(
         f"weights      {len(tensors)} tensors, {sum(sizes.values()) / 1e9:.3f} GB, {', '.join(dtypes)}, "
         f"in {len({c.file for e in tensors.values() for c in e.chunks})} file(s)"

@@ -46,11 +46,8 @@ def open_adapter_file(folder: Path) -> AdapterFile | None:
 
     Raises CheckpointError when the folder has an adapter's config and not its weights.
     """
-    if (
-        not (folder / CONFIG_NAME).is_file()
-        or any(folder.glob(f"{MODEL_FOLDER}_*"))
-        or (folder / ".metadata").is_file()
-    ):
+    has_model = any(folder.glob(f"{MODEL_FOLDER}_*")) or (folder / METADATA_NAME).is_file()
+    if has_model or not (folder / CONFIG_NAME).is_file():
         return None
     if (folder / WEIGHTS_NAME).is_file():
         return AdapterFile(folder / WEIGHTS_NAME)

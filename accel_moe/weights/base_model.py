@@ -111,13 +111,17 @@ class BaseTensors:
         self._base = base
         self._headers: dict[str, dict[str, HubTensor]] = {}
 
-    def read(self, key: str) -> torch.Tensor:
-        """A tensor as it is stored. Raises HubFormatError when its file cannot be fetched."""
+    def located(self, key: str) -> HubTensor:
+        """A tensor's place in a local file. Raises HubFormatError when its file cannot be fetched."""
         base, file = self._base, self._base.tensors[key].file
         if file not in self._headers:
             self._headers[file] = read_header(base.folder / file if base.is_local else _download(base.name, file))
+        return self._headers[file][key]
+
+    def read(self, key: str) -> torch.Tensor:
+        """A tensor as it is stored. Raises HubFormatError when its file cannot be fetched."""
         with Reader() as reader:
-            return reader.tensor(self._headers[file][key])
+            return reader.tensor(self.located(key))
 
 
 def _is_copied(path: Path) -> bool:
@@ -153,6 +157,23 @@ def open_base(name: str, trust_remote_code: bool = False) -> BaseModel:
             f"{name} is not a folder. Give the folder of the model that training started from, or its Hub id."
         )
     return _open_hub(name, trust_remote_code)
+
+
+def local_base(name: str, revision: str | None = None) -> BaseModel | None:
+    """The base whose files a model was read from, on this disk: a folder, or the Hub's cache. The Hub is not asked.
+
+    None where there are no whole safetensors files of it.
+    """
+    folder = Path(os.path.expanduser(name))
+    try:
+        if not folder.is_dir():
+            import huggingface_hub
+
+            folder = Path(huggingface_hub.snapshot_download(name, revision=revision, local_files_only=True))
+        folder = _snapshot_in(folder)
+        return BaseModel(name, folder, read_hub_tensors(folder), True)
+    except Exception:  # not in the cache, not a name that the client takes, other weights than safetensors
+        return None
 
 
 def _snapshot_in(folder: Path) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -208,6 +209,43 @@ def test_an_interrupted_merge_starts_over_when_the_base_or_the_adapter_changed(t
             assert calls == list(range(9))
             os.utime(changed, ns=(1, changed.stat().st_mtime_ns + 1))
     assert calls == []  # nothing changed before the last run
+
+
+@pytest.mark.slow
+def test_the_memory_of_a_merge_is_that_of_its_largest_group_whatever_the_size_of_the_base(tmp_path):
+    """Bases of 2 and 4 GB in bf16; the largest group is 134 MB."""
+    from transformers import AutoModelForCausalLM, Qwen3MoeConfig
+
+    peaks = []
+    for layers in (10, 20):
+        folder = tmp_path / str(layers)
+        config = Qwen3MoeConfig(
+            vocab_size=64,
+            hidden_size=1024,
+            moe_intermediate_size=512,
+            num_experts=64,
+            num_hidden_layers=layers,
+            num_attention_heads=8,
+            num_key_value_heads=2,
+            head_dim=64,
+        )
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        model.save_pretrained(folder / "base")
+        wrap(model, target_modules=["q_proj"], target_parameters=list(EXPERTS)).save_pretrained(folder / "adapter")
+        del model
+        code = (
+            "from accel_moe import consolidate\n"
+            f"assert consolidate.main({[str(folder / name) for name in ('adapter', 'out', 'base')]}) == 0\n"
+            # ru_maxrss would count the process that started this one
+            "print('peak', next(line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM')))"
+        )
+        done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+        peaks.append(1024 * int(done.stdout.split("peak")[1]))
+        shutil.rmtree(folder)
+    print(f"peak memory of the process: {peaks[0] / 1e9:.2f} GB, {peaks[1] / 1e9:.2f} GB")
+    # the stored group, its float32 twice (loaded, converted), a part of the change, and the interpreter with torch
+    assert max(peaks) < 134e6 * (1 + 2 + 2) + 3 * adapters._CHUNK_BYTES + 0.7e9
+    assert peaks[1] - peaks[0] < 134e6
 
 
 # --- negative controls: the tests above would see these

@@ -122,7 +122,7 @@ def consolidate(args: argparse.Namespace) -> int:
     from accel_moe.checkpoint import opened
     from accel_moe.checkpoint.export_out import check_room, check_writable, place_of
     from accel_moe.checkpoint.export_plan import plan_export
-    from accel_moe.checkpoint.merged import merged_onto
+    from accel_moe.checkpoint.merged import merged_onto, refuse_nan
     from accel_moe.weights.base_model import open_base
     from accel_moe.weights.safetensors import parse_size
 
@@ -131,8 +131,9 @@ def consolidate(args: argparse.Namespace) -> int:
     check_writable(place)
     checkpoint = opened.open_checkpoint(folders)
     base = open_base(base_name, trust_remote_code=args.trust_remote_code)
+    source = merged_onto(checkpoint, base)
     plan = plan_export(
-        merged_onto(checkpoint, base),
+        source,
         base,
         dtype=getattr(torch, args.dtype) if args.dtype else None,
         max_shard_bytes=parse_size(args.max_shard_size) if args.max_shard_size else None,
@@ -141,6 +142,7 @@ def consolidate(args: argparse.Namespace) -> int:
     check_room(place, plan.size_bytes)
     _say_what_is_special(plan)
     _check(checkpoint, checksums=not args.sizes_only)
+    refuse_nan(source)
     _write(plan, Path(out), args)
     print(f"{out}: {len(plan.outputs)} tensors, {plan.size_bytes / 1e9:.2f} GB in {len(plan.files())} file(s)")
     if left := plan.base.left_behind():

@@ -30,7 +30,7 @@ def wrap(model: nn.Module, seed: int = 1, **options):
 def randomised(model: nn.Module, seed: int = 1) -> nn.Module:
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
-        if "lora_" in name or "modules_to_save" in name:
+        if ("lora_" in name or "modules_to_save" in name) and not parameter.is_meta:
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
     return model
 

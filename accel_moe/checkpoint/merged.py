@@ -127,8 +127,7 @@ class MergedModel:
         return 4 * torch.Size(self.tensors[name].shape).numel()
 
     def read(self, name: str, memory: torch.Tensor | None = None) -> torch.Tensor:
-        """The merged parameter, float32 where it is a floating one. Raises CheckpointError for NaN or infinity in the
-        adapter."""
+        """The merged parameter, float32 where it is a floating one."""
         if name in self.changes.replaced:
             value = self._factor(self.changes.replaced[name])
         else:
@@ -159,10 +158,17 @@ class MergedModel:
 
     def _factor(self, name: str) -> torch.Tensor:
         """A tensor of the adapter, by PEFT's name."""
-        value = self.adapter.read(self.names[name])
-        if not torch.isfinite(value).all():
-            raise CheckpointError(f"{name} has NaN or infinity, expected finite values. Use an earlier checkpoint.")
-        return value
+        return self.adapter.read(self.names[name])
+
+
+def refuse_nan(checkpoint: Checkpoint) -> None:
+    """Raises CheckpointError for NaN or infinity in the adapter of a merged model: reads all of the adapter."""
+    if isinstance(merged := checkpoint.reader, MergedModel):
+        for name, stored in merged.names.items():
+            if not torch.isfinite(merged.adapter.read(stored)).all():
+                raise CheckpointError(
+                    f"{name} of {checkpoint.name} has NaN or infinity, expected finite values. Use an earlier one."
+                )
 
 
 def _kind(parameter: torch.Tensor) -> str:

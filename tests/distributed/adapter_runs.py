@@ -18,9 +18,10 @@ LORA = dict(r=4, lora_alpha=12, target_modules=["q_proj", "v_proj"], target_para
 
 def wrapped(base: str, **options):
     from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    import accel_moe
+
+    model = accel_moe.from_pretrained(base, dtype=torch.float32)
     return randomised(get_peft_model(model, LoraConfig(**{**LORA, **options})))
 
 

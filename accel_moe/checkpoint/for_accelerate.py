@@ -264,7 +264,7 @@ def _load_sharded(folder: Path, name: str, model: Any, verified: Verified) -> An
         loading.read_dcp(folder, name, {"model": state}, verified.manifest)
     result = set_model_state_dict(model, state, options=options)
     ranks.barrier()
-    return result
+    return result._replace(missing_keys=list(without_base(model, dict.fromkeys(result.missing_keys))))
 
 
 @patch(

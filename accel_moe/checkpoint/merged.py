@@ -46,8 +46,6 @@ def merged_onto(checkpoint: Checkpoint, base: BaseModel) -> Checkpoint:
     names = plain_names_of(checkpoint)
     fields = adapter_fields(checkpoint)
     config = AdapterConfig.read(fields, f"{checkpoint.name}/{CONFIG_NAME}")
-    if config.base and config.base != base.name:
-        print(f"note: the adapter says that its base is {config.base}; {base.name} was given.", file=sys.stderr)
     converter = converter_of(base, base.meta_model())
     changes = plan_changes(
         {plain: checkpoint.reader.tensors[stored].shape for plain, stored in names.items()},
@@ -57,16 +55,22 @@ def merged_onto(checkpoint: Checkpoint, base: BaseModel) -> Checkpoint:
     )
     if changes.problems:
         raise CheckpointError(unmerged(changes.problems, checkpoint.name, base.name))
-    _check_base(checkpoint, base)
+    _check_base(checkpoint, base, config.base)
     reader = MergedModel(BaseTensors(base), converter, checkpoint.reader, names, changes)
     return replace(checkpoint, reader=reader, depends_on=(repr(fields), *base.stamps()))
 
 
-def _check_base(checkpoint: Checkpoint, base: BaseModel) -> None:
-    """Raises CheckpointError, with the first tensor that differs, when the base is not the one of the training run."""
+def _check_base(checkpoint: Checkpoint, base: BaseModel, named: str | None) -> None:
+    """Raises CheckpointError, with the first tensor that differs, when the base is not the one of the training run.
+
+    Where nothing is known of that one but its name, the names are compared, and a note tells both.
+    """
     entry = checkpoint.manifest.adapter if checkpoint.manifest is not None else None
-    if entry is not None and (line := first_difference(entry.base_tensors, digests(base, entry.base_tensors))):
+    recorded = entry.base_tensors if entry is not None else {}
+    if line := first_difference(recorded, digests(base, recorded)):
         raise CheckpointError(other_base(checkpoint.name, base.name, line))
+    if not recorded and named and named != base.name:
+        print(f"note: the adapter says that its base is {named}; {base.name} was given.", file=sys.stderr)
 
 
 def adapter_fields(checkpoint: Checkpoint) -> dict[str, Any]:

@@ -127,6 +127,7 @@ def begin(named: str | os.PathLike, models: list[Any]) -> Save:
     node_local.recover_everywhere(final, final.parent)
     acts = node_local.acts_for(final)
     run_advised(final, f"cleaning {final.parent}", lambda: acts and folders.clean_abandoned(final.parent, final))
+    adapter = describe_adapter(models)
     disks, work, held = node_local.create_on_every_disk(named, final)
     return Save(
         named=named,
@@ -137,7 +138,7 @@ def begin(named: str | os.PathLike, models: list[Any]) -> Save:
         models=models,
         background=bool(option(models, "moe_async_save")),
         disks=disks,
-        adapter=describe_adapter(models),
+        adapter=adapter,
     )
 
 

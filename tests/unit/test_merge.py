@@ -18,6 +18,7 @@ from accel_moe.weights.adapter import LowRankChange
 from tests.adapters import EXPERTS, experts_parameters, merged_by_peft, wrap
 from tests.exports import (
     assert_same_tensors,
+    offer_on_hub,
     one_line_error,
     read_weights,
     run,
@@ -164,6 +165,17 @@ def test_the_checkpoint_of_an_adapter_run_without_its_config_says_what_is_missin
     line = one_line_error(capsys, checkpoint, tmp_path / "out", saved[1])
     assert "no adapter_config.json" in line and "save_pretrained(FOLDER)" in line
     assert not list(tmp_path.glob("out*"))
+
+
+def test_a_base_on_the_hub_is_fetched_file_by_file(tmp_path, saved, monkeypatch):
+    from accel_moe.weights.safetensors import safetensors_files
+
+    adapter, base = saved
+    expected = merged_by_peft(base, adapter, tmp_path / "expected")
+    fetched = offer_on_hub(base, tmp_path / "cache", monkeypatch)
+    assert run(adapter, tmp_path / "out", "some/model") == 0
+    assert_same_tensors(read_weights(tmp_path / "out"), expected)
+    assert sorted(fetched) == safetensors_files(base)  # each once
 
 
 def test_two_workers_layout_dtype_and_an_interruption_are_as_for_full_checkpoints(tmp_path, saved, monkeypatch):

@@ -70,6 +70,11 @@ def keep_adapters_real() -> None:
     It is imported here: a script may import it after from_pretrained. accelerate imports it anyway, in prepare. An
     adapter on meta, of another version's, is refused by its name then (edits.py).
     """
-    if importlib.util.find_spec("peft") is not None:
-        table = patches_of(inject_adapter, _move_adapter_to_device_of_base_layer)
-        install(one for one in table if off_leash(one) is None)
+    if importlib.util.find_spec("peft") is None:
+        return
+    try:
+        importlib.import_module("peft.tuners.lora.layer")
+    except Exception:  # it fits nothing that is installed, and makes no adapters
+        return
+    table = patches_of(inject_adapter, _move_adapter_to_device_of_base_layer)
+    install(one for one in table if off_leash(one) is None)

@@ -123,6 +123,7 @@ def train_with_trainer(case: Case, base: str, folder: str, resume=None, max_step
     arguments = trainer_arguments(case, folder, model.base_model.model, **settings)
     trainer = Trainer(model=model, args=arguments, train_dataset=InOrder())
     trainer.train(resume_from_checkpoint=resume)
+    trainer.save_model(f"{folder}/saved")
     found = taken(trainer.model, trainer.optimizer)
     found.losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     return found

@@ -191,5 +191,8 @@ def test_trainer_saves_the_adapter_alone_and_resumes_on_another_world_size(base,
     again = run_ranks(train_with_trainer, 2, TWO, base, str(tmp_path / "again"), str(folder))[0]
     for name, tensor in written.weights.items():
         assert torch.equal(again.weights[name], tensor), name
+    assert run("--adapter", tmp_path / "checkpoint-3", tmp_path / "last") == 0
+    last, user = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("last", "saved"))
+    assert_same_tensors(user, last)  # trainer.save_model, which gathers the adapter alone
     assert run("--adapter", folder, tmp_path / "adapter") == 0
     assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["peft_type"] == "LORA"

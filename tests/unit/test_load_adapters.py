@@ -126,3 +126,12 @@ def test_without_the_patch_the_adapter_would_be_refused_by_name(base, monkeypatc
     model = wrap(accel_moe.from_pretrained(base), **ALL)
     with pytest.raises(ValueError, match=r"q_proj\.lora_A.*was added on meta after .*accel_moe\.prepare\(model\)"):
         check_unchanged(model, pending(model).plan)
+
+
+def test_a_peft_that_cannot_be_imported_disturbs_nobody(base, monkeypatch):
+    import sys
+
+    monkeypatch.setitem(sys.modules, "peft.tuners.lora.layer", None)
+    model = accel_moe.from_pretrained(base)
+    fill.fill(model, torch.device("cpu"))
+    assert_same((model.state_dict(), []), (AutoModelForCausalLM.from_pretrained(base).state_dict(), []))

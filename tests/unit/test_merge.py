@@ -10,6 +10,7 @@ import sys
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dist_cp
 from safetensors.torch import load_file, save_file
 
 from accel_moe.checkpoint import merged
@@ -157,6 +158,26 @@ def test_the_checkpoint_of_an_adapter_run_is_merged(tmp_path, with_manifest):
     expected = merged_by_peft(tmp_path / "base", tmp_path / "adapter", tmp_path / "expected")
     assert run("--verify", checkpoint, tmp_path / "out", tmp_path / "base") == 0
     assert_same_tensors(read_weights(tmp_path / "out"), expected)
+
+
+def test_buffers_that_changed_in_an_adapter_run_are_in_its_checkpoint_and_in_the_merged_model(tmp_path):
+    from accel_moe.checkpoint.adapter_run import without_base
+
+    model = tiny_model("deepseek_v3")
+    model.save_pretrained(tmp_path / "base")
+    wrapped = wrap(model, target_modules=["o_proj"], target_parameters=[*EXPERTS, "mlp.gate.weight"])
+    name = "model.layers.1.mlp.gate.e_score_correction_bias"
+    wrapped.get_submodule("base_model.model.model.layers.1.mlp.gate.base_layer").e_score_correction_bias += 1
+    kept = without_base(wrapped, wrapped.state_dict())
+    assert [n for n in kept if ".lora_" not in n] == [f"base_model.model.{name.replace('.e_', '.base_layer.e_')}"]
+    writer = dist_cp.FileSystemWriter(tmp_path / "checkpoint" / "pytorch_model_fsdp_0")
+    dist_cp.save({"model": kept}, storage_writer=writer, no_dist=True)
+    wrapped.peft_config["default"].save_pretrained(tmp_path / "checkpoint")
+    assert run("--verify", tmp_path / "checkpoint", tmp_path / "out", tmp_path / "base") == 0
+    got = read_weights(tmp_path / "out")
+    wrapped.merge_and_unload().save_pretrained(tmp_path / "expected")
+    assert_same_tensors(got, read_weights(tmp_path / "expected"))
+    assert not torch.equal(got[name], read_weights(tmp_path / "base")[name])
 
 
 def test_the_checkpoint_of_an_adapter_run_without_its_config_says_what_is_missing(tmp_path, saved, capsys):

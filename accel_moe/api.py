@@ -15,7 +15,7 @@ from accel_moe import config, dispatch, hooks, ranks
 from accel_moe.experts import forwards, probe, recognise
 from accel_moe.experts.state import PreparedState, prepared_state
 from accel_moe.experts.swap import recompute_refusal, swap
-from accel_moe.weights import deferred_adapters, plan, request
+from accel_moe.weights import plan, request
 
 logger = logging.getLogger("accel_moe")
 
@@ -100,7 +100,6 @@ def from_pretrained(model_name_or_path: str | os.PathLike, *args: Any, model_cla
     request.refuse_arguments(kwargs)
     request.refuse_other_folders(model_name_or_path, kwargs)
     request.refuse_quantised(str(model_name_or_path), request.read_config(model_name_or_path, kwargs))
-    deferred_adapters.import_peft()
     hooks.install()
     with request.quiet_but_rank_0(), hooks.planning_loads():
         loaded = model_class.from_pretrained(model_name_or_path, *args, **kwargs)

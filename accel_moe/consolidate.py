@@ -4,10 +4,15 @@ The result has the base model's keys, shapes, dtypes and file layout, its config
 weights. Tensors that training untied are in it, too. Any other change of the model is refused by name. Nothing that a
 checkpoint says is run, and code of the base's own only with --trust-remote-code.
 
+CHECKPOINT may be of an adapter run, or a folder that PEFT saved: the result is then the base with the adapter merged
+into it.
+
 One process, no GPU, no process group; memory is bounded by the largest group of tensors, not by the model.
 
     python -m accel_moe.consolidate out/checkpoint-500 out/hub Qwen/Qwen3-30B-A3B
     python -m accel_moe.consolidate node0/checkpoint-500 node1/checkpoint-500 out/hub base/     (node-local disks)
+    python -m accel_moe.consolidate out/adapter out/hub Qwen/Qwen3-30B-A3B                              (merge LoRA)
+    python -m accel_moe.consolidate --adapter out/checkpoint-500 out/adapter          (LoRA alone, in PEFT's form)
     python -m accel_moe.consolidate --inspect out/checkpoint-500
 
 Exit codes: 0 done; 1 the checkpoint or the base cannot be used, or the result is not what it must be; 2 wrong usage;
@@ -25,6 +30,7 @@ from typing import Any
 
 from accel_moe.errors import CheckpointError, HubFormatError, first_few
 
+_OF_A_MODEL = ("inspect", "workers", "dtype", "max_shard_size", "keep_extra", "verify", "trust_remote_code")
 EXIT_FAILED = 1
 EXIT_INTERRUPTED = 130
 
@@ -33,7 +39,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m accel_moe.consolidate",
         description="Turn a sharded training checkpoint into Hub-format safetensors.",
-        usage="%(prog)s [options] CHECKPOINT [CHECKPOINT ...] OUT BASE_MODEL\n       %(prog)s --inspect CHECKPOINT ...",
+        usage="%(prog)s [options] CHECKPOINT [CHECKPOINT ...] OUT BASE_MODEL\n"
+        "       %(prog)s --adapter CHECKPOINT [CHECKPOINT ...] OUT\n       %(prog)s --inspect CHECKPOINT ...",
     )
     parser.add_argument(
         "paths",
@@ -74,6 +81,12 @@ def build_parser() -> argparse.ArgumentParser:
         help="run the base's own code, for an architecture that transformers lacks (without it, nobody is asked and "
         "nothing of it is run)",
     )
+    parser.add_argument(
+        "--adapter",
+        action="store_true",
+        help="write the adapter of a LoRA run alone, as PEFT's adapter_config.json and adapter_model.safetensors: "
+        "CHECKPOINT ... OUT, without a base",
+    )
     parser.add_argument("--inspect", action="store_true", help="print what a checkpoint holds, and read no tensor")
     return parser
 
@@ -82,12 +95,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns the exit code. Usage errors exit with 2, as argparse does."""
     parser = build_parser()
     args = parser.parse_args(argv)
-    if not args.inspect and len(args.paths) < 3:
-        parser.error(f"expected CHECKPOINT... OUT BASE_MODEL, found {len(args.paths)} path(s): {' '.join(args.paths)}")
+    expected = 1 if args.inspect else 2 if args.adapter else 3
+    if len(args.paths) < expected:
+        words = "CHECKPOINT... OUT" if args.adapter else "CHECKPOINT... OUT BASE_MODEL"
+        parser.error(f"expected {words}, found {len(args.paths)} path(s): {' '.join(args.paths)}")
+    if args.adapter and (found := [name for name in _OF_A_MODEL if getattr(args, name) != parser.get_default(name)]):
+        parser.error(f"--{found[0].replace('_', '-')} is for a whole model, and --adapter writes an adapter as it is")
     if args.workers < 1:
         parser.error(f"--workers {args.workers}: expected 1 or more")
     try:
-        return inspect(args) if args.inspect else consolidate(args)
+        return (inspect if args.inspect else extract_adapter if args.adapter else consolidate)(args)
     except (CheckpointError, HubFormatError) as error:
         print(f"error: {error}", file=sys.stderr)
     except OSError as error:
@@ -105,6 +122,7 @@ def consolidate(args: argparse.Namespace) -> int:
     from accel_moe.checkpoint import opened
     from accel_moe.checkpoint.export_out import check_room, check_writable, place_of
     from accel_moe.checkpoint.export_plan import plan_export
+    from accel_moe.checkpoint.merged import merged_onto, refuse_nan
     from accel_moe.weights.base_model import open_base
     from accel_moe.weights.safetensors import parse_size
 
@@ -112,9 +130,11 @@ def consolidate(args: argparse.Namespace) -> int:
     place = place_of(Path(out))
     check_writable(place)
     checkpoint = opened.open_checkpoint(folders)
+    base = open_base(base_name, trust_remote_code=args.trust_remote_code)
+    source = merged_onto(checkpoint, base)
     plan = plan_export(
-        checkpoint,
-        open_base(base_name, trust_remote_code=args.trust_remote_code),
+        source,
+        base,
         dtype=getattr(torch, args.dtype) if args.dtype else None,
         max_shard_bytes=parse_size(args.max_shard_size) if args.max_shard_size else None,
         keep_extra=args.keep_extra,
@@ -122,10 +142,26 @@ def consolidate(args: argparse.Namespace) -> int:
     check_room(place, plan.size_bytes)
     _say_what_is_special(plan)
     _check(checkpoint, checksums=not args.sizes_only)
+    refuse_nan(source)
     _write(plan, Path(out), args)
     print(f"{out}: {len(plan.outputs)} tensors, {plan.size_bytes / 1e9:.2f} GB in {len(plan.files())} file(s)")
     if left := plan.base.left_behind():
         print(f"not copied from {base_name}: {first_few(left, separator=', ', shown=20)}")
+    return 0
+
+
+def extract_adapter(args: argparse.Namespace) -> int:
+    """Writes the adapter of a LoRA run's checkpoint as PEFT does."""
+    from accel_moe.checkpoint import opened
+    from accel_moe.checkpoint.export_adapter import export_adapter
+    from accel_moe.checkpoint.export_out import check_writable, place_of
+
+    *folders, out = args.paths
+    check_writable(place_of(Path(out)))
+    checkpoint = opened.open_checkpoint(folders)
+    _check(checkpoint, checksums=not args.sizes_only)
+    count, size_bytes = export_adapter(checkpoint, Path(out))
+    print(f"{out}: {count} tensors, {size_bytes / 1e9:.2f} GB")
     return 0
 
 
@@ -138,7 +174,8 @@ def _check(checkpoint: Any, checksums: bool) -> None:
         total = sum(opened.model_files(checkpoint).values())
     else:
         print(
-            f"warning: {checkpoint.name} has no manifest (stock accelerate wrote it): nothing vouches for its bytes.",
+            f"warning: {checkpoint.name} has no manifest ({checkpoint.written_by} wrote it): nothing vouches for its "
+            "bytes.",
             file=sys.stderr,
         )
     with _progress("checking", total) as bar:

@@ -26,7 +26,7 @@ from accel_moe import (
 from accel_moe.checkpoint import background, for_accelerate, for_trainer
 from accel_moe.experts import adapters
 from accel_moe.patching import patches_of
-from accel_moe.weights import deferred_adapters, plan
+from accel_moe.weights import adapters_on_meta, plan
 
 logger = logging.getLogger("accel_moe")
 
@@ -34,14 +34,16 @@ TABLE = (
     *patches_of(in_accelerator, dtype_units, shard, recompute, positions, whereabouts),
     *patches_of(for_accelerate, background, for_trainer),
 )
-PEFT_TABLE = patches_of(adapters, deferred_adapters)
+PEFT_TABLE = patches_of(adapters)
 """In place where PEFT was imported."""
+WAITING_TABLE = patches_of(adapters_on_meta)
+"""In place where PEFT is installed, from the first from_pretrained on that leaves its weights in the files."""
 CPU_TABLE = patches_of(cpu)
 """`accel_moe.cpu.enable()` installs it."""
 LOAD_TABLE = patches_of(plan)
 """In place only while from_pretrained runs."""
 
-_ALL = (*TABLE, *PEFT_TABLE, *CPU_TABLE, *LOAD_TABLE)
+_ALL = (*TABLE, *PEFT_TABLE, *WAITING_TABLE, *CPU_TABLE, *LOAD_TABLE)
 
 
 def install() -> None:
@@ -53,13 +55,13 @@ def install() -> None:
     """
     patching.install(TABLE)
     adapters.patch_peft()
-    deferred_adapters.patch_peft()
     _warn_of_untested_versions()
 
 
 @contextmanager
 def planning_loads() -> Iterator[None]:
     """Within it, from_pretrained leaves its model on meta, with a load plan."""
+    adapters_on_meta.keep_adapters_real()
     try:
         patching.install(LOAD_TABLE)
         yield

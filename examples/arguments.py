@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from lora import add_lora_arguments
 from text import add_data_arguments
 
 
@@ -25,5 +26,6 @@ def parse_arguments(description: str) -> argparse.Namespace:
     parser.add_argument("--eval-sequences", type=int, default=128, help="held-out sequences per evaluation")
     parser.add_argument("--save-every", type=int, default=100, metavar="STEPS")
     parser.add_argument("--seed", type=int, default=0)
+    add_lora_arguments(parser)
     add_data_arguments(parser)
     return parser.parse_args()

@@ -4,7 +4,8 @@
         --data my_texts --output runs/mine
 
 The YAML says how many ranks share the experts (`moe_ep_degree`). This script is the same for every YAML, also for a
-laptop's (accelerate_configs/ep2_cpu.yaml). `--resume` goes on from the newest checkpoint in --output.
+laptop's (accelerate_configs/ep2_cpu.yaml). `--resume` goes on from the newest checkpoint in --output. `--lora 16`
+trains an adapter instead of the model, and `--lora-experts` adapts the experts, too (docs/lora.md).
 
 Under expert parallelism a forward is a collective: every rank must run the same number of forwards. Loaders that went
 through accelerator.prepare see to it, in evaluation too.
@@ -18,6 +19,7 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import lora
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DataLoaderConfiguration, is_tensorboard_available, set_seed
@@ -66,8 +68,9 @@ def main() -> None:
     eval_loader = DataLoader(tokenize(held_out_texts, tokenizer, args.seq_len, args.eval_sequences), args.batch_size)
 
     model = accel_moe.from_pretrained(args.model)  # accelerator.prepare reads the weights, into the shards
-    model = accel_moe.prepare(model)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr)
+    model = lora.with_adapter(model, args)
+    model = accel_moe.prepare(model, **lora.options(args))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=args.lr)
     # accelerate steps a prepared scheduler once per process
     scheduler = get_constant_schedule_with_warmup(optimizer, args.warmup * accelerator.num_processes)
     model, optimizer, scheduler, train_loader, eval_loader = accelerator.prepare(

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 
+import lora
 from accelerate.utils import is_tensorboard_available
 from arguments import parse_arguments
 from text import read_texts, tokenize
@@ -58,7 +59,8 @@ def main() -> None:
     train_texts, held_out_texts = read_texts(args.data, args.max_megabytes)
     model = accel_moe.from_pretrained(args.model)
     model.config.use_cache = False  # activation checkpointing runs a layer twice, which a cache does not allow
-    model = accel_moe.prepare(model)
+    model = lora.with_adapter(model, args)
+    model = accel_moe.prepare(model, **lora.options(args))
     trainer = TrainerWithExpertLoad(
         model=model,
         args=training,

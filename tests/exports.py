@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import torch
@@ -12,7 +13,7 @@ from accel_moe import consolidate
 from accel_moe.checkpoint.checksums import ALGORITHM, file_digest
 from accel_moe.checkpoint.manifest import FileEntry, Manifest, write_manifest
 from accel_moe.checkpoint.tensor_reader import TensorReader
-from accel_moe.weights.safetensors import safetensors_files
+from accel_moe.weights.safetensors import read_header, safetensors_files
 from tests.tiny import tiny_model
 
 
@@ -77,6 +78,36 @@ def make_trained(tmp_path, family, **options):
         tmp_path / "base",
         read_weights(tmp_path / "expected"),
     )
+
+
+def offer_on_hub(base: Path, cache: Path, monkeypatch) -> list[str]:
+    """Let the Hub's client answer for `base`; returns the list of weight files that are fetched from now on."""
+    import huggingface_hub
+    from huggingface_hub import utils
+
+    fetched: list[str] = []
+
+    def snapshot(repo, allow_patterns):
+        assert not any("safetensors" in pattern for pattern in allow_patterns)
+        cache.mkdir()
+        for name in ("config.json", "generation_config.json", "tokenizer.json"):
+            shutil.copy(base / name, cache)
+        return str(cache)
+
+    def metadata(repo):
+        files = {}
+        for file in safetensors_files(base):
+            tensors = {
+                key: utils.TensorInfo(t.dtype, [*t.shape], (t.start, t.start + t.size_bytes))
+                for key, t in read_header(base / file).items()
+            }
+            files[file] = utils.SafetensorsFileMetadata(metadata={}, tensors=tensors)
+        return utils.SafetensorsRepoMetadata(metadata=None, sharded=True, weight_map={}, files_metadata=files)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    monkeypatch.setattr(huggingface_hub, "get_safetensors_metadata", metadata)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda repo, file: fetched.append(file) or str(base / file))
+    return fetched
 
 
 def assert_same_tensors(got: dict[str, torch.Tensor], want: dict[str, torch.Tensor]) -> None:

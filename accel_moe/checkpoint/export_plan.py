@@ -10,8 +10,7 @@ from typing import Any
 
 import torch
 
-from accel_moe.checkpoint.opened import Checkpoint
-from accel_moe.checkpoint.tensor_reader import TensorReader
+from accel_moe.checkpoint.opened import Checkpoint, TensorSource
 from accel_moe.errors import CheckpointError, HubFormatError, first_few
 from accel_moe.weights.base_model import BaseModel
 from accel_moe.weights.quantised import refuse_quantised_tensors, refuse_scaled_tensors
@@ -61,7 +60,8 @@ class ExportPlan:
         manifest = self.checkpoint.manifest
         source = manifest.to_json() if manifest is not None else _stat_of(self.checkpoint)
         target = sorted((t.key, t.dtype, t.shape, t.file) for t in self.outputs.values())
-        return hashlib.blake2b(json.dumps([source, target, self.base.name]).encode(), digest_size=16).hexdigest()
+        identity = [source, target, self.base.name, *self.checkpoint.depends_on]
+        return hashlib.blake2b(json.dumps(identity).encode(), digest_size=16).hexdigest()
 
 
 def _stat_of(checkpoint: Checkpoint) -> list[Any]:
@@ -90,7 +90,7 @@ def plan_export(
     Raises CheckpointError when the checkpoint is of another model, HubFormatError when the base is quantised.
     """
     model = base.meta_model()
-    converter = _converter_of(base, model)
+    converter = converter_of(base, model)
     _match_checkpoint(checkpoint, converter, base)
     aliases = converter.tied_aliases()
     untied = _trained_apart(checkpoint.reader, aliases)
@@ -126,7 +126,7 @@ def plan_export(
     )
 
 
-def _converter_of(base: BaseModel, model: Any, additions: Iterable[str] = ()) -> HubConverter:
+def converter_of(base: BaseModel, model: Any, additions: Iterable[str] = ()) -> HubConverter:
     """The base's converter. Raises HubFormatError when a trained tensor would be written in a quantised dtype."""
     try:
         converter = HubConverter(model, base.tensors, additions)
@@ -143,7 +143,7 @@ def _converter_of(base: BaseModel, model: Any, additions: Iterable[str] = ()) ->
     return converter
 
 
-def _trained_apart(reader: TensorReader, aliases: Mapping[str, tuple[str, ...]]) -> list[str]:
+def _trained_apart(reader: TensorSource, aliases: Mapping[str, tuple[str, ...]]) -> list[str]:
     """Parameters that the base ties to another one, and that the checkpoint has with values of their own.
 
     A checkpoint of a tied model may have one tensor under both names: only its bytes tell.
@@ -154,7 +154,7 @@ def _trained_apart(reader: TensorReader, aliases: Mapping[str, tuple[str, ...]])
     return sorted(apart)
 
 
-def _same_values(reader: TensorReader, name: str, other: str) -> bool:
+def _same_values(reader: TensorSource, name: str, other: str) -> bool:
     one, two = reader.tensors[name], reader.tensors[other]
     if (one.shape, one.dtype) != (two.shape, two.dtype):
         return False
@@ -175,7 +175,7 @@ def _untied_converter(
             "two even with tie_word_embeddings=False: no config loads what was trained. Tie them in training, too, or "
             "give a base whose code keeps them apart."
         )
-    return _converter_of(base, model, additions=aliases)
+    return converter_of(base, model, additions=aliases)
 
 
 def _additions(
@@ -200,20 +200,6 @@ def main_dtype(tensors: Iterable[HubTensor]) -> str:
     return max(sizes, key=lambda dtype: sizes[dtype]) if sizes else "F32"
 
 
-def _refuse_adapters(checkpoint: Checkpoint, base: BaseModel) -> None:
-    """Raises CheckpointError, with the way to a merged model, for the checkpoint of a PEFT run."""
-    adapters = [name for name in checkpoint.reader.tensors if "lora_" in name or name.startswith("base_model.model.")]
-    if adapters:
-        raise CheckpointError(
-            f"{checkpoint.name} is of a PEFT run ({len(adapters)} tensors such as {adapters[0]}), and consolidate does "
-            "not merge adapters. After load_state in the training script, gather the adapter on every rank, "
-            "{n: t.full_tensor() for n, t in model.state_dict().items() if 'lora_' in n}, and save it on the main "
-            "process with accelerator.unwrap_model(model).save_pretrained(ADAPTER, state_dict=...); then merge it "
-            f"offline: PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({base.name!r}), ADAPTER)"
-            ".merge_and_unload().save_pretrained(OUT)."
-        )
-
-
 def _refuse_packed(checkpoint: Checkpoint) -> None:
     """Raises CheckpointError for a checkpoint that holds quantised experts themselves."""
     how = None if checkpoint.manifest is None else checkpoint.manifest.quantised_experts
@@ -230,7 +216,6 @@ def _match_checkpoint(checkpoint: Checkpoint, converter: HubConverter, base: Bas
     """Raises CheckpointError, with the way out, when the checkpoint's tensors are not those of the base's model."""
     stored = checkpoint.reader.tensors
     _refuse_packed(checkpoint)
-    _refuse_adapters(checkpoint, base)
     shapes = {name: tuple(tensor.shape) for name, tensor in converter.model.state_dict().items()}
     aliases = converter.tied_aliases()
     problems = []

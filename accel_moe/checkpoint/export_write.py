@@ -122,7 +122,7 @@ def write_export(
     place = place_of(out)
     staging = place.staging
     staging.mkdir(parents=True, exist_ok=True)
-    with _journal(place, f"{plan.fingerprint()} {verified_by}") as (done, note):
+    with journal(place, f"{plan.fingerprint()} {verified_by}") as (done, note):
         _create_files(plan, staging, keep=bool(done))
         if done:
             on_resume(sum(plan.group_bytes(plan.groups[i]) for i in done))
@@ -208,7 +208,7 @@ def _sync_files(plan: ExportPlan, folder: Path) -> None:
 
 
 @contextmanager
-def _journal(place: Output, fingerprint: str) -> Iterator[tuple[set[int], Callable[[Sequence[int]], None]]]:
+def journal(place: Output, fingerprint: str) -> Iterator[tuple[set[int], Callable[[Sequence[int]], None]]]:
     """The groups that an earlier export of the same plan finished, and a function that notes more of them.
 
     The journal is locked, so that two exports into one OUT do not mix. A journal of another plan is thrown away, with

@@ -19,11 +19,12 @@ from typing import Any
 
 from accel_moe import ranks
 from accel_moe.checkpoint import folders, loading, node_local, saving, transaction
+from accel_moe.checkpoint.adapter_run import adapters_of, names_in, without_base
 from accel_moe.checkpoint.background import ends_before_sigterm, wait_for_background
-from accel_moe.checkpoint.dcp_metadata import MODEL_FOLDER, OPTIMIZER_FOLDER
+from accel_moe.checkpoint.dcp_metadata import MODEL_FOLDER, OPTIMIZER_FOLDER, tensors_of
 from accel_moe.checkpoint.resume import newest_on_all_ranks
 from accel_moe.checkpoint.saving import prepared_models, state_of
-from accel_moe.checkpoint.verify import Verified, check_kind, verify
+from accel_moe.checkpoint.verify import Verified, check_kind, read_checked, verify
 from accel_moe.patching import ACCELERATE, TRAINER, patch
 from accel_moe.whereabouts import meet
 
@@ -158,14 +159,15 @@ def save_fsdp_model(
     original, fsdp_plugin, accelerator, model, output_dir, model_index=0, adapter_only=False, use_dcp=True
 ):
     save = saving.under_way()
+    adapter_only = adapter_only or _whole_adapter(fsdp_plugin, model)
     plain = partial(original, fsdp_plugin, accelerator, model, output_dir, model_index, adapter_only, use_dcp)
     if save is None or state_of(model) is None:
         return plain()
-    if not (use_dcp and _takes_dcp(fsdp_plugin, model, adapter_only)):
+    if not (use_dcp and _takes_dcp(fsdp_plugin)):
         return save.run(f"saving {save.named}", plain)
     from torch.distributed.checkpoint.state_dict import get_model_state_dict
 
-    state_dict = get_model_state_dict(model, options=_sharded_options())
+    state_dict = without_base(model, get_model_state_dict(model, options=_sharded_options()))
     saving.write_dcp(save, f"{MODEL_FOLDER}_{model_index}", {"model": state_dict})
 
 
@@ -182,7 +184,7 @@ def save_fsdp_optimizer(
     plain = partial(original, fsdp_plugin, accelerator, optimizer, model, output_dir, optimizer_index, use_dcp)
     if save is None or state_of(model) is None:
         return plain()
-    if not (use_dcp and _takes_dcp(fsdp_plugin, model, False)):
+    if not (use_dcp and _takes_dcp(fsdp_plugin)):
         return save.run(f"saving {save.named}", plain)
     from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
@@ -190,12 +192,15 @@ def save_fsdp_optimizer(
     saving.write_dcp(save, f"{OPTIMIZER_FOLDER}_{optimizer_index}", {"optimizer": state_dict})
 
 
-def _takes_dcp(fsdp_plugin: Any, model: Any, adapter_only: bool) -> bool:
-    """Whether accelerate would save this with DCP from FSDP2, adapters aside."""
-    from accelerate.utils.modeling import is_peft_model
+def _whole_adapter(fsdp_plugin: Any, model: Any) -> bool:
+    """Whether accelerate is to gather the trained parameters alone, of a PEFT model that accel_moe prepared."""
+    full = "FULL_STATE_DICT" in str(fsdp_plugin.state_dict_type)
+    return fsdp_plugin.fsdp_version == 2 and full and state_of(model) is not None and bool(adapters_of(model))
 
-    sharded = "SHARDED_STATE_DICT" in str(fsdp_plugin.state_dict_type)
-    return fsdp_plugin.fsdp_version == 2 and sharded and not (adapter_only and is_peft_model(model))
+
+def _takes_dcp(fsdp_plugin: Any) -> bool:
+    """Whether accelerate would save this with DCP from FSDP2."""
+    return fsdp_plugin.fsdp_version == 2 and "SHARDED_STATE_DICT" in str(fsdp_plugin.state_dict_type)
 
 
 def _sharded_options() -> Any:
@@ -218,6 +223,7 @@ def _sharded_options() -> Any:
 def load_fsdp_model(
     original, fsdp_plugin, accelerator, model, input_dir, model_index=0, adapter_only=False, use_dcp=True
 ):
+    adapter_only = adapter_only or _whole_adapter(fsdp_plugin, model)
     plain = partial(original, fsdp_plugin, accelerator, model, input_dir, model_index, adapter_only, use_dcp)
     if state_of(model) is None:
         return plain()
@@ -232,19 +238,33 @@ def load_fsdp_model(
             check = partial(check_kind, folder, fsdp_plugin, model_index, use_dcp=use_dcp)
             ranks.run_or_raise_everywhere(f"checking {folder}", check)
         verified = verify(folder, [model])
-    if not (use_dcp and _takes_dcp(fsdp_plugin, model, adapter_only)):
-        result = ranks.run_or_raise_everywhere(f"loading {folder}", plain)
+    if use_dcp and _takes_dcp(fsdp_plugin):
+        result = _load_sharded(folder, name, model, verified)
     else:
-        from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
-
-        options = _sharded_options()
-        state = {"model": get_model_state_dict(model, options=options)}
-        loading.read_dcp(folder, name, state, verified.manifest)
-        result = set_model_state_dict(model, state["model"], options=options)
-        ranks.barrier()
+        result = ranks.run_or_raise_everywhere(f"loading {folder}", plain)
     if from_trainer:
         loading.remember(verified)
     return result
+
+
+def _load_sharded(folder: Path, name: str, model: Any, verified: Verified) -> Any:
+    """DCP's values into the model's shards; of a PEFT model, the values that the checkpoint has. A collective."""
+    from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
+
+    options = _sharded_options()
+    state = get_model_state_dict(model, options=options)
+    read = partial(read_checked, folder, name, verified.manifest)
+    stored = tensors_of(ranks.run_or_raise_everywhere(f"loading {folder}", read))
+    if adapters_of(model):
+        options.strict = False  # the base is not in it
+        names = names_in(model, state, stored)
+        loading.read_dcp(folder, name, {"model": {n: state[live] for n, live in names.items()}}, verified.manifest)
+        state = {live: state[live] for live in names.values()}
+    else:
+        loading.read_dcp(folder, name, {"model": state}, verified.manifest)
+    result = set_model_state_dict(model, state, options=options)
+    ranks.barrier()
+    return result._replace(missing_keys=list(without_base(model, dict.fromkeys(result.missing_keys))))
 
 
 @patch(
@@ -265,7 +285,7 @@ def load_fsdp_optimizer(
             return
         check = partial(check_kind, folder, fsdp_plugin, optimizer_index, optimizer=True, use_dcp=use_dcp)
         ranks.run_or_raise_everywhere(f"checking {folder}", check)
-    if not (ours and use_dcp and _takes_dcp(fsdp_plugin, model, False)):
+    if not (ours and use_dcp and _takes_dcp(fsdp_plugin)):
         return original(fsdp_plugin, accelerator, optimizer, model, input_dir, optimizer_index, adapter_only, use_dcp)
     verified = loading.under_way() or loading.still_verified(folder) or verify(folder, [model])
     from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict

@@ -15,8 +15,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from torch.distributed.tensor import DTensor
+
 from accel_moe import ranks
 from accel_moe.checkpoint import background, loading, resume, saving, transaction
+from accel_moe.checkpoint.adapter_run import adapters_of, without_base
 from accel_moe.checkpoint.background import ends_before_sigterm, wait_for_background
 from accel_moe.checkpoint.saving import Save, prepared_models
 from accel_moe.patching import TRAINER, patch
@@ -113,8 +116,17 @@ def save_model(original, self, output_dir=None, _internal_call=False):
         )
     if gathers and "FULL_STATE_DICT" not in str(plugin.state_dict_type):
         folder = output_dir if output_dir is not None else self.args.output_dir
-        self._save(folder, state_dict=self.accelerator.get_state_dict(self.model))
+        self._save(folder, state_dict=_whole_state(self.accelerator, self.model))
     return original(self, output_dir, _internal_call)
+
+
+def _whole_state(accelerator: Any, model: Any) -> dict[str, Any]:
+    """The whole tensors of a model, of a PEFT model those that its base does not have. A collective."""
+    if not adapters_of(model):
+        return accelerator.get_state_dict(model)
+    sharded = without_base(model, model.state_dict())
+    whole = ((name, t.full_tensor() if isinstance(t, DTensor) else t) for name, t in sharded.items())
+    return {name: tensor.cpu() for name, tensor in whole}
 
 
 @patch(

@@ -74,6 +74,22 @@ class Quantisation:
 
 
 @dataclass(frozen=True)
+class AdapterEntry:
+    """The adapter of a run whose checkpoint does not hold the base.
+
+    Attributes:
+        name: PEFT's name of the adapter ("default").
+        config: its adapter_config.json.
+        base_tensors: digest of each tensor of the base's files (weights/fingerprint.py), by key; empty where the base
+            was not read from files.
+    """
+
+    name: str
+    config: dict[str, Any]
+    base_tensors: dict[str, str]
+
+
+@dataclass(frozen=True)
 class Manifest:
     """What a checkpoint holds. `tensors` is keyed by DCP folder, then by DCP key ("model.<parameter name>").
 
@@ -96,6 +112,7 @@ class Manifest:
     format_version: int = FORMAT_VERSION
     node: int = field(default=0, compare=False)
     quantised_experts: Quantisation | None = None
+    adapter: AdapterEntry | None = None
 
     @property
     def size_bytes(self) -> int:
@@ -115,7 +132,8 @@ class Manifest:
         return json.dumps(document, separators=(",", ":"))
 
     def _body(self) -> dict[str, Any]:
-        return {
+        body = {} if self.adapter is None else {"adapter": vars(self.adapter)}
+        return body | {
             "format_version": self.format_version,
             "step": self.step,
             "base_model": self.base_model,
@@ -213,6 +231,17 @@ def _parse(body: dict[str, Any], node: Any) -> Manifest:
         format_version=_number(body["format_version"], "format_version", least=1),
         node=node,
         quantised_experts=_quantisation(body["quantised_experts"]) if "quantised_experts" in body else None,
+        adapter=_adapter(body["adapter"]) if "adapter" in body else None,
+    )
+
+
+def _adapter(entry: Any) -> AdapterEntry:
+    fields = _dict(entry, "adapter")
+    digests = _dict(fields["base_tensors"], "adapter: base_tensors")
+    return AdapterEntry(
+        name=_text(fields["name"], "adapter: name"),
+        config=_dict(fields["config"], "adapter: config"),
+        base_tensors={key: _text(digest, f"adapter: base_tensors: {key}") for key, digest in digests.items()},
     )
 
 

@@ -19,6 +19,7 @@ from accel_moe.checkpoint.dcp_metadata import (
 )
 from accel_moe.checkpoint.folders import is_committed, numbered, refuse_unfinished
 from accel_moe.checkpoint.manifest import Manifest, TensorEntry, check_files, known_paths, read_manifest
+from accel_moe.checkpoint.peft_folder import open_adapter_file
 from accel_moe.checkpoint.tensor_reader import TensorReader
 from accel_moe.checkpoint.transaction import recover
 from accel_moe.errors import CheckpointError
@@ -60,12 +61,16 @@ class Checkpoint:
         dcp_folder: the model's folder inside each; "." if its files lie in the root.
         manifest: None where nothing vouches for the bytes.
         reader: the model's tensors; a TensorReader if there is a manifest.
+        written_by: who writes checkpoints without a manifest.
+        depends_on: further texts that change when the tensors' values do.
     """
 
     roots: tuple[Path, ...]
     dcp_folder: str
     manifest: Manifest | None
     reader: TensorSource
+    written_by: str = "stock accelerate"
+    depends_on: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -118,7 +123,15 @@ def open_dcp(folders: Sequence[Path]) -> Checkpoint:
     return Checkpoint(tuple(roots), dcp_folder, manifest, reader)
 
 
-FORMATS: dict[str, Callable[[Sequence[Path]], Checkpoint | None]] = {"dcp": open_dcp}
+def open_adapter(folders: Sequence[Path]) -> Checkpoint | None:
+    """Opens a folder that PEFT's save_pretrained wrote. Raises CheckpointError when its weights are missing."""
+    if len(folders) != 1 or not folders[0].is_dir():
+        return None
+    found = open_adapter_file(folders[0])
+    return None if found is None else Checkpoint((folders[0].resolve(),), ".", None, found, written_by="PEFT")
+
+
+FORMATS: dict[str, Callable[[Sequence[Path]], Checkpoint | None]] = {"dcp": open_dcp, "adapter": open_adapter}
 """By name: opens the folders of a checkpoint, or returns None for folders of another format. The format that was added
 last is asked first."""
 
@@ -138,11 +151,11 @@ def _no_checkpoint(folder: Path, dcp_folder: str) -> str:
     if run:
         newest = max(run, key=lambda path: (is_committed(path), path.stat().st_mtime))
         return f"{text} It is the folder of a run with {len(run)} checkpoint(s): give one of them, such as {newest}."
-    if "adapter_config.json" in names:
+    manifest = read_manifest(folder)
+    if manifest is not None and manifest.adapter is not None:
         return (
-            f"{text} It holds an adapter, which consolidate does not merge: "
-            f"PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(BASE), {str(folder)!r})"
-            ".merge_and_unload().save_pretrained(OUT)."
+            f"{text} It holds an adapter, as FULL_STATE_DICT saves it. Load it in the training script and save it "
+            "with PEFT's save_pretrained, and give that folder; or save with SHARDED_STATE_DICT."
         )
     if any(name.startswith(("pytorch_model", "model")) and name.endswith((".bin", ".safetensors")) for name in names):
         return f"{text} It holds whole weights, as FULL_STATE_DICT saves them: those need no consolidating."
@@ -200,7 +213,7 @@ def describe(checkpoint: Checkpoint) -> list[str]:
     lines = [f"checkpoint   {', '.join(map(str, checkpoint.roots))}"]
     manifest = checkpoint.manifest
     if manifest is None:
-        lines.append("manifest     none (stock accelerate wrote it)")
+        lines.append(f"manifest     none ({checkpoint.written_by} wrote it)")
     else:
         versions = ", ".join(f"{name} {version}" for name, version in manifest.versions.items())
         lines += [
@@ -214,6 +227,9 @@ def describe(checkpoint: Checkpoint) -> list[str]:
         ]
         if (how := manifest.quantised_experts) is not None:
             lines.append(f"experts      {how.scheme}, blocks of {how.block_size}")
+        if (adapter := manifest.adapter) is not None:
+            kind, r = adapter.config.get("peft_type"), adapter.config.get("r")
+            lines.append(f"adapter      {adapter.name}: {kind}, r {r}; the base is not in the checkpoint")
     lines.append(
         f"weights      {len(tensors)} tensors, {sum(sizes.values()) / 1e9:.3f} GB, {', '.join(dtypes)}, "
         f"in {len({c.file for e in tensors.values() for c in e.chunks})} file(s)"

@@ -37,13 +37,14 @@ from torch.distributed.tensor import DTensor
 
 from accel_moe import ranks
 from accel_moe.checkpoint import background, folders, node_local, transaction
+from accel_moe.checkpoint.adapter_run import describe_adapter
 from accel_moe.checkpoint.advice import run_advised
 from accel_moe.checkpoint.checksums import ALGORITHM, file_digest, hashing_pool
 from accel_moe.checkpoint.dcp_metadata import METADATA_NAME, check_metadata, tensors_of
 from accel_moe.checkpoint.dcp_read import FolderReader
 from accel_moe.checkpoint.dcp_write import COPY_AHEAD_BYTES, ChecksumWriter
 from accel_moe.checkpoint.durable import fsync_folder, fsync_path
-from accel_moe.checkpoint.manifest import FileEntry, Manifest, Quantisation, write_manifest
+from accel_moe.checkpoint.manifest import AdapterEntry, FileEntry, Manifest, Quantisation, write_manifest
 from accel_moe.checkpoint.node_local import Disks, NodePlanner
 from accel_moe.errors import CheckpointError
 from accel_moe.experts.packing import BLOCK
@@ -81,6 +82,7 @@ class Save:
     metadata: dict[str, Any] = field(default_factory=dict)
     node_metadata: dict[str, dict[int, bytes]] = field(default_factory=dict)
     after_commit: list[Callable[[], None]] = field(default_factory=list)
+    adapter: AdapterEntry | None = None
     must_stay: bool = False  # what was written counts, or may come to count
 
     def run(self, what: str, step: Callable[[], T]) -> T:
@@ -133,6 +135,7 @@ def begin(named: str | os.PathLike, models: list[Any]) -> Save:
     node_local.recover_everywhere(final, final.parent)
     acts = node_local.acts_for(final)
     run_advised(final, f"cleaning {final.parent}", lambda: acts and folders.clean_abandoned(final.parent, final))
+    adapter = describe_adapter(models)
     disks, work, held = node_local.create_on_every_disk(named, final)
     return Save(
         named=named,
@@ -143,6 +146,7 @@ def begin(named: str | os.PathLike, models: list[Any]) -> Save:
         models=models,
         background=bool(option(models, "moe_async_save")),
         disks=disks,
+        adapter=adapter,
     )
 
 
@@ -344,6 +348,7 @@ def _seal(save: Save) -> Manifest:
             files=tuple(sealed[leader] for leader in leaders),
             tensors={folder: tensors_of(metadata) for folder, metadata in save.metadata.items()},
             quantised_experts=quantisation_of(save.models),
+            adapter=save.adapter,
         )
 
     hosts = ranks.gather(ranks.host())

@@ -2,7 +2,8 @@
 
     1. identify   the manifest is read; every rank must have been given a folder of the same save
     2. check      every file's size, and every checksum (`moe_verify`), shared out between ranks that see one folder
-    3. fit        DCP's metadata is the one that was saved, its chunks tile every tensor, the tensors are the model's
+    3. fit        DCP's metadata is the one that was saved, its chunks tile every tensor, the tensors are the model's,
+                  and an adapter's base is the one that it was trained on
 
 An error of one rank is raised on all. A folder without a manifest (stock accelerate wrote it) is loaded, with a warning
 that nothing vouches for its bytes.
@@ -22,6 +23,7 @@ from typing import Any
 
 from accel_moe import ranks
 from accel_moe.checkpoint import folders, node_local
+from accel_moe.checkpoint.adapter_run import adapters_of, check_adapter, check_base
 from accel_moe.checkpoint.dcp_metadata import (
     METADATA_NAME,
     MODEL_FOLDER,
@@ -91,6 +93,7 @@ def verify(folder: Path, models: list[Any]) -> Verified:
         stamps = {path: _stamp(folder / path) for path in (MANIFEST_NAME, *mine)}
         gone = _check_bytes(folder, manifest, mine, str(option(models, "moe_verify")))
     ranks.run_or_raise_everywhere(f"checking {folder}", lambda: _check_dcp(folder, manifest, models))
+    check_base(folder, manifest, models)
     return Verified(folder, manifest, gone, stamps)
 
 
@@ -279,8 +282,6 @@ def _unlisted(folder: Path, path: str) -> str:
 
 
 def _check_dcp(folder: Path, manifest: Manifest | None, models: list[Any]) -> None:
-    from accelerate.utils.modeling import is_peft_model
-
     _check_quantisation(folder, manifest, models)
     for index, model in enumerate(models):
         dcp_folder = folder / f"{MODEL_FOLDER}_{index}"
@@ -293,7 +294,9 @@ def _check_dcp(folder: Path, manifest: Manifest | None, models: list[Any]) -> No
                 f"{dcp_folder}/.metadata is not the one that the manifest describes: files of two saves are mixed. Use "
                 "another checkpoint, or restore the folder."
             )
-        if not is_peft_model(model):  # whose checkpoint may hold the adapters alone
+        if adapters_of(model):
+            check_adapter(folder, stored, model)
+        else:
             _check_model(folder, stored, model, manifest)
 
 

@@ -2,8 +2,8 @@
 
 The base says how the result looks (keys, shapes, dtypes, files: transforms.py), and gives the files that are not
 weights: config, generation config, tokenizers, processors, chat templates, the model's own code, licence. From a Hub id
-these files and the safetensors headers are fetched, never the weights, unless extra keys are to be kept. Without a
-network a whole copy in the Hub's cache will do.
+these files and the safetensors headers are fetched. The weights are fetched only if extra keys are to be kept, or an
+adapter is merged. Without a network a whole copy in the Hub's cache will do.
 """
 
 from __future__ import annotations
@@ -93,14 +93,35 @@ class BaseModel:
 
     def read_raw(self, keys: Iterable[str]) -> Iterator[tuple[str, memoryview]]:
         """(key, raw little-endian bytes) of base tensors, one at a time; a Hub base fetches the files they are in."""
-        headers: dict[str, dict[str, HubTensor]] = {}
+        tensors = BaseTensors(self)
+        for key in keys:
+            yield key, memoryview(tensors.read(key).view(-1).view(torch.uint8).numpy())
+
+    def stamps(self) -> list[str]:
+        """File, size and time of each local file of weights, to notice that one of them was changed."""
+        files = sorted({tensor.file for tensor in self.tensors.values()}) if self.is_local else []
+        stats = {file: (self.folder / file).stat() for file in files}
+        return [f"{file} {stat.st_size} {stat.st_mtime_ns}" for file, stat in stats.items()]
+
+
+class BaseTensors:
+    """The values of a base's tensors, read one at a time. A Hub base fetches the file of a tensor when it is read."""
+
+    def __init__(self, base: BaseModel) -> None:
+        self._base = base
+        self._headers: dict[str, dict[str, HubTensor]] = {}
+
+    def located(self, key: str) -> HubTensor:
+        """A tensor's place in a local file. Raises HubFormatError when its file cannot be fetched."""
+        base, file = self._base, self._base.tensors[key].file
+        if file not in self._headers:
+            self._headers[file] = read_header(base.folder / file if base.is_local else _download(base.name, file))
+        return self._headers[file][key]
+
+    def read(self, key: str) -> torch.Tensor:
+        """A tensor as it is stored. Raises HubFormatError when its file cannot be fetched."""
         with Reader() as reader:
-            for key in keys:
-                file = self.tensors[key].file
-                if file not in headers:
-                    headers[file] = read_header(self.folder / file if self.is_local else _download(self.name, file))
-                tensor = reader.tensor(headers[file][key])
-                yield key, memoryview(tensor.view(-1).view(torch.uint8).numpy())
+            return reader.tensor(self.located(key))
 
 
 def _is_copied(path: Path) -> bool:
@@ -136,6 +157,23 @@ def open_base(name: str, trust_remote_code: bool = False) -> BaseModel:
             f"{name} is not a folder. Give the folder of the model that training started from, or its Hub id."
         )
     return _open_hub(name, trust_remote_code)
+
+
+def local_base(name: str, revision: str | None = None) -> BaseModel | None:
+    """The base whose files a model was read from, on this disk: a folder, or the Hub's cache. The Hub is not asked.
+
+    None where there are no whole safetensors files of it.
+    """
+    folder = Path(os.path.expanduser(name))
+    try:
+        if not folder.is_dir():
+            import huggingface_hub
+
+            folder = Path(huggingface_hub.snapshot_download(name, revision=revision, local_files_only=True))
+        folder = _snapshot_in(folder)
+        return BaseModel(name, folder, read_hub_tensors(folder), True)
+    except Exception:  # not in the cache, not a name that the client takes, other weights than safetensors
+        return None
 
 
 def _snapshot_in(folder: Path) -> Path:
@@ -195,6 +233,6 @@ def _download(repo: str, file: str) -> Path:
         return Path(huggingface_hub.hf_hub_download(repo, file))
     except Exception as error:
         raise HubFormatError(
-            f"{file} of {repo} could not be fetched ({type(error).__name__}), and --keep-extra needs it. Give "
-            "a local copy of the base model."
+            f"{file} of {repo} could not be fetched ({type(error).__name__}), and its values are needed. Give a "
+            "local copy of the base model."
         ) from None

@@ -15,6 +15,8 @@ counter of an ordinary parameter; here it shares the counter.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -37,6 +39,20 @@ class Origin:
     casts: tuple[torch.dtype, ...] = ()
 
 
+_seem_real = False
+
+
+@contextmanager
+def seeming_real() -> Iterator[None]:
+    """Within it, deferred tensors say that they are on the CPU: what is made for them is made there, with values."""
+    global _seem_real
+    before, _seem_real = _seem_real, True
+    try:
+        yield
+    finally:
+        _seem_real = before
+
+
 class DeferredTensor(torch.Tensor):
     """A parameter or buffer on meta with an `Origin`. `defer` makes one, in place; `settle` undoes that.
 
@@ -48,6 +64,10 @@ class DeferredTensor(torch.Tensor):
     _origin: Origin | None
     _stamp: tuple[int, Any] | None
     _plain_class: type
+
+    @property
+    def device(self) -> torch.device:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return torch.device("cpu") if _seem_real and self.is_meta else super().device
 
     @property
     def data(self) -> torch.Tensor:
@@ -68,7 +88,7 @@ class DeferredTensor(torch.Tensor):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
         if id(self) not in memo:
-            copy = torch.empty_like(self, requires_grad=self.requires_grad)
+            copy = torch.empty_like(self, device="meta", requires_grad=self.requires_grad)
             memo[id(self)] = _defer(copy, origin_of(self), self._plain_class, isinstance(self, nn.Parameter))
         return memo[id(self)]
 

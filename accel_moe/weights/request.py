@@ -146,10 +146,10 @@ def _refuse_adapter(name: str | os.PathLike, arguments: Mapping[str, Any]) -> No
     except (OSError, ValueError, AttributeError):
         base = "its base model"
     raise ValueError(
-        f"{name} is a PEFT adapter (it has adapter_config.json) of {base}. {EXPECTED} Load {base} with transformers' "
-        "from_pretrained, the adapter with peft.PeftModel.from_pretrained(model, ..., is_trainable=True), and pass "
-        "that to accel_moe.prepare(model). To go on without the adapter, give the base, or a folder that "
-        "merge_and_unload() was saved to."
+        f"{name} is a PEFT adapter (it has adapter_config.json) of {base}. {EXPECTED} Load {base} with it, the adapter "
+        "with peft.PeftModel.from_pretrained(model, ..., is_trainable=True), and pass that to "
+        "accel_moe.prepare(model). To go on without the adapter, give the base, or a model that the adapter was merged "
+        "into: python -m accel_moe.consolidate ADAPTER OUT BASE_MODEL."
     )
 
 

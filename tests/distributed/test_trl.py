@@ -73,14 +73,15 @@ def arguments(cls, case: Case, folder: str, **more):
     )
 
 
-def prepared(case: Case, folder: str):
+def prepared(case: Case, folder: str, deferred: bool = False):
     """As scripts do: the base from a folder, which DPO loads once more as its reference."""
     from transformers import AutoModelForCausalLM
 
     import accel_moe
     import accel_moe.cpu
 
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype="float32", attn_implementation="eager")
+    load = accel_moe.from_pretrained if deferred else AutoModelForCausalLM.from_pretrained
+    model = load(folder, dtype="float32", attn_implementation="eager")
     if case.world == 1:
         model.set_experts_implementation("eager")
         return model
@@ -119,6 +120,25 @@ def sft(case: Case, folder: str) -> Trained:
     return run(SFTTrainer, model=model, args=args, train_dataset=rows)
 
 
+def sft_lora(case: Case, folder: str) -> Trained:
+    """TRL wraps the model in its constructor; over ranks the base has no values then."""
+    from datasets import Dataset
+    from peft import LoraConfig
+    from trl import SFTConfig, SFTTrainer
+
+    generator = torch.Generator().manual_seed(3)
+    rows = Dataset.from_list([{"text": sentence(generator, 9)} for _ in range(16)])
+    model = prepared(case, folder, deferred=case.world > 1)
+    assert case.world == 1 or any(p.is_meta for p in model.parameters())
+    experts = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    config = LoraConfig(
+        r=4, lora_alpha=32, target_modules=["q_proj"], target_parameters=experts, init_lora_weights=False
+    )
+    torch.manual_seed(5)
+    args = arguments(SFTConfig, case, folder + "/out", max_length=24, shuffle_dataset=False)
+    return run(SFTTrainer, model=model, args=args, train_dataset=rows, peft_config=config)
+
+
 def dpo(case: Case, folder: str) -> Trained:
     from datasets import Dataset
     from trl import DPOConfig, DPOTrainer
@@ -134,6 +154,7 @@ def dpo(case: Case, folder: str) -> Trained:
     "train",
     [
         pytest.param(sft, marks=pytest.mark.slow, id="SFT with packing"),
+        pytest.param(sft_lora, id="SFT with peft_config"),
         pytest.param(dpo, id="DPO with a loaded reference"),
     ],
 )

@@ -78,6 +78,39 @@ def test_train_trainer_trains_evaluates_saves_and_resumes(base, tmp_path):
     assert all(1 / 8 <= line["busiest_expert_share"] <= 1 for line in history if "loss" in line)
 
 
+def test_lora_trains_resumes_and_is_merged_into_its_base(base, tmp_path):
+    peft = pytest.importorskip("peft")
+    torch = pytest.importorskip("torch")
+    from transformers import AutoModelForCausalLM
+
+    options = ["--lora", "4", "--lora-experts"]
+    whole = train(base, tmp_path / "whole", 4, *options)
+    train(base, tmp_path / "halves", 2, *options)
+    halves = train(base, tmp_path / "halves", 4, *options, "--resume")
+    assert halves["train/loss"] == pytest.approx(whole["train/loss"], abs=1e-6)
+    assert whole["eval/loss"][4] != whole["eval/loss"][0]  # an adapter begins at nothing, and has learned little yet
+    checkpoint = tmp_path / "halves" / "checkpoint-4"
+    python("-m", "accel_moe.consolidate", "--adapter", checkpoint, tmp_path / "adapter")
+    python("-m", "accel_moe.consolidate", "--verify", checkpoint, tmp_path / "merged", base)
+    ids = torch.arange(24).reshape(2, 12)
+    with torch.no_grad():
+        merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")(ids).logits
+        plain = AutoModelForCausalLM.from_pretrained(base)
+        adapted = peft.PeftModel.from_pretrained(plain, tmp_path / "adapter")(ids).logits
+    # a merged weight is rounded once more than two products that are added: fp32 noise
+    torch.testing.assert_close(merged, adapted, rtol=0, atol=1e-5 * adapted.abs().max().item())
+
+
+def test_train_trainer_trains_an_adapter(base, tmp_path):
+    pytest.importorskip("peft")
+    script = [*LAUNCH, "examples/train_trainer.py", "--model", base, "--output", tmp_path, *SMALL, "--lora", "4"]
+    every = ["--log-every", "1", "--eval-every", "2", "--save-every", "2"]
+    python(*script, *every, "--steps", "2")
+    python(*script, *every, "--steps", "4", "--resume")
+    manifest = json.loads((tmp_path / "checkpoint-4" / "accel_moe_manifest.json").read_text())["body"]
+    assert all(".lora_" in name for name in manifest["tensors"]["pytorch_model_fsdp_0"])
+
+
 @pytest.mark.slow
 def test_quickstart_learns_and_consolidates_what_it_trained(tmp_path):
     output = python("examples/quickstart.py", "--output", tmp_path / "quickstart")

@@ -9,7 +9,6 @@ import signal
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from accel_moe import consolidate
@@ -22,6 +21,7 @@ from accel_moe.weights.safetensors import safetensors_files
 from tests.exports import (
     assert_same_tensors,
     make_trained,
+    offer_on_hub,
     one_line_error,
     read_weights,
     run,
@@ -284,14 +284,6 @@ def test_a_checkpoint_of_another_model_is_refused_by_name(tmp_path, trained, cap
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.tmp").exists()
 
 
-def test_the_checkpoint_of_an_adapter_run_says_how_to_merge(tmp_path, trained, capsys):
-    _, base, _ = trained
-    model = get_peft_model(tiny_model("qwen3_moe"), LoraConfig(r=2, target_modules=["q_proj"]))
-    checkpoint = write_checkpoint(model, tmp_path / "adapters")
-    message = one_line_error(capsys, checkpoint, tmp_path / "out", base)
-    assert "PEFT" in message and "merge_and_unload" in message and "full_tensor" in message
-
-
 @pytest.mark.parametrize("damage", ["missing", "truncated", "empty", "no metadata", "garbage metadata"])
 def test_a_damaged_stock_checkpoint_is_refused(tmp_path, trained, capsys, damage):
     checkpoint, base, _ = trained
@@ -341,37 +333,11 @@ def test_a_hub_id_without_a_network_asks_for_a_local_folder(tmp_path, trained, c
 
 
 def test_from_a_hub_id_only_small_files_and_headers_are_fetched(tmp_path, trained, monkeypatch):
-    import huggingface_hub
-
     checkpoint, base, expected = trained
-    local = {f: (base / f) for f in safetensors_files(base)}
-
-    def snapshot(repo, allow_patterns):
-        assert not any("safetensors" in p for p in allow_patterns)
-        small = tmp_path / "cache"
-        small.mkdir()
-        for name in ("config.json", "generation_config.json", "tokenizer.json"):
-            shutil.copy(base / name, small)
-        return str(small)
-
-    def metadata(repo):
-        from huggingface_hub import utils
-
-        from accel_moe.weights.safetensors import read_header
-
-        files = {}
-        for file, path in local.items():
-            tensors = {
-                key: utils.TensorInfo(t.dtype, [*t.shape], (t.start, t.start + t.size_bytes))
-                for key, t in read_header(path).items()
-            }
-            files[file] = utils.SafetensorsFileMetadata(metadata={}, tensors=tensors)
-        return utils.SafetensorsRepoMetadata(metadata=None, sharded=True, weight_map={}, files_metadata=files)
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
-    monkeypatch.setattr(huggingface_hub, "get_safetensors_metadata", metadata)
+    fetched = offer_on_hub(base, tmp_path / "cache", monkeypatch)
     assert run(checkpoint, tmp_path / "out", "some/model") == 0
     assert_same_tensors(read_weights(tmp_path / "out"), expected)
+    assert fetched == []
 
 
 def test_a_quantised_base_is_refused(tmp_path, trained):

@@ -170,13 +170,8 @@ def test_the_folder_of_a_run_names_the_checkpoint_in_it(tmp_path, capsys, prefix
     assert f"such as {tmp_path / 'run' / inner}/{prefix}20" in line
 
 
-def test_an_adapter_alone_says_how_to_merge_it_and_whole_weights_need_no_consolidating(tmp_path, capsys):
-    from peft import LoraConfig, get_peft_model
-
+def test_whole_weights_need_no_consolidating(tmp_path, capsys):
     _, base, _ = make_trained(tmp_path, "qwen3_moe")
-    adapter = get_peft_model(tiny_model("qwen3_moe"), LoraConfig(r=2, target_modules=["q_proj"]))
-    adapter.save_pretrained(tmp_path / "adapter")
-    assert "merge_and_unload" in one_line_error(capsys, tmp_path / "adapter", tmp_path / "out", base)
     tiny_model("qwen3_moe").save_pretrained(tmp_path / "whole")
     for number in range(9):
         (tmp_path / "whole" / f"a{number}.txt").write_text("x")  # a listing of the first few would not show it

@@ -267,32 +267,6 @@ def test_a_model_that_was_changed_before_prepare_is_refused(many_ranks, checkpoi
         check_unchanged(model, pending(model).plan)
 
 
-def test_adapters_on_a_deferred_base_keep_their_values(many_ranks, checkpoint):
-    peft = pytest.importorskip("peft")
-    experts = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
-    config = peft.LoraConfig(target_modules=["q_proj"], target_parameters=experts)
-    models = []
-    for load in (accel_moe.from_pretrained, AutoModelForCausalLM.from_pretrained):
-        base = load(checkpoint, dtype=torch.float32)
-        torch.manual_seed(3)
-        models.append(peft.get_peft_model(base, config))
-    ours, plain = ({n: p for n, p in model.named_parameters() if "lora_" in n} for model in models)
-    assert ours.keys() == plain.keys() and len(ours) == 12
-    assert all(torch.equal(ours[name], p) and ours[name].dtype == p.dtype for name, p in plain.items())
-    found = check_unchanged(models[0], pending(models[0]).plan)
-    assert len(found) == len(list(models[0].parameters())) - len(ours)
-
-
-def test_adapters_that_a_user_put_on_meta_are_refused_with_what_to_do(many_ranks, checkpoint):
-    peft = pytest.importorskip("peft")
-    model = accel_moe.from_pretrained(checkpoint)
-    plan = pending(model).plan
-    wrapped = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"]), low_cpu_mem_usage=True)
-    assert pending(wrapped).plan is plan
-    with pytest.raises(ValueError, match=r"q_proj\.lora_A.*was added on meta after .*accel_moe\.prepare\(model\)"):
-        check_unchanged(wrapped, plan)
-
-
 # --- the other way
 
 

@@ -10,7 +10,15 @@ import pytest
 
 from accel_moe.checkpoint import manifest as m
 from accel_moe.checkpoint.checksums import BLOCK_BYTES, StreamDigest, file_digest
-from accel_moe.checkpoint.manifest import Chunk, FileEntry, Manifest, TensorEntry, check_chunks, check_files
+from accel_moe.checkpoint.manifest import (
+    AdapterEntry,
+    Chunk,
+    FileEntry,
+    Manifest,
+    TensorEntry,
+    check_chunks,
+    check_files,
+)
 
 FILES = {"model/data.distcp": b"x" * 1000, "model/.metadata": b"meta", "rng_0.pkl": b"state"}
 
@@ -36,6 +44,7 @@ def write(folder, algorithm="blake2b", node=0, nodes=("host-a",)) -> Manifest:
         files=files,
         tensors={"model": {"model.weight": tensor}},
         node=node,
+        adapter=AdapterEntry("default", {"r": 8}, {"lm_head.weight": "00"}),
     )
     m.write_manifest(folder, made)
     return made

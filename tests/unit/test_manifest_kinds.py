@@ -98,6 +98,12 @@ def test_a_missing_field_is_refused(body, key):
     assert read(text_of(without(body, (key,)))) is None
 
 
+def test_an_adapter_is_described_in_whole_or_not_at_all(body):
+    assert read(text_of(without(body, ("adapter",)))).adapter is None
+    for key in ("name", "config", "base_tensors"):
+        assert read(text_of(without(body, ("adapter", key)))) is None
+
+
 @pytest.mark.parametrize("version", ["1", None, 1.0, True, [1], {}])
 def test_a_format_version_that_is_no_number_is_refused(body, version):
     with pytest.raises(CheckpointError, match="format_version"):

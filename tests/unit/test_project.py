@@ -251,7 +251,7 @@ print(*sys.modules)
     assert "accel_moe.experts.registration" in imported
     ours = [name for name in imported if name.startswith(("accel_moe.kernels", "accel_moe.hooks"))]
     assert not ours
-    assert not {"torch.distributed.fsdp", "torch", "transformers", "accelerate"} & set(imported)
+    assert not {"torch.distributed.fsdp", "torch", "transformers", "accelerate", "peft"} & set(imported)
 
 
 @pytest.mark.parametrize("first, then", [("transformers.integrations.moe", "accel_moe"), ("accel_moe", "transformers")])

@@ -1,7 +1,7 @@
-"""PEFT's LoRA on the experts themselves (`target_parameters`), under expert parallelism or on packed weights.
+"""PEFT's LoRA on the experts themselves (`target_parameters`), lent to the layer instead of added to the weights.
 
-Without both, PEFT's own parametrisation works as it is. With shards it would add a whole matrix to a part of one, and
-with packed weights (packing.py) a matrix to bytes.
+PEFT's own parametrisation adds a whole matrix to a weight. That cannot be done to a shard (ep > 1), nor to bytes
+(packing.py), and is slow: our kernels take the factors as they are (kernels/low_rank.py).
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import contextlib
 import functools
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,36 +18,31 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from accel_moe.experts.recognise import FoundExperts
+from accel_moe.kernels.hints import LowRank
 from accel_moe.patching import install, patch, patches_of
 
 
-@dataclass(frozen=True)
-class LowRank:
-    """A change of one weight of all experts: scale * left @ right, left [E, a, r] and right [E, r, b], whole."""
-
-    left: torch.Tensor
-    right: torch.Tensor
-    scale: float
-
-
 class LendsLowRank(nn.Module):
-    """Mixed into a PEFT wrapper of an experts parameter when ep > 1, or when the experts are packed.
+    """Mixed into a PEFT wrapper of an experts parameter.
 
-    PEFT's own forward adds left @ right to the whole weight by parametrisation, which needs a plain tensor where there
-    is a shard or a packed weight. Instead the factors are lent to the layer, which adds the part of its own experts.
-    Rank, alpha, scaling and active adapters stay PEFT's; so do the names and shapes of lora_A and lora_B, which are
-    dense weights.
+    The factors are lent to the layer for a forward, which takes the part of its own experts. Rank, alpha, scaling and
+    active adapters stay PEFT's; so do the names and shapes of lora_A and lora_B, which are dense weights.
     """
 
     @contextlib.contextmanager
     def _activate_lora(self, active_adapters: list[str]) -> Iterator[None]:
         deltas = self.get_base_layer()._accel_moe_layer.deltas
-        active = [self.get_delta_factors(a) for a in active_adapters if a in self.lora_A]
-        deltas[self.parameter_name] = [LowRank(*factors) for factors in active]
+        deltas[self.parameter_name] = [self._lent(a) for a in active_adapters if a in self.lora_A]
         try:
             yield
         finally:
             del deltas[self.parameter_name]
+
+    def _lent(self, adapter: str) -> LowRank:
+        """The factors of all experts. PEFT gives them as the weight lies: [E, a, r] and [E, r, b]."""
+        left, right, scale = self.get_delta_factors(adapter)
+        transposed = not self._did_swap_in_out_features
+        return LowRank(left.mT, right, scale) if transposed else LowRank(right, left.mT, scale)
 
     def get_param(self) -> torch.Tensor:
         """The weight; for a packed one a stand-in, which PEFT asks for the dense weight's shape, dtype and device."""
@@ -93,13 +87,13 @@ def _sharded_like(whole: torch.Tensor, weight: DTensor) -> DTensor:
 
 @patch(
     "peft.tuners.lora.layer.ParamWrapper._activate_lora",
-    why="PEFT may wrap experts after they were sharded or packed, and its parametrisation then adds a whole matrix to "
-    "a shard or to bytes.",
+    why="Its parametrisation adds a whole matrix to a weight: our kernels do not need that, and it cannot be done to a "
+    "shard or to bytes if PEFT wraps experts after they were sharded or packed.",
     tested="peft 0.21.2",
 )
 def _activate_lora(original, self, active_adapters):
     layer = getattr(self.get_base_layer(), "_accel_moe_layer", None)
-    if layer is None or (layer.ep == 1 and not layer.packed):
+    if layer is None or (layer.ep == 1 and not layer.packed and not _fits_kernels(self, layer)):
         return original(self, active_adapters)
     if layer.packed:
         raise ValueError(
@@ -107,9 +101,16 @@ def _activate_lora(original, self, active_adapters):
             f"(moe_quantize_experts={layer.prepared.quantize}), and took the bytes for a matrix. Call "
             "peft.get_peft_model(model, ...) before accelerator.prepare()."
         )
-    _check_adapter(self, "moe_ep_degree > 1")
+    if layer.ep > 1:
+        _check_adapter(self, "moe_ep_degree > 1")
     self.__class__ = _lending_class(self.__class__)
     return self._activate_lora(active_adapters)
+
+
+def _fits_kernels(adapter: Any, layer: Any) -> bool:
+    """Whether our kernels compute with its factors."""
+    has_factors = hasattr(adapter, "get_delta_factors") and hasattr(adapter, "_did_swap_in_out_features")
+    return layer.kernel == "scattermoe" and has_factors and adapter.get_param().dim() == 3 and adapter.num_experts > 1
 
 
 def patch_peft() -> None:

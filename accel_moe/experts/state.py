@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 from accel_moe.config import MoEConfig, ResolvedConfig
-from accel_moe.experts.adapters import LowRank
 from accel_moe.experts.packing import Packing
 from accel_moe.experts.view import Shim
 from accel_moe.kernels.glu import Glu
+from accel_moe.kernels.hints import LowRank
 from accel_moe.names import plain_name
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ class LayerState:
     cast_bytes: dict[torch.dtype, int] = field(default_factory=dict, repr=False)
     """What this rank's experts take in a dtype, where they are stored in another; read off them once."""
     deltas: dict[str, list[LowRank]] = field(default_factory=dict, repr=False)
-    """LoRA on the experts, sharded or packed: by parameter, the factors that its PEFT wrapper lends for a forward."""
+    """LoRA on the experts: by parameter, the factors of all experts that its PEFT wrapper lends for a forward."""
     packed: dict[str, Packing] = field(default_factory=dict, repr=False)
     """By parameter, how it is packed (`moe_quantize_experts`); empty until `accelerator.prepare`."""
 

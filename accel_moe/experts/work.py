@@ -20,7 +20,7 @@ from accel_moe.experts.storage import DENSE, storage_of
 from accel_moe.experts.view import KNOWN_PARAMETERS, ExpertsView, as_interface, shim_answers
 from accel_moe.kernels import scattermoe
 from accel_moe.kernels.casts import Casts
-from accel_moe.kernels.hints import Hints
+from accel_moe.kernels.hints import Hints, LowRank
 
 
 class LayerWork(Overlap):
@@ -114,12 +114,15 @@ def view_of(module: Any, layer: LayerState, dtype: torch.dtype) -> ExpertsView:
         local = {name: (layer.packed.get(name) or storage_of(w) or DENSE).dense(w, dtype) for name, w in local.items()}
     else:  # our kernels ask packed weights for their shapes only
         local = local | {name: how.stand_in(local[name], dtype) for name, how in layer.packed.items()}
-    if layer.ep > 1 and (layer.deltas or layer.kernel != "scattermoe"):
+    fused = layer.kernel == "scattermoe"
+    if layer.ep > 1 and not fused:
         trained = [name for name, weight in local.items() if weight.requires_grad]
         if trained:
             local.update(zip(trained, _ScaleWeightGradients.apply(scale, *(local[name] for name in trained))))
         scale = 1.0
-    _add_low_rank(layer, weights, local, dtype)
+    changes = _low_rank_changes(layer, weights, dtype)
+    if not fused:
+        _add_to_weights(changes, local, as_interface(module).is_transposed)
     answers: dict[str, Any] = {**local, **(shim_answers(module, layer.shim) if layer.shim is not None else {})}
     if layer.ep > 1:
         answers.update(num_experts=layer.num_local_experts, _is_expert_parallel=True)
@@ -130,24 +133,35 @@ def view_of(module: Any, layer: LayerState, dtype: torch.dtype) -> ExpertsView:
         unchanged = {name: how for name, how in layer.packed.items() if name not in layer.deltas}
         answers["keeping"] = KeptPacked(local, stored, unchanged)
     hints = Hints(scale, casts=casts, glu=layer.glu, recompute_up=layer.recompute_up)
+    if fused and changes:
+        up, down = scattermoe.parameter_names(as_interface(module))[:2]
+        hints = hints._replace(changes=(changes.get(up), changes.get(down)))
     return ExpertsView(module, hints, **answers)
 
 
-def _add_low_rank(
-    layer: LayerState, weights: dict[str, torch.Tensor], local: dict[str, torch.Tensor], dtype: torch.dtype
-) -> None:
-    """PEFT's change of each weight, added to this rank's part of it.
+def _low_rank_changes(layer: LayerState, weights: dict[str, torch.Tensor], dtype: torch.dtype) -> dict[str, LowRank]:
+    """By parameter, the change of this rank's part of it, of all active adapters.
 
     lora_A and lora_B are dense: FSDP averages them over every rank, of which one per ep group has the gradient of an
     expert, summed over the group. That is the mean over ranks: no factor here.
     """
-    for name, changes in layer.deltas.items():
+    changes = {}
+    for name, lent in layer.deltas.items():
         at = weights[name].device_mesh.get_local_rank("ep") if layer.ep > 1 else 0  # pyright: ignore
-        first = at * layer.num_local_experts
-        own = slice(first, first + layer.num_local_experts)
-        for change in changes:
-            left, right = change.left[own].to(dtype), change.right[own].to(dtype)
-            local[name] = torch.baddbmm(local[name], left, right, alpha=change.scale)
+        own = slice(at * layer.num_local_experts, (at + 1) * layer.num_local_experts)
+        parts = [LowRank(one.inner[own].to(dtype), one.outer[own].to(dtype), one.scale) for one in lent]
+        if len(parts) > 1:
+            inner = torch.cat([one.inner for one in parts], 1)
+            parts = [LowRank(inner, torch.cat([one.outer * one.scale for one in parts], 1))]
+        changes.update((name, one) for one in parts)
+    return changes
+
+
+def _add_to_weights(changes: dict[str, LowRank], local: dict[str, torch.Tensor], transposed: bool) -> None:
+    """For kernels that know no low-rank changes."""
+    for name, (inner, outer, scale) in changes.items():
+        left, right = (inner.mT, outer) if transposed else (outer.mT, inner)
+        local[name] = torch.baddbmm(local[name], left, right, alpha=scale)
 
 
 def _casts_of(module: Any, layer: LayerState, weights: dict[str, torch.Tensor], dtype: torch.dtype) -> Casts | None:
@@ -155,7 +169,7 @@ def _casts_of(module: Any, layer: LayerState, weights: dict[str, torch.Tensor], 
     weights are in `dtype`, and for other kernels, whose weights are cast under autograd."""
     if all(w.dtype == dtype for w in weights.values()) or torch.compiler.is_compiling():
         return None
-    if layer.glu is None or layer.deltas or layer.shim is not None:
+    if layer.glu is None or layer.shim is not None:
         return None
     names = scattermoe.parameter_names(module)
     if layer.packed:

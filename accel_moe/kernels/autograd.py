@@ -51,8 +51,8 @@ class _Experts(torch.autograd.Function):
     def backward(ctx, dout):
         *need_tensors, _, need_weights = ctx.needs_input_grad[:7]
         needs = [*need_tensors, need_weights, *ctx.needs_input_grad[9:]]
-        factors, first = list(ctx.saved_tensors[: ctx.num_factors]), ctx.num_factors
-        x, w1, w2, b1, b2, *saved = ctx.saved_tensors[first:]
+        kept = ctx.saved_tensors  # asked for once: checkpointing computes them at the first time
+        factors, (x, w1, w2, b1, b2, *saved) = list(kept[: ctx.num_factors]), kept[ctx.num_factors :]
         parameters = (w1, w2, b1, b2)
         learning = [p.dtype for p, need in zip(parameters, need_tensors[1:], strict=True) if need]
         dtype = functools.reduce(torch.promote_types, learning, x.dtype)

@@ -108,7 +108,7 @@ def up_projection(
     if LOADS.rank:
         first_col = col0 * 2 if GLU.gated and GLU.interleaved else col0
         wide = intermediate * (WIDTH // TILE.block_n)
-        PAIRED: tl.constexpr = GLU.gated and not GLU.interleaved
+        PAIRED: tl.constexpr = GLU.gated and not GLU.interleaved  # pyright: ignore
         acc = add_low_rank(
             acc, low_rank_ptr, factor_ptr, expert, row0, row_end, first_col, wide, PAIRED, LOADS, BLOCK_P, WIDTH
         )

@@ -166,7 +166,7 @@ class Term(NamedTuple):
 
 def _parts(term: Term | None, like: Tensor) -> tuple[Tensor, Tensor, int]:
     """The kernel's arguments and R; any tensor stands for those that are not there."""
-    return (like, like, 0) if term is None else (*term, term.rows.shape[1])
+    return (like, like, 0) if term is None else (term.rows, term.factor, term.rows.shape[1])
 
 
 class Weight:

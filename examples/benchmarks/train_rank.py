@@ -82,10 +82,8 @@ class Scenario:
     activation_checkpointing: bool = False
     bf16_weights: bool = False
     """Weights and AdamW's moments in bf16, with no fp32 master copy."""
-
-    def __post_init__(self):
-        if self.from_files and self.lora_rank:
-            raise ValueError(f"{self.name}: a model from files has no adapters; leave out from_files or lora_rank")
+    quantize: str = "none"
+    """moe_quantize_experts, of ours; the rest of the base is in bf16."""
 
     def model_config(self):
         from transformers import AutoConfig
@@ -94,7 +92,7 @@ class Scenario:
 
     @property
     def dtype(self) -> torch.dtype:
-        return torch.bfloat16 if self.bf16_weights else torch.float32
+        return torch.bfloat16 if self.bf16_weights or self.quantize != "none" else torch.float32
 
     @property
     def tokens(self) -> int:
@@ -159,7 +157,8 @@ def work(way: str, scenario: Scenario, args: argparse.Namespace) -> None:
         if torch.distributed.get_rank() == 0:
             (args.folder / "result.json").write_text(json.dumps(results))
 
-    note("eager", measured(trained, scenario, args.steps))
+    loading = {"peak_bytes_of_loading": torch.cuda.max_memory_allocated() if GPU else 0}
+    note("eager", measured(trained, scenario, args.steps) | loading)
     if args.compile:
         compile_layers(trained.model)
         note("compiled", measured(trained, scenario, args.steps))
@@ -200,11 +199,12 @@ def build_with_accelerate(scenario: Scenario, checkpoint: Path, ours: bool) -> T
     accelerator = Accelerator(mixed_precision="no" if scenario.bf16_weights else "bf16", fsdp_plugin=plugin)
     if scenario.from_files:
         model = accel_moe.from_pretrained(checkpoint, dtype=scenario.dtype, attn_implementation="sdpa")
-        model.train()
+        model = with_adapter(scenario, model).train()
     else:
         model = random_model(scenario, accelerator.device)
     if ours:
-        accel_moe.prepare(model, moe_ep_degree=scenario.ep_degree or accelerator.num_processes)
+        degree = scenario.ep_degree or accelerator.num_processes
+        accel_moe.prepare(model, moe_ep_degree=degree, moe_quantize_experts=scenario.quantize)
     else:
         base = model.get_base_model() if scenario.lora_rank else model
         base.set_experts_implementation("grouped_mm")
@@ -244,14 +244,17 @@ def random_model(scenario: Scenario, device: torch.device | str) -> torch.nn.Mod
         model = AutoModelForCausalLM.from_config(
             scenario.model_config(), dtype=scenario.dtype, attn_implementation="sdpa"
         )
-        if scenario.lora_rank:
-            from peft import LoraConfig, get_peft_model
+        return with_adapter(scenario, model)
 
-            attention = ["q_proj", "k_proj", "v_proj", "o_proj"]
-            experts = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"] if scenario.lora_experts else None
-            lora = LoraConfig(r=scenario.lora_rank, target_modules=attention, target_parameters=experts)
-            model = get_peft_model(model, lora)
-    return model
+
+def with_adapter(scenario: Scenario, model: torch.nn.Module) -> torch.nn.Module:
+    if not scenario.lora_rank:
+        return model
+    from peft import LoraConfig, get_peft_model
+
+    attention = ["q_proj", "k_proj", "v_proj", "o_proj"]
+    experts = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"] if scenario.lora_experts else None
+    return get_peft_model(model, LoraConfig(r=scenario.lora_rank, target_modules=attention, target_parameters=experts))
 
 
 def adamw(model: torch.nn.Module) -> torch.optim.Optimizer:

@@ -97,6 +97,11 @@ def load_run(case: Case, base: str, folder: str, kind: str = "ours", **options) 
     return found
 
 
+def load_errors(case: Case, base: str, folder: str, adapters: list[dict]) -> list[tuple[str, bool]]:
+    """`load_error` for each of these options of an adapter, one after another on the same ranks."""
+    return [load_error(case, base, folder, **options) for options in adapters]
+
+
 def load_error(case: Case, base: str, folder: str, **options) -> tuple[str, bool]:
     """The text of load_state's error on this rank, and whether the model is untouched."""
     accelerator, model, _ = set_up(case, base, **options)

@@ -27,32 +27,49 @@ pytest.importorskip("bitsandbytes")
 SCATTERMOE = dict(kernel="scattermoe", interpret=True)
 BOTH = dict(modules=("q_proj",), parameters=EXPERTS)
 
-TABLE = [
-    Case(1, 1, **SCATTERMOE, fsdp=False),
+FAST = [
     Case(1, 1, **BOTH, fsdp=False),
-    Case(2, 1, **SCATTERMOE),
     Case(2, 1, **BOTH, scheme="int8"),
-    Case(2, 2, **SCATTERMOE),
     Case(2, 2, **BOTH),
-    Case(2, 2, **BOTH, scheme="int8", **SCATTERMOE),
-    Case(4, 2, **BOTH, scheme="nf4", **SCATTERMOE),
+    Case(2, 2, **BOTH, scheme="int8", **SCATTERMOE, checkpointing=True),
     Case(4, 2, **BOTH, dp_replicate=2),
-    Case(2, 2, **SCATTERMOE, checkpointing=True),
-    Case(2, 2, **SCATTERMOE, options=(("moe_recompute_up_projection", True),)),
     Case(2, 2, **BOTH, options=(("moe_dispatch_chunk_tokens", 5),)),
     Case(2, 2, **BOTH, ram_efficient=True),
     Case(2, 1, fsdp=False),
-    Case(1, 1, **BOTH, fsdp=False, from_files=True),
-    Case(2, 2, **BOTH, scheme="none", from_files=True),
     Case(2, 1, **BOTH, from_files=True),
     Case(2, 2, **BOTH, scheme="int8", from_files=True),
+]
+# Each repeats with another kernel, or another source of the base, what a row above shows.
+SLOW = [
+    Case(1, 1, **SCATTERMOE, fsdp=False),
+    Case(2, 1, **SCATTERMOE),
+    Case(2, 2, **SCATTERMOE),
+    Case(2, 2, **BOTH, scheme="int8", **SCATTERMOE),
+    Case(4, 2, **BOTH, **SCATTERMOE),
+    Case(2, 2, **SCATTERMOE, checkpointing=True),
+    Case(2, 2, **SCATTERMOE, options=(("moe_recompute_up_projection", True),)),
+    Case(1, 1, **BOTH, fsdp=False, from_files=True),
+    Case(2, 2, **BOTH, scheme="none", from_files=True),
     Case(4, 2, **SCATTERMOE, from_files=True),
 ]
+TABLE = [*FAST, *(pytest.param(case, marks=pytest.mark.slow) for case in SLOW)]
 
 
 @functools.cache
 def oracle(scheme: str, modules, parameters):
     return on_one_process(Case(1, 1, scheme=scheme, modules=modules, parameters=parameters))
+
+
+@pytest.fixture(scope="module")
+def checkpoint_of(tmp_path_factory):
+    """-> a case's checkpoint, saved once: (folder, rank 0's losses after it, the names of its packed tensors)."""
+
+    @functools.cache
+    def made(case: Case):
+        folder = str(tmp_path_factory.mktemp("runs") / "checkpoint")
+        return folder, *run_ranks(saved, case.world, case, folder)[0]
+
+    return made
 
 
 def run(case: Case, folder):
@@ -70,7 +87,15 @@ def test_training_on_quantised_experts_equals_training_on_the_dequantised(case, 
         assert f"weights={case.scheme}" in found.facts["repr"]
 
 
-@pytest.mark.parametrize("scheme, world, ep", [("nf4", 2, 1), ("nf4", 4, 2), ("int8", 2, 2)])
+@pytest.mark.parametrize(
+    "scheme, world, ep",
+    [
+        ("nf4", 2, 2),
+        pytest.param("nf4", 2, 1, marks=pytest.mark.slow),
+        pytest.param("nf4", 4, 2, marks=pytest.mark.slow),
+        pytest.param("int8", 2, 2, marks=pytest.mark.slow),
+    ],
+)
 def test_under_bf16_mixed_precision_the_bits_are_those_of_the_dequantised_base(scheme, world, ep, tmp_path):
     # the same layout, kernel and dtypes on both sides: a scale that FSDP had cast to bf16 would show
     case = Case(world, ep, **BOTH, scheme=scheme, mixed_precision="bf16")
@@ -82,13 +107,13 @@ def test_under_bf16_mixed_precision_the_bits_are_those_of_the_dequantised_base(s
         assert not [name for name, value in theirs.items() if not torch.equal(ours[name], value)], what
 
 
-@pytest.mark.parametrize("ep", [1, 2])
+@pytest.mark.parametrize("ep", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_trained_experts_are_refused_on_every_rank(ep):
     for told in run_ranks(refused, 2, Case(2, ep)):
         assert "moe_quantize_experts=nf4" in told and "down_proj is trained" in told and "freeze the experts" in told
 
 
-@pytest.mark.parametrize("scheme", ["nf4", "int8"])
+@pytest.mark.parametrize("scheme", ["nf4", pytest.param("int8", marks=pytest.mark.slow)])
 def test_one_wrong_scale_is_seen(scheme, tmp_path):
     case = Case(2, 2, scheme=scheme, wrong_scale=True)
     wrong = differences(run(case, tmp_path), oracle(scheme, case.modules, case.parameters))
@@ -97,12 +122,15 @@ def test_one_wrong_scale_is_seen(scheme, tmp_path):
 
 @pytest.mark.parametrize(
     "case",
-    [Case(2, 2, **BOTH), Case(2, 1, scheme="int8", adapters=False), Case(2, 2, adapters=False)],
+    [
+        pytest.param(Case(2, 2, **BOTH), marks=pytest.mark.core),
+        Case(2, 1, scheme="int8", adapters=False),
+        pytest.param(Case(2, 2, adapters=False), marks=pytest.mark.slow),
+    ],
     ids=lambda case: case.name,
 )
-def test_a_run_on_quantised_experts_resumes_where_it_was(case, tmp_path):
-    folder = str(tmp_path / "checkpoint")
-    (losses, packed), *_ = run_ranks(saved, case.world, case, folder)
+def test_a_run_on_quantised_experts_resumes_where_it_was(case, checkpoint_of):
+    folder, losses, packed = checkpoint_of(case)
     assert len(packed) == 4
     assert read_manifest(folder).quantised_experts == Quantisation(case.scheme, 64)
     assert run_ranks(resumed, case.world, case, folder)[0] == losses
@@ -114,19 +142,18 @@ def test_a_run_on_quantised_experts_resumes_where_it_was(case, tmp_path):
 @pytest.mark.parametrize(
     ("there", "here", "adapters"), [("nf4", "int8", True), ("nf4", "none", False), ("none", "nf4", True)]
 )
-def test_a_resume_with_another_quantisation_is_refused_on_every_rank(there, here, adapters, tmp_path):
-    folder = str(tmp_path / "checkpoint")
-    case = Case(2, 2, scheme=there, adapters=adapters)
-    run_ranks(saved, 2, case, folder)
+def test_a_resume_with_another_quantisation_is_refused_on_every_rank(there, here, adapters, checkpoint_of):
+    case = Case(2, 2, **(BOTH if adapters else {}), scheme=there, adapters=adapters)
+    folder, *_ = checkpoint_of(case)
     words = {"nf4": "nf4 (blocks of 64)", "int8": "int8 (blocks of 64)", "none": "none"}
     for told in run_ranks(resumed, 2, replace(case, scheme=here), folder):
         assert f"trained with moe_quantize_experts={words[there]}, and this run has {words[here]}" in told
         assert f"Set moe_quantize_experts: {there}," in told
 
 
-def test_a_checkpoint_of_quantised_experts_is_not_consolidated(tmp_path):
-    folder, base = str(tmp_path / "checkpoint"), save_base(tmp_path / "base")
-    run_ranks(saved, 2, Case(2, 2, adapters=False), folder)
+def test_a_checkpoint_of_quantised_experts_is_not_consolidated(checkpoint_of, tmp_path):
+    folder, *_ = checkpoint_of(Case(2, 2, adapters=False))
+    base = save_base(tmp_path)
     assert "experts      nf4, blocks of 64" in opened.describe(opened.open_checkpoint([folder]))
     with pytest.raises(CheckpointError, match=r"holds experts in nf4 \(4 tensors such as .*Train adapters"):
         plan_export(opened.open_checkpoint([folder]), open_base(base))

@@ -83,14 +83,16 @@ def test_lora_trains_resumes_and_is_merged_into_its_base(base, tmp_path):
     torch = pytest.importorskip("torch")
     from transformers import AutoModelForCausalLM
 
+    from accel_moe import consolidate
+
     options = ["--lora", "4", "--lora-experts"]
-    whole = train(base, tmp_path / "whole", 4, *options)
-    train(base, tmp_path / "halves", 2, *options)
-    halves = train(base, tmp_path / "halves", 4, *options, "--resume")
-    assert halves["train/loss"] == pytest.approx(whole["train/loss"], abs=1e-6)
-    assert whole["eval/loss"][4] != whole["eval/loss"][0]  # an adapter begins at nothing, and has learned little yet
-    checkpoint = tmp_path / "halves" / "checkpoint-4"
-    python("-m", "accel_moe.consolidate", "--adapter", checkpoint, tmp_path / "adapter")
+    train(base, tmp_path, 2, *options)
+    metrics = train(base, tmp_path, 4, *options, "--resume")
+    # tests/distributed/test_checkpoint_adapter.py compares the losses after a resume with those of an unbroken run
+    assert sorted(metrics["train/loss"]) == [1, 2, 3, 4] and all(map(math.isfinite, metrics["train/loss"].values()))
+    assert metrics["eval/loss"][4] != metrics["eval/loss"][0]  # an adapter begins at nothing, and has learned little
+    checkpoint = tmp_path / "checkpoint-4"
+    assert consolidate.main(["--adapter", str(checkpoint), str(tmp_path / "adapter")]) == 0
     python("-m", "accel_moe.consolidate", "--verify", checkpoint, tmp_path / "merged", base)
     ids = torch.arange(24).reshape(2, 12)
     with torch.no_grad():
@@ -104,10 +106,8 @@ def test_lora_trains_resumes_and_is_merged_into_its_base(base, tmp_path):
 def test_train_trainer_trains_an_adapter(base, tmp_path):
     pytest.importorskip("peft")
     script = [*LAUNCH, "examples/train_trainer.py", "--model", base, "--output", tmp_path, *SMALL, "--lora", "4"]
-    every = ["--log-every", "1", "--eval-every", "2", "--save-every", "2"]
-    python(*script, *every, "--steps", "2")
-    python(*script, *every, "--steps", "4", "--resume")
-    manifest = json.loads((tmp_path / "checkpoint-4" / "accel_moe_manifest.json").read_text())["body"]
+    python(*script, "--log-every", "1", "--eval-every", "2", "--save-every", "2", "--steps", "2")
+    manifest = json.loads((tmp_path / "checkpoint-2" / "accel_moe_manifest.json").read_text())["body"]
     assert all(".lora_" in name for name in manifest["tensors"]["pytorch_model_fsdp_0"])
 
 

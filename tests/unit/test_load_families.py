@@ -41,18 +41,19 @@ def rows_of_rank(tensor, rank, ranks=RANKS):
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def family(request, tmp_path_factory):
-    """(class, folder, the model that plain from_pretrained makes of it)"""
+    """(class, folder, the model that plain from_pretrained makes of it, a planned one that is never filled)"""
     try:
         tiny = tiny_families.tiny(request.param)
     except ValueError as error:
         pytest.skip(str(error))
     folder = str(tmp_path_factory.mktemp(request.param))
     tiny.build().save_pretrained(folder, max_shard_size="40KB")
-    return tiny.model_class, folder, tiny.model_class.from_pretrained(folder, dtype="float32")
+    plain = tiny.model_class.from_pretrained(folder, dtype="float32")
+    return tiny.model_class, folder, plain, planned(tiny.model_class, folder, dtype="float32")
 
 
 def test_a_planned_model_filled_whole_is_the_plain_one(family):
-    model_class, folder, plain = family
+    model_class, folder, plain, _ = family
     model = planned(model_class, folder, dtype="float32")
     report = fill.fill(model, torch.device("cpu"))
     ours, expected = named(model), named(plain)
@@ -67,8 +68,7 @@ def test_a_planned_model_filled_whole_is_the_plain_one(family):
 
 
 def test_each_rank_s_rows_are_the_plain_model_s(family):
-    model_class, folder, plain = family
-    model = planned(model_class, folder, dtype="float32")
+    *_, plain, model = family
     plan, expected = pending(model).plan, named(plain)
     for rank in range(RANKS):
         places = {}
@@ -85,8 +85,7 @@ def test_each_rank_s_rows_are_the_plain_model_s(family):
 
 
 def test_packed_experts_are_the_plain_model_s_packed(family):
-    model_class, folder, plain = family
-    model = planned(model_class, folder, dtype="float32")
+    *_, plain, model = family
     plan, expected = pending(model).plan, named(plain)
     stacks = [name for name in plan.dtypes if re.search(r"\.experts\.(gate_up_proj|up_proj|down_proj)$", name)]
     places = {}
@@ -101,8 +100,8 @@ def test_packed_experts_are_the_plain_model_s_packed(family):
 
 
 def test_experts_are_read_by_the_rows_a_rank_owns(family):
-    model_class, folder, _ = family
-    plan = pending(planned(model_class, folder, dtype="float32")).plan
+    model_class, *_, model = family
+    plan = pending(model).plan
     methods = {name: group.method for group in plan.groups for name in group.targets if ".experts." in name}
     whole = {name for name, method in methods.items() if method == "whole"}
     assert not whole, f"{model_class.__name__} reads whole layers of experts: {sorted(whole)[:2]}"

@@ -46,9 +46,15 @@ def saved(tmp_path):
     return save(tmp_path, tiny_model("qwen3_moe"), target_modules=["q_proj"], target_parameters=list(EXPERTS))
 
 
+def merge_rows():
+    """Every style of keys in fp32. Rounding knows no keys: one family shows it, and the others' bf16 is slow."""
+    for name in FAMILIES:
+        yield pytest.param(name, torch.float32, id=f"{name}-fp32")
+        yield pytest.param(name, torch.bfloat16, marks=() if name == "mixtral" else pytest.mark.slow, id=f"{name}-bf16")
+
+
 @pytest.mark.core
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize(("model_type", "dtype"), list(merge_rows()))
 def test_the_merged_model_is_the_one_that_peft_merges_in_the_format_of_the_base(tmp_path, model_type, dtype):
     model = family(model_type).to(dtype)
     experts = experts_parameters(model)

@@ -24,7 +24,7 @@ from accel_moe import (
     whereabouts,
 )
 from accel_moe.checkpoint import background, for_accelerate, for_trainer
-from accel_moe.experts import adapters
+from accel_moe.experts import adapters, pack
 from accel_moe.patching import patches_of
 from accel_moe.weights import adapters_on_meta, plan
 
@@ -38,12 +38,14 @@ PEFT_TABLE = patches_of(adapters)
 """In place where PEFT was imported."""
 WAITING_TABLE = patches_of(adapters_on_meta)
 """In place where PEFT is installed, from the first from_pretrained on that leaves its weights in the files."""
+PACKING_TABLE = patches_of(pack)
+"""In place under an old torch, once experts are packed."""
 CPU_TABLE = patches_of(cpu)
 """`accel_moe.cpu.enable()` installs it."""
 LOAD_TABLE = patches_of(plan)
 """In place only while from_pretrained runs."""
 
-_ALL = (*TABLE, *PEFT_TABLE, *WAITING_TABLE, *CPU_TABLE, *LOAD_TABLE)
+_ALL = (*TABLE, *PEFT_TABLE, *WAITING_TABLE, *PACKING_TABLE, *CPU_TABLE, *LOAD_TABLE)
 
 
 def install() -> None:

@@ -12,10 +12,12 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.fsdp._fully_shard import _fsdp_param
 
 from accel_moe.experts.packing import BLOCK, Packing
 from accel_moe.experts.state import PreparedState, swapped_layers
 from accel_moe.experts.storage import DENSE
+from accel_moe.patching import install, off_leash, patch, patches_of
 
 _STACKS = ("gate_up_proj", "up_proj", "down_proj")
 
@@ -36,6 +38,7 @@ def pack_experts(model: nn.Module, state: PreparedState | None, device: torch.de
     """
     if state is None or state.quantize is None:
         return
+    install(one for one in patches_of(_init_sharded_param) if off_leash(one) is None)
     done: dict[int, Packing] = {}
     for _, layer in swapped_layers(model):
         packed = layer._accel_moe_layer.packed
@@ -49,6 +52,32 @@ def pack_experts(model: nn.Module, state: PreparedState | None, device: torch.de
     for module in model.modules():
         if hasattr(module, "save_pretrained") and not hasattr(module, "peft_config"):  # PEFT saves the adapter alone
             module.save_pretrained = functools.partial(_refuse_to_save, state.quantize)
+
+
+@patch(
+    "torch.distributed.fsdp._fully_shard._fsdp_param.FSDPParam._init_sharded_param",
+    why="Old FSDP2 makes a parameter that asks for a gradient of every shard, which integers cannot. Newer ones, whose "
+    "function has other parameters, are left alone.",
+    tested="torch 2.11.0",
+)
+def _init_sharded_param(original, self, param, device, shard_placement_fn):
+    if param.is_floating_point():
+        return original(self, param, device, shard_placement_fn)
+    whole = _fsdp_param.nn
+    _fsdp_param.nn = _FrozenParameters()  # pyright: ignore[reportAttributeAccessIssue]
+    try:
+        return original(self, param, device, shard_placement_fn)
+    finally:
+        _fsdp_param.nn = whole
+
+
+class _FrozenParameters:
+    """torch.nn, whose parameters ask for no gradient."""
+
+    Parameter = staticmethod(functools.partial(nn.Parameter, requires_grad=False))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(nn, name)
 
 
 def _refuse_to_save(scheme: str, *args: Any, **kwargs: Any) -> None:

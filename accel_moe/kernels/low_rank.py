@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .cached_launch import cached_launch
-from .launch import INTERPRETED, PAD, Padded, Term, TileLists, precision
+from .launch import INTERPRETED, PAD, Term, TileLists, precision
 from .routing import Routing
 
 
@@ -31,7 +31,6 @@ def narrow_rows(
     src,
     factor_ptr,
     out_ptr,
-    copy_ptr,
     row_slot_ptr,
     tile_expert_ptr,
     tile_offset_ptr,
@@ -41,17 +40,13 @@ def narrow_rows(
     top_k,
     scale,
     GATHER: tl.constexpr,
-    COPY: tl.constexpr,
     RANK: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """out[row] = scale * src[row, or token(row) if GATHER] @ factor[e].T, [P, RANK].
-
-    COPY: src by rows goes to copy, too, padded as passes.gather_rows pads; BLOCK_P is PAD then.
-    """
+    """out[row] = scale * src[row, or token(row) if GATHER] @ factor[e].T, [P, RANK]."""
     tile = tl.program_id(0)
     expert = tl.load(tile_expert_ptr + tile)
     if expert < 0:
@@ -66,12 +61,9 @@ def narrow_rows(
     rank = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
     rows = src + source.to(tl.int64)[:, None] * stride + column[None, :]
     factor = factor_ptr + expert.to(tl.int64) * (RANK * depth) + (rank[None, :] * depth + column[:, None])
-    copy = copy_ptr + (tile.to(tl.int64) * BLOCK_P + lane)[:, None] * depth + column[None, :]
     acc = tl.zeros((BLOCK_P, BLOCK_R), tl.float32)
     for k in range(0, depth, BLOCK_K):
         left = tl.load(rows + k, mask=inside[:, None] & (k + column < depth)[None, :], other=0.0)
-        if COPY and tl.program_id(1) == 0:
-            tl.store(copy + k, left, mask=(k + column < depth)[None, :])
         right = tl.load(factor + k, mask=(k + column < depth)[:, None], other=0.0)
         acc = tl.dot(left, right, acc, input_precision=PRECISION)
     out = out_ptr + row0.to(tl.int64) * RANK + (lane[:, None] * RANK + rank[None, :])
@@ -141,30 +133,16 @@ class Change(NamedTuple):
         """src [P, in], or [T, in] if gather -> the term of src @ change.T."""
         return Term(_narrow(src, self.inner, self.scale, routing, tiles, gather), self.outer)
 
-    def up(self, src: Tensor, routing: Routing, tiles: TileLists) -> Term:
-        """src [P, out] -> the term of src @ change: the way back."""
-        return Term(_narrow(src, self.outer, self.scale, routing, tiles, False), self.inner)
-
-    def up_with_rows(self, src: Tensor, routing: Routing, tiles: TileLists) -> tuple[Term, Padded]:
-        """src [T, out] -> as `up` of each row's token; and what launch.gather_rows makes of src, in the same pass."""
-        copy = src.new_empty(tiles[PAD].max_tiles * PAD, src.shape[1])
-        rows = _narrow(src, self.outer, self.scale, routing, tiles, True, copy)
-        return Term(rows, self.inner), Padded(copy, tiles[PAD])
+    def up(self, src: Tensor, routing: Routing, tiles: TileLists, gather: bool = False) -> Term:
+        """src [P, out], or [T, out] if gather -> the term of src @ change: the way back."""
+        return Term(_narrow(src, self.outer, self.scale, routing, tiles, gather), self.inner)
 
 
 def _block_r(rank: int) -> int:
     return min(rank, 64)
 
 
-def _narrow(
-    src: Tensor,
-    factor: Tensor,
-    scale: float,
-    routing: Routing,
-    tiles: TileLists,
-    gather: bool,
-    copy: Tensor | None = None,
-) -> Tensor:
+def _narrow(src: Tensor, factor: Tensor, scale: float, routing: Routing, tiles: TileLists, gather: bool) -> Tensor:
     rank, depth = factor.shape[1:]
     out = src.new_empty(routing.num_rows, rank)
     rows = tiles[PAD]
@@ -173,7 +151,6 @@ def _narrow(
             src,
             factor,
             out,
-            out if copy is None else copy,
             routing.row_slot,
             rows.tile_expert,
             rows.tile_offsets,
@@ -183,7 +160,6 @@ def _narrow(
             routing.top_k,
             float(scale),
             GATHER=gather,
-            COPY=copy is not None,
             RANK=rank,
             PRECISION=precision(src),
             BLOCK_P=PAD,

@@ -213,11 +213,8 @@ def experts_backward(
         routing = Routing(row_slot, slot_row, expert_offsets, top_k=weights.shape[1])
         tiles, rows = TileLists(routing), routing.num_rows
         down, (up_change, down_change) = Weight(w2, depth_last=transposed), _changes(factors, scales)
-        down_term = up_term = None
-        if down_change is None:
-            dout_rows = launch.gather_rows(dout, routing, tiles)
-        else:
-            down_term, dout_rows = down_change.up_with_rows(dout, routing, tiles)
+        dout_rows, up_term = launch.gather_rows(dout, routing, tiles), None
+        down_term = down_change and down_change.up(dout, routing, tiles, gather=True)
         dh, sa, ds = launch.tuned(
             "down_backward",
             layer,

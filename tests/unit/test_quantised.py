@@ -356,3 +356,21 @@ def test_a_second_preparation_packs_nothing_again():
     pack.pack_experts(model, model._accel_moe, torch.device("cpu"))
     assert all(torch.equal(p, was) for p, was in zip(model.parameters(), before))
     assert not re.search("float32", str({p.dtype for n, p in model.named_parameters() if ".experts." in n}))
+
+
+def test_old_fsdp_holds_packed_weights_too():
+    """torch 2.11 makes its sharded parameter without saying that it needs no gradient."""
+    from torch.distributed.fsdp._fully_shard import _fsdp_param
+
+    from accel_moe.experts import pack
+
+    def init_sharded_param(self, param, device, shard_placement_fn):
+        return _fsdp_param.nn.Parameter(param.detach())
+
+    replaced = pack._init_sharded_param
+    packed, dense = torch.zeros(2, dtype=torch.uint8), torch.zeros(2)
+    with pytest.raises(RuntimeError, match="floating point"):
+        init_sharded_param(None, packed, None, None)
+    assert not replaced(init_sharded_param, None, packed, None, None).requires_grad
+    assert replaced(init_sharded_param, None, dense, None, None).requires_grad
+    assert _fsdp_param.nn is torch.nn

@@ -39,10 +39,10 @@ class LendsLowRank(nn.Module):
             del deltas[self.parameter_name]
 
     def _lent(self, adapter: str) -> LowRank:
-        """The factors of all experts. PEFT gives them as the weight lies: [E, a, r] and [E, r, b]."""
-        left, right, scale = self.get_delta_factors(adapter)
-        transposed = not self._did_swap_in_out_features
-        return LowRank(left.mT, right, scale) if transposed else LowRank(right, left.mT, scale)
+        """The factors of all experts, as they are: PEFT's own `get_delta_factors` casts them to the weight's dtype."""
+        a, b = self.lora_A[adapter].weight, self.lora_B[adapter].weight  # [r * E, in] and [out, r * E]
+        inner = a.reshape(self.num_experts, -1, a.shape[1])
+        return LowRank(inner, b.reshape(b.shape[0], -1, self.num_experts).permute(2, 1, 0), self.scaling[adapter])
 
     def get_param(self) -> torch.Tensor:
         """The weight; for a packed one a stand-in, which PEFT asks for the dense weight's shape, dtype and device."""
@@ -109,8 +109,12 @@ def _activate_lora(original, self, active_adapters):
 
 def _fits_kernels(adapter: Any, layer: Any) -> bool:
     """Whether our kernels compute with its factors."""
-    has_factors = hasattr(adapter, "get_delta_factors") and hasattr(adapter, "_did_swap_in_out_features")
-    return layer.kernel == "scattermoe" and has_factors and adapter.get_param().dim() == 3 and adapter.num_experts > 1
+    return (
+        layer.kernel == "scattermoe"
+        and hasattr(adapter, "get_delta_factors")
+        and adapter.get_param().dim() == 3
+        and adapter.num_experts > 1
+    )
 
 
 def patch_peft() -> None:

@@ -9,8 +9,7 @@ For a projection y = x @ (W + change).T of rows x, with p = scale * x @ inner.T 
     y = x @ W.T + p @ outer             d outer = p.T @ dy
     dx = dy @ W + u @ inner             d inner = u.T @ x
 
-The idea of a shared p, and of sums over the rows of each expert, is ScatterMoE's and PEFT's alike; no code is theirs.
-Letters and terms are gemm.py's.
+LoRA is Hu et al.'s (arXiv 2106.09685). Letters and terms are gemm.py's.
 """
 
 from typing import NamedTuple

@@ -47,12 +47,12 @@ Fused = functools.partial(Case, kernel="scattermoe", interpret=True, modules=(),
 """The kernels compute with the factors (kernels/low_rank.py)."""
 slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 FUSED = [
-    Fused(2, 1, r=1),
+    slow(Fused(2, 1, r=1)),
     Fused(2, 2, modules=("q_proj",), parameters=(*ROUTER, *EXPERTS), checkpointing=True),
     slow(Fused(4, 2, dp_replicate=2, r=16, rslora=True)),
     slow(Fused(4, 4, r=20, parameters=EXPERTS[1:])),
     Fused(2, 2, adapters=2, options=(("moe_dispatch_chunk_tokens", 8),)),
-    Fused(2, 2, family="gpt_oss", options=(("moe_recompute_up_projection", True),)),
+    slow(Fused(2, 2, family="gpt_oss", options=(("moe_recompute_up_projection", True),))),
     slow(Fused(2, 2, family="nemotron_h", parameters=("experts.up_proj", "experts.down_proj"))),
     slow(Fused(2, 2, family="deepseek_v4")),
     slow(Fused(2, 2, adapters=2, r=1)),

@@ -43,7 +43,7 @@ def fresh_accelerate():
 def prepared(scheme: str = "nf4", kernel: str = "scattermoe", frozen: bool = True, model=None):
     model = tiny_model() if model is None else model
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(not (frozen and ".experts." in name))
+        parameter.requires_grad_("lora_" in name or not (frozen and ".experts." in name))
     accel_moe.prepare(model, moe_kernel=kernel, moe_quantize_experts=scheme)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     return Accelerator(cpu=True).prepare(model, optimizer)
@@ -159,7 +159,7 @@ def test_biases_transposed_weights_gateless_and_identity_experts_compute_the_sam
 
 
 @pytest.mark.parametrize("kernel", ["scattermoe", "grouped_mm", "eager"])
-def test_no_dense_copy_of_the_experts_is_kept_for_backward(kernel, monkeypatch):
+def test_no_dense_copy_of_the_experts_is_kept_for_backward(kernel, monkeypatch, adapted=False):
     made = []
     original = Packing.dense
 
@@ -168,7 +168,11 @@ def test_no_dense_copy_of_the_experts_is_kept_for_backward(kernel, monkeypatch):
         made.append(StorageWeakRef(dense.untyped_storage()))
         return dense
 
-    model, _ = prepared("int8", kernel, model=tiny_model(**ONE_LAYER))
+    model = tiny_model(**ONE_LAYER)
+    if adapted:
+        peft = pytest.importorskip("peft")
+        model = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=[], target_parameters=list(EXPERTS)))
+    model, _ = prepared("int8", kernel, model=model)
     monkeypatch.setattr(Packing, "dense", watched)
     loss = loss_of(model)
     gc.collect()
@@ -176,6 +180,10 @@ def test_no_dense_copy_of_the_experts_is_kept_for_backward(kernel, monkeypatch):
     assert all(memory.expired() for memory in made), "kept for backward"
     loss.backward()
     assert len(made) > 2
+
+
+def test_our_kernels_keep_none_either_with_an_adapter_on_the_experts(monkeypatch):
+    test_no_dense_copy_of_the_experts_is_kept_for_backward("scattermoe", monkeypatch, adapted=True)
 
 
 def test_the_test_above_sees_a_copy_that_is_kept(monkeypatch):

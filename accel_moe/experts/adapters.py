@@ -40,9 +40,11 @@ class LendsLowRank(nn.Module):
 
     def _lent(self, adapter: str) -> LowRank:
         """The factors of all experts, as they are: PEFT's own `get_delta_factors` casts them to the weight's dtype."""
-        a, b = self.lora_A[adapter].weight, self.lora_B[adapter].weight  # [r * E, in] and [out, r * E]
-        inner = a.reshape(self.num_experts, -1, a.shape[1])
-        return LowRank(inner, b.reshape(b.shape[0], -1, self.num_experts).permute(2, 1, 0), self.scaling[adapter])
+        wrapper: Any = self
+        a, b = wrapper.lora_A[adapter].weight, wrapper.lora_B[adapter].weight  # [r * E, in] and [out, r * E]
+        inner = a.reshape(wrapper.num_experts, -1, a.shape[1])
+        outer = b.reshape(b.shape[0], -1, wrapper.num_experts).permute(2, 1, 0)
+        return LowRank(inner, outer, wrapper.scaling[adapter])
 
     def get_param(self) -> torch.Tensor:
         """The weight; for a packed one a stand-in, which PEFT asks for the dense weight's shape, dtype and device."""

@@ -98,7 +98,7 @@ def _without_prefixes(words: list[str]) -> list[str]:
         words = words[1:]
     if words and words[0].startswith("accelmoe"):
         words = ["moe" + words[0].removeprefix("accelmoe"), *words[1:]]
-    return words
+    return words[1:] if words[:2] == ["moe", "moe"] else words  # accel_moe_moe_...
 
 
 def _begins_like_ours(words: list[str]) -> bool:

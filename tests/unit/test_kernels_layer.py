@@ -379,7 +379,7 @@ def test_saved_for_backward_is_h_and_integers_besides_the_inputs():
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         experts(*leaves[:3], index, leaves[3], "silu")
     new = [t for t in saved if t.data_ptr() not in inputs]
-    assert [tuple(t.shape) for t in new if t.is_floating_point()] == [(38, 40)]
+    assert [tuple(t.shape) for t in new if t.is_floating_point() and t.numel()] == [(38, 40)]
     assert {t.dtype for t in new if not t.is_floating_point()} == {torch.int32}
 
 

@@ -130,6 +130,8 @@ def _nearest_option(squeezed: str, options: Sequence[str], *, bare: bool) -> str
 def most_like(name: str, options: Sequence[str]) -> str:
     """The option with the closest spelling, at any distance."""
     words = _without_prefixes(words_of(name))
+    if (found := _nearest_option("".join(words), options, bare=True)) is not None:
+        return found
     if {"ep", "etp", "expert", "experts"} & set(words):
         return EP
     return difflib.get_close_matches("_".join(words), options, n=1, cutoff=0)[0]

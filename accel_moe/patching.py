@@ -99,6 +99,12 @@ def install(patches: Iterable[Patch]) -> None:
         setattr(owner, name, staticmethod(replacement) if is_static else replacement)
 
 
+def install_fitting(patches: Iterable[Patch]) -> None:
+    """Put in place those of `patches` that fit what is installed here: for targets that other versions do not need, or
+    may lack."""
+    install(one for one in patches if off_leash(one) is None)
+
+
 def uninstall(patches: Iterable[Patch]) -> None:
     """Undo those of `patches` that are in place, newest first."""
     targets = {one.target for one in patches}

@@ -111,12 +111,13 @@ def _activate_lora(original, self, active_adapters):
 
 def _fits_kernels(adapter: Any, layer: Any) -> bool:
     """Whether our kernels compute with its factors."""
-    return (
-        layer.kernel == "scattermoe"
-        and hasattr(adapter, "get_delta_factors")
-        and adapter.get_param().dim() == 3
-        and adapter.num_experts > 1
-    )
+    stack = _has_factors(adapter) and adapter.get_param().dim() == 3 and adapter.num_experts > 1
+    return stack and layer.kernel == "scattermoe"
+
+
+def _has_factors(adapter: Any) -> bool:
+    """Whether it is LoRA's ParamWrapper, as peft 0.17 to 0.21 have it."""
+    return all(hasattr(adapter, name) for name in ("_activate_lora", "get_delta_factors", "lora_A", "lora_B"))
 
 
 def patch_peft() -> None:
@@ -140,9 +141,9 @@ def adopt_adapters(found: FoundExperts, because: str = "moe_ep_degree > 1") -> N
 
 
 def _check_adapter(adapter: nn.Module, because: str) -> None:
-    """LoRA's ParamWrapper of peft 0.17 to 0.21, on a 3-D weight; anything else is refused."""
+    """LoRA's ParamWrapper, on a 3-D weight; anything else is refused."""
     kind = f"{type(adapter).__name__} on {adapter.parameter_name}"
-    if not all(hasattr(adapter, name) for name in ("_activate_lora", "get_delta_factors", "lora_A", "lora_B")):
+    if not _has_factors(adapter):
         raise ValueError(f"{because} with {kind} is not supported. Use LoRA (LoraConfig.target_parameters).")
     if adapter.get_param().dim() != 3:
         raise ValueError(

@@ -17,7 +17,7 @@ from torch.distributed.fsdp._fully_shard import _fsdp_param
 from accel_moe.experts.packing import BLOCK, Packing
 from accel_moe.experts.state import PreparedState, swapped_layers
 from accel_moe.experts.storage import DENSE
-from accel_moe.patching import install, off_leash, patch, patches_of
+from accel_moe.patching import install_fitting, patch, patches_of
 
 _STACKS = ("gate_up_proj", "up_proj", "down_proj")
 
@@ -38,7 +38,7 @@ def pack_experts(model: nn.Module, state: PreparedState | None, device: torch.de
     """
     if state is None or state.quantize is None:
         return
-    install(one for one in patches_of(_init_sharded_param) if off_leash(one) is None)
+    install_fitting(patches_of(_init_sharded_param))
     done: dict[int, Packing] = {}
     for _, layer in swapped_layers(model):
         packed = layer._accel_moe_layer.packed

@@ -32,7 +32,7 @@ _SCALE_BYTES = 4
 
 @dataclass(frozen=True)
 class Packing:
-    """How one weight is packed. It answers as a `Storage` for this weight.
+    """How one weight is packed.
 
     Attributes:
         scheme: "nf4" or "int8".
@@ -60,9 +60,6 @@ class Packing:
     @property
     def row_bytes(self) -> int:
         return self.code_bytes + self.blocks * _SCALE_BYTES
-
-    def holds(self, weight: torch.Tensor) -> bool:
-        return weight.dtype == torch.uint8
 
     def pack(self, matrix: torch.Tensor) -> torch.Tensor:
         """[row_bytes] uint8 of one expert's matrix, on its device."""

@@ -121,7 +121,7 @@ def view_of(module: Any, layer: LayerState, dtype: torch.dtype) -> ExpertsView:
             local.update(zip(trained, _ScaleWeightGradients.apply(scale, *(local[name] for name in trained))))
         scale = 1.0
     changes = _low_rank_changes(layer, weights, dtype)
-    if not fused:
+    if changes and not fused:
         _add_to_weights(changes, local, as_interface(module).is_transposed)
     answers: dict[str, Any] = {**local, **(shim_answers(module, layer.shim) if layer.shim is not None else {})}
     if layer.ep > 1:

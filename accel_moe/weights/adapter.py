@@ -38,8 +38,8 @@ _NAMED = re.compile(r"(?P<before>.+\.(?:lora_[A-Za-z_]+|modules_to_save))\.(?P<a
 # each changes the arithmetic: without it the result would be another model
 _NOT_MERGED = ("use_dora", "use_qalora", "use_bdlora", "lora_bias", "alora_invocation_tokens", "arrow_config")
 _NOT_MERGED += ("kasa_config", "monteclora_config", "layer_replication", "megatron_config", "trainable_token_indices")
-# each changes the base's weights at the start of the run
-_CHANGES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+CHANGES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+"""Beginnings of `init_lora_weights` that are computed from the base's weights, and change them when a run starts."""
 _MERGE_WITH_PEFT = (
     "Merge it with PEFT, in one process that holds the model: PeftModel.from_pretrained(AutoModelForCausalLM"
     ".from_pretrained(BASE), ADAPTER).merge_and_unload().save_pretrained(OUT)."
@@ -69,7 +69,7 @@ class AdapterConfig:
                 f"{where} has {found[0]}: {fields[found[0]]!r}, expected plain LoRA, scale * B @ A. {_MERGE_WITH_PEFT}"
             )
         start = str(fields.get("init_lora_weights")).lower()
-        if start.startswith(_CHANGES_THE_BASE):
+        if start.startswith(CHANGES_THE_BASE):
             raise CheckpointError(
                 f"{where} has init_lora_weights: {start}, which changed the base's weights when training began: the "
                 "adapter does not belong to the base's files. Save it with PEFT's save_pretrained(..., "

@@ -14,11 +14,12 @@ from __future__ import annotations
 import importlib.util
 from typing import Any
 
-from accel_moe.patching import install, off_leash, patch, patches_of
+from accel_moe.patching import install_fitting, patch, patches_of
+from accel_moe.weights.adapter import CHANGES_THE_BASE
 from accel_moe.weights.deferred_tensors import seeming_real
 from accel_moe.weights.plan import pending
 
-_READS_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga", "eva")
+_READS_THE_BASE = (*CHANGES_THE_BASE, "eva")
 
 
 @patch(
@@ -76,5 +77,4 @@ def keep_adapters_real() -> None:
         importlib.import_module("peft.tuners.lora.layer")
     except Exception:  # it fits nothing that is installed, and makes no adapters
         return
-    table = patches_of(inject_adapter, _move_adapter_to_device_of_base_layer)
-    install(one for one in table if off_leash(one) is None)
+    install_fitting(patches_of(inject_adapter, _move_adapter_to_device_of_base_layer))

@@ -81,7 +81,7 @@ def check_optimizers(optimizers: Sequence[torch.optim.Optimizer], own: set[int])
 
 
 def check_ranks(tensors: Mapping[str, torch.Tensor]) -> None:
-    """Raise `error`, or another rank's, on every rank; and compare the tensors of all ranks.
+    """Compare the tensors of all ranks.
 
     A collective over the world, if there is one.
 

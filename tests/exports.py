@@ -10,6 +10,7 @@ import torch.distributed.checkpoint as dist_cp
 from safetensors.torch import load_file
 
 from accel_moe import consolidate
+from accel_moe.checkpoint import export_write
 from accel_moe.checkpoint.checksums import ALGORITHM, file_digest
 from accel_moe.checkpoint.manifest import FileEntry, Manifest, write_manifest
 from accel_moe.checkpoint.tensor_reader import TensorReader
@@ -54,6 +55,24 @@ def read_weights(folder) -> dict[str, torch.Tensor]:
     for file in safetensors_files(folder):
         weights |= load_file(folder / file)
     return weights
+
+
+def interrupt_writes(monkeypatch, stop) -> list[int]:
+    """From now on an export is interrupted before the group for which `stop(index, calls)` is true, as by Ctrl-C.
+
+    Returns `calls`, the groups that were begun, in order.
+    """
+    calls: list[int] = []
+    real = export_write._GroupWriter.write
+
+    def write(self, index):
+        if stop(index, calls):
+            raise KeyboardInterrupt
+        calls.append(index)
+        return real(self, index)
+
+    monkeypatch.setattr(export_write._GroupWriter, "write", write)
+    return calls
 
 
 def run(*args) -> int:

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 
 from tests.families import peft_runs
-from tests.families.peft_runs import Run, optimizer_of, trained, whole
-from tests.tiny import batches, decoder_layer_names, tiny_model
+from tests.families.peft_runs import Run, clean, optimizer_of, steps, trained, whole
+from tests.tiny import batches, tiny_model
 
 STACKS = ("experts.gate_up_proj", "experts.down_proj")
 
@@ -24,19 +24,15 @@ class Case(peft_runs.Case):
     Attributes:
         scheme: moe_quantize_experts.
         fsdp: under FSDP2; else without sharding: one process, or DDP.
-        dp_replicate: replicas of the shards (HSDP).
         from_files: the base comes from accel_moe.from_pretrained.
-        options: more options of accel_moe.
         ram_efficient: only rank 0's values are real.
         wrong_scale: the scale of one block of one expert is changed: the test must see it.
     """
 
     scheme: str = "nf4"
     fsdp: bool = True
-    dp_replicate: int = 1
     from_files: bool = False
     ram_efficient: bool = False
-    options: tuple[tuple[str, object], ...] = ()
     wrong_scale: bool = False
     base: str = "none"
     """The base is quantised and made dense again, by this scheme, before anything sees it."""
@@ -111,23 +107,10 @@ def build(case: Case, folder: str | None):
 
 def accelerator_of(case: Case, model):
     from accelerate import Accelerator
-    from accelerate.parallelism_config import ParallelismConfig
-    from accelerate.utils import FullyShardedDataParallelPlugin
 
     if not case.fsdp:
         return Accelerator(cpu=not torch.cuda.is_available(), mixed_precision=case.mixed_precision)
-    plugin = FullyShardedDataParallelPlugin(
-        fsdp_version=2,
-        auto_wrap_policy="transformer_based_wrap",
-        transformer_cls_names_to_wrap=decoder_layer_names(model.base_model.model if case.adapters else model),
-        activation_checkpointing=case.checkpointing,
-        state_dict_type="SHARDED_STATE_DICT",
-        cpu_ram_efficient_loading=case.ram_efficient,
-    )
-    mesh = None
-    if case.dp_replicate > 1:
-        mesh = ParallelismConfig(dp_replicate_size=case.dp_replicate, dp_shard_size=case.world // case.dp_replicate)
-    return Accelerator(fsdp_plugin=plugin, parallelism_config=mesh, mixed_precision=case.mixed_precision)
+    return peft_runs.accelerator_of(case, model, case.ram_efficient)
 
 
 def prepared(case: Case, folder: str | None = None):
@@ -144,23 +127,6 @@ def prepared(case: Case, folder: str | None = None):
     optimizer = optimizer_of(model)
     model, optimizer = accelerator.prepare(model, optimizer)
     return accelerator, model, optimizer
-
-
-def steps(accelerator, model, optimizer, some) -> tuple[list[float], list[float], dict[str, torch.Tensor]]:
-    """Losses, norms, and the first step's gradients."""
-    rank, world = accelerator.process_index, accelerator.num_processes
-    losses, norms, gradients = [], [], {}
-    for batch in some:
-        own = batch.chunk(world)[rank]
-        loss = model(input_ids=own, labels=own).loss
-        accelerator.backward(loss)
-        if not gradients:
-            gradients = {clean(n): whole(p.grad) for n, p in model.named_parameters() if p.grad is not None}
-        norms.append(float(whole(accelerator.clip_grad_norm_(model.parameters(), 1e6))))
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(accelerator.reduce(loss.detach(), "mean").item())
-    return losses, norms, gradients
 
 
 def on_rank(case: Case, folder: str | None = None) -> Run | None:
@@ -230,10 +196,6 @@ def spoil_a_scale(model) -> None:
             local = parameter.to_local() if hasattr(parameter, "to_local") else parameter
             scale = local[:, -4:].clone().view(torch.float32)
             local[:, -4:] = (scale * 2).view(torch.uint8)
-
-
-def clean(name: str) -> str:
-    return peft_runs.clean(name).removeprefix("module.")  # DDP's
 
 
 def save_base(folder) -> str:

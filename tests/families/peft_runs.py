@@ -129,38 +129,32 @@ def trained(model: nn.Module) -> list[nn.Parameter]:
     return [p for p in model.parameters() if p.requires_grad]
 
 
-def on_rank(case: Case, folder: str | None = None) -> Run | None:
-    """The run on this rank under FSDP2. A Run on rank 0, None elsewhere; the adapter is saved in `folder`."""
+def accelerator_of(case: Case, model, ram_efficient: bool = False):
+    """FSDP2 around the decoder layers of a model, or of the base of a PEFT model."""
     from accelerate import Accelerator
     from accelerate.parallelism_config import ParallelismConfig
     from accelerate.utils import FullyShardedDataParallelPlugin
 
-    import accel_moe
-    import accel_moe.cpu
-
-    accel_moe.cpu.enable()
-
-    def prepare(model):
-        return accel_moe.prepare(model, moe_ep_degree=case.ep, moe_kernel=case.kernel, **dict(case.options))
-
-    model = build(case, prepare) if case.prepared_first else prepare(build(case))
+    base = model.base_model.model if hasattr(model, "peft_config") else model
     plugin = FullyShardedDataParallelPlugin(
         fsdp_version=2,
         auto_wrap_policy="transformer_based_wrap",
-        transformer_cls_names_to_wrap=decoder_layer_names(model.base_model.model),
+        transformer_cls_names_to_wrap=decoder_layer_names(base),
         activation_checkpointing=case.checkpointing,
         state_dict_type="SHARDED_STATE_DICT",
-        cpu_ram_efficient_loading=False,
+        cpu_ram_efficient_loading=ram_efficient,
     )
     mesh = None
     if case.dp_replicate > 1:
         mesh = ParallelismConfig(dp_replicate_size=case.dp_replicate, dp_shard_size=case.world // case.dp_replicate)
-    accelerator = Accelerator(fsdp_plugin=plugin, mixed_precision=case.mixed_precision, parallelism_config=mesh)
-    optimizer = optimizer_of(model)
-    model, optimizer = accelerator.prepare(model, optimizer)
+    return Accelerator(fsdp_plugin=plugin, mixed_precision=case.mixed_precision, parallelism_config=mesh)
+
+
+def steps(accelerator, model, optimizer, some) -> tuple[list[float], list[float], dict[str, torch.Tensor]]:
+    """Losses, norms, and the first step's gradients."""
     rank, world = accelerator.process_index, accelerator.num_processes
     losses, norms, gradients = [], [], {}
-    for batch in batches(STEPS):
+    for batch in some:
         own = batch.chunk(world)[rank]
         loss = model(input_ids=own, labels=own).loss
         accelerator.backward(loss)
@@ -170,6 +164,24 @@ def on_rank(case: Case, folder: str | None = None) -> Run | None:
         optimizer.step()
         optimizer.zero_grad()
         losses.append(accelerator.reduce(loss.detach(), "mean").item())
+    return losses, norms, gradients
+
+
+def on_rank(case: Case, folder: str | None = None) -> Run | None:
+    """The run on this rank under FSDP2. A Run on rank 0, None elsewhere; the adapter is saved in `folder`."""
+    import accel_moe
+    import accel_moe.cpu
+
+    accel_moe.cpu.enable()
+
+    def prepare(model):
+        return accel_moe.prepare(model, moe_ep_degree=case.ep, moe_kernel=case.kernel, **dict(case.options))
+
+    model = build(case, prepare) if case.prepared_first else prepare(build(case))
+    accelerator = accelerator_of(case, model)
+    optimizer = optimizer_of(model)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    losses, norms, gradients = steps(accelerator, model, optimizer, batches(STEPS))
     weights = {clean(n): whole(p) for n, p in model.named_parameters() if p.requires_grad}
     if folder is not None:
         save_adapter(accelerator, model, folder)
@@ -190,7 +202,7 @@ def on_rank(case: Case, folder: str | None = None) -> Run | None:
         "losses_around_merging": [separate, merged, evaluate()],
         "trained": len(trained(model)),
     }
-    return Run(losses, norms, gradients, weights, facts) if rank == 0 else None
+    return Run(losses, norms, gradients, weights, facts) if accelerator.is_main_process else None
 
 
 @torch.no_grad()
@@ -231,7 +243,8 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def clean(name: str) -> str:
-    return name.replace("_checkpoint_wrapped_module.", "").replace("_orig_mod.", "")
+    plain = name.replace("_checkpoint_wrapped_module.", "").replace("_orig_mod.", "")
+    return plain.removeprefix("module.")  # DDP's
 
 
 def differences(run: Run, oracle: Run, relative: float = 1e-4) -> list[str]:

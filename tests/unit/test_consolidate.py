@@ -20,6 +20,7 @@ from accel_moe.weights.base_model import open_base
 from accel_moe.weights.safetensors import safetensors_files
 from tests.exports import (
     assert_same_tensors,
+    interrupt_writes,
     make_trained,
     offer_on_hub,
     one_line_error,
@@ -182,21 +183,13 @@ def test_an_interrupted_export_goes_on_where_it_stopped(tmp_path, trained, monke
     checkpoint, base, expected = trained
     plan = plan_export(opened.open_checkpoint([checkpoint]), open_base(str(base)))
     monkeypatch.setattr(export_write, "_SYNC_BYTES", 1)
-    calls = []
-    real = export_write._GroupWriter.write
-
-    def write(self, index):
-        if len(calls) == 7:
-            raise KeyboardInterrupt
-        calls.append(index)
-        return real(self, index)
-
-    monkeypatch.setattr(export_write._GroupWriter, "write", write)
+    stopped = [7]
+    calls = interrupt_writes(monkeypatch, lambda index, calls: len(calls) in stopped)
     with pytest.raises(KeyboardInterrupt):
         write_export(plan, tmp_path / "out")
     assert not (tmp_path / "out").exists() and calls == list(range(7))
     first, resumed = list(calls), []
-    monkeypatch.setattr(export_write._GroupWriter, "write", lambda self, i: calls.append(i) or real(self, i))
+    stopped.clear()
     write_export(plan, tmp_path / "out", on_resume=resumed.append)
     assert calls[7:] == list(range(7, len(plan.groups)))
     assert resumed == [sum(plan.group_bytes(plan.groups[i]) for i in first)]

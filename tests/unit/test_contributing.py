@@ -3,6 +3,8 @@ code, taken from the page, runs here."""
 
 import importlib
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -19,6 +21,17 @@ NAME = "every_token_everywhere"
 def code_of_the_page(section: str) -> str:
     shown = CONTRIBUTING.read_text().split(f"<!-- {section}:begin -->")[1].split(f"<!-- {section}:end -->")[0]
     return re.fullmatch(r"\s*```python\n(.*)```\s*", shown, re.DOTALL)[1]
+
+
+@contextmanager
+def put_back(registry: dict) -> Iterator[None]:
+    """Afterwards the registry is as it was."""
+    before = dict(registry)
+    try:
+        yield
+    finally:
+        registry.clear()
+        registry.update(before)
 
 
 def run_code_of_the_page(section: str) -> None:
@@ -84,10 +97,8 @@ def gradients_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 def only_activations_of_ours():
     from accel_moe.kernels.activations import ACTIVATIONS
 
-    before = dict(ACTIVATIONS)
-    yield
-    ACTIVATIONS.clear()
-    ACTIVATIONS.update(before)
+    with put_back(ACTIVATIONS):
+        yield
 
 
 @pytest.mark.core
@@ -117,10 +128,8 @@ def test_the_gate_of_contributing_computes_as_the_model_itself_does(only_activat
 def only_storages_of_ours():
     from accel_moe.experts.storage import STORAGES
 
-    before = dict(STORAGES)
-    yield
-    STORAGES.clear()
-    STORAGES.update(before)
+    with put_back(STORAGES):
+        yield
 
 
 @pytest.mark.core
@@ -171,11 +180,7 @@ def test_the_format_of_contributing_is_consolidated(tmp_path, capsys):
     folder = tmp_path / "mine"
     folder.mkdir()
     torch.save(dict(tiny_model("qwen3_moe", seed=5).state_dict()), folder / "weights.pt")
-    before = dict(FORMATS)
-    try:
+    with put_back(FORMATS):
         run_code_of_the_page("format")
         assert run("--verify", folder, tmp_path / "out", base) == 0, capsys.readouterr().err
-    finally:
-        FORMATS.clear()
-        FORMATS.update(before)
     assert_same_tensors(read_weights(tmp_path / "out"), expected)

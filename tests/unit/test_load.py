@@ -27,13 +27,6 @@ def put_back():
     hooks.uninstall()
 
 
-@pytest.fixture
-def many_ranks(monkeypatch):
-    """As on one rank of a launch, before the process group: nothing below needs the others."""
-    monkeypatch.setenv("WORLD_SIZE", "4")
-    monkeypatch.setattr("accelerate.state.is_initialized", lambda: False)
-
-
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     folder = tmp_path_factory.mktemp("qwen3_moe")

@@ -14,15 +14,8 @@ from tests.adapters import EXPERTS, wrap
 from tests.tiny import tiny_model
 
 pytest.importorskip("peft")
+pytestmark = pytest.mark.usefixtures("many_ranks")
 ALL = dict(target_modules=["q_proj"], target_parameters=[*EXPERTS, "mlp.gate.weight"])
-
-
-@pytest.fixture(autouse=True)
-def many_ranks(monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "4")
-    monkeypatch.setattr("accelerate.state.is_initialized", lambda: False)
-    yield
-    hooks.uninstall()
 
 
 @pytest.fixture(scope="module", params=["float32", "bfloat16"])

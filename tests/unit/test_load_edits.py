@@ -10,20 +10,11 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import accel_moe
-from accel_moe import hooks
 from accel_moe.weights import fill, plan
 from tests.tiny import tiny_model
 
+pytestmark = pytest.mark.usefixtures("many_ranks")
 NAME = r"(lm_head|model\.(embed_tokens|norm|layers\.\d))\.?\S*weight"
-
-
-@pytest.fixture(autouse=True)
-def many_ranks(monkeypatch):
-    """As on one rank of a launch, before the process group: nothing below needs the others."""
-    monkeypatch.setenv("WORLD_SIZE", "4")
-    monkeypatch.setattr("accelerate.state.is_initialized", lambda: False)
-    yield
-    hooks.uninstall()
 
 
 @pytest.fixture(scope="module")

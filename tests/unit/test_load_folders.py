@@ -6,18 +6,10 @@ import pytest
 import torch
 
 import accel_moe
-from accel_moe import hooks
 from tests.tiny import tiny_model
 
+pytestmark = pytest.mark.usefixtures("many_ranks")
 MODEL = r"expects a model: config\.json and \*\.safetensors"
-
-
-@pytest.fixture(autouse=True)
-def many_ranks(monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "4")
-    monkeypatch.setattr("accelerate.state.is_initialized", lambda: False)
-    yield
-    hooks.uninstall()
 
 
 @pytest.fixture(scope="module")

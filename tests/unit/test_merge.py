@@ -19,6 +19,7 @@ from accel_moe.weights.adapter import LowRankChange
 from tests.adapters import EXPERTS, experts_parameters, merged_by_peft, wrap
 from tests.exports import (
     assert_same_tensors,
+    interrupt_writes,
     offer_on_hub,
     one_line_error,
     read_weights,
@@ -206,21 +207,12 @@ def test_a_base_on_the_hub_is_fetched_file_by_file(tmp_path, saved, monkeypatch)
 
 
 def test_two_workers_layout_dtype_and_an_interruption_are_as_for_full_checkpoints(tmp_path, saved, monkeypatch):
-    from accel_moe.checkpoint import export_write
-
     adapter, base = saved
     expected = merged_by_peft(base, adapter, tmp_path / "expected")
-    real, calls = export_write._GroupWriter.write, []
-
-    def write(self, index):
-        if len(calls) == 5:
-            raise KeyboardInterrupt
-        calls.append(index)
-        return real(self, index)
-
-    monkeypatch.setattr(export_write._GroupWriter, "write", write)
+    stopped = [5]
+    calls = interrupt_writes(monkeypatch, lambda index, calls: len(calls) in stopped)
     assert run(adapter, tmp_path / "out", base) == 130 and not (tmp_path / "out").exists()
-    monkeypatch.setattr(export_write._GroupWriter, "write", lambda self, i: calls.append(i) or real(self, i))
+    stopped.clear()
     assert run("--verify", adapter, tmp_path / "out", base) == 0
     assert len(calls) == len(set(calls))  # nothing twice
     assert_same_tensors(read_weights(tmp_path / "out"), expected)
@@ -229,18 +221,8 @@ def test_two_workers_layout_dtype_and_an_interruption_are_as_for_full_checkpoint
 
 
 def test_an_interrupted_merge_starts_over_when_the_base_or_the_adapter_changed(tmp_path, saved, monkeypatch):
-    from accel_moe.checkpoint import export_write
-
     adapter, base = saved
-    real, calls = export_write._GroupWriter.write, []
-
-    def write(self, index):
-        if index == 9:
-            raise KeyboardInterrupt
-        calls.append(index)
-        return real(self, index)
-
-    monkeypatch.setattr(export_write._GroupWriter, "write", write)
+    calls = interrupt_writes(monkeypatch, lambda index, _: index == 9)
     for changed in (sorted(base.glob("*.safetensors"))[0], adapter / "adapter_model.safetensors", None, None):
         calls.clear()
         assert run(adapter, tmp_path / "out", base) == 130

@@ -6,6 +6,7 @@ meta there, and weights/fill.py packs each matrix as it is read. PEFT has read t
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Iterator
 from typing import Any
@@ -38,7 +39,7 @@ def pack_experts(model: nn.Module, state: PreparedState | None, device: torch.de
     """
     if state is None or state.quantize is None:
         return
-    install_fitting(patches_of(_init_sharded_param))
+    install_fitting(patches_of(_init_sharded_param, _init_dtype_attrs))
     done: dict[int, Packing] = {}
     for _, layer in swapped_layers(model):
         packed = layer._accel_moe_layer.packed
@@ -69,6 +70,17 @@ def _init_sharded_param(original, self, param, device, shard_placement_fn):
         return original(self, param, device, shard_placement_fn)
     finally:
         _fsdp_param.nn = whole
+
+
+@patch(
+    "torch.distributed.fsdp._fully_shard._fsdp_param.FSDPParam.init_dtype_attrs",
+    why="Old FSDP2 casts every parameter to the mixed-precision dtype, and packed bytes are no numbers.",
+    tested="torch 2.11.0, 2.13.0",
+)
+def _init_dtype_attrs(original, self, mp_policy):
+    if not self.sharded_param.is_floating_point():
+        mp_policy = dataclasses.replace(mp_policy, param_dtype=None)
+    return original(self, mp_policy)
 
 
 class _FrozenParameters:

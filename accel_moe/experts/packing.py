@@ -68,7 +68,17 @@ class Packing:
         return torch.cat([codes.view(torch.uint8).view(-1), scales.view(torch.uint8).view(-1)])
 
     def dense(self, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """[e, *matrix] in `dtype`, from [e, row_bytes]. Computed in fp32 and rounded once."""
+        """[e, *matrix] in `dtype`, from [e, row_bytes]. Computed in fp32 and rounded once.
+
+        Raises:
+            RuntimeError: something has cast the bytes, as numbers, to another dtype.
+        """
+        if weight.dtype != torch.uint8:
+            raise RuntimeError(
+                f"Weights packed by moe_quantize_experts={self.scheme} are torch.uint8, and these became "
+                f"{weight.dtype}: a call of model.to(dtype), or a wrapper other than accelerate's, has cast them. Leave "
+                "packed experts as they are."
+            )
         experts = weight.shape[0]
         if not experts:
             return weight.new_empty((0, *self.matrix), dtype=dtype)

@@ -382,3 +382,27 @@ def test_old_fsdp_holds_packed_weights_too():
     assert not replaced(init_sharded_param, None, packed, None, None).requires_grad
     assert replaced(init_sharded_param, None, dense, None, None).requires_grad
     assert _fsdp_param.nn is torch.nn
+
+
+def test_old_fsdp_casts_no_packed_weights():
+    """torch 2.11's mixed precision casts bytes as if they were numbers."""
+    from types import SimpleNamespace
+
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+    from accel_moe.experts import pack
+
+    def init_dtype_attrs(self, mp_policy):
+        self.param_dtype = mp_policy.param_dtype
+
+    for dtype, want in ((torch.uint8, None), (torch.float32, torch.bfloat16)):
+        held = SimpleNamespace(sharded_param=torch.zeros(2, dtype=dtype))
+        pack._init_dtype_attrs(init_dtype_attrs, held, MixedPrecisionPolicy(param_dtype=torch.bfloat16))
+        assert held.param_dtype == want
+
+
+def test_bytes_that_were_cast_are_refused():
+    how = pack.Packing("int8", torch.Size([4, 16]), torch.float32)
+    rows = how.pack(torch.randn(4, 16))[None]
+    with pytest.raises(RuntimeError, match=r"torch\.uint8, and these became torch\.bfloat16"):
+        how.dense(rows.to(torch.bfloat16), torch.float32)

@@ -21,6 +21,7 @@ import tempfile
 import time
 import traceback
 import warnings
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -42,7 +43,10 @@ PRELOAD = [
 
 
 def _context():
-    # With GPUs too: nothing that the server imports starts CUDA (tests/conftest.py makes torch ask NVML instead).
+    # With GPUs too: nothing that the server imports starts CUDA (tests/conftest.py makes torch ask NVML instead), but
+    # bitsandbytes, which accelerate imports, asks each GPU for its kind.
+    if torch.cuda.is_available() and find_spec("bitsandbytes") is not None:
+        return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
     return context

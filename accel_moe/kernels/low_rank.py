@@ -162,10 +162,10 @@ def _narrow(src: Tensor, factor: Tensor, scale: float, routing: Routing, tiles: 
             RANK=rank,
             PRECISION=precision(src),
             BLOCK_P=PAD,
-            BLOCK_K=16 if INTERPRETED else (128 if gather else 512) // src.element_size(),
+            BLOCK_K=16 if INTERPRETED else 128 // src.element_size(),
             BLOCK_R=_block_r(rank),
-            num_warps=8,
-            num_stages=2,
+            num_warps=4,
+            num_stages=3,
         )
     return out
 

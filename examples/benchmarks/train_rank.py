@@ -82,6 +82,8 @@ class Scenario:
     activation_checkpointing: bool = False
     bf16_weights: bool = False
     """Weights and AdamW's moments in bf16, with no fp32 master copy."""
+    bf16_base: bool = False
+    """The base in bf16, which PEFT's users freeze; their adapters stay in fp32."""
     quantize: str = "none"
     """moe_quantize_experts, of ours; the rest of the base is in bf16."""
 
@@ -92,7 +94,8 @@ class Scenario:
 
     @property
     def dtype(self) -> torch.dtype:
-        return torch.bfloat16 if self.bf16_weights or self.quantize != "none" else torch.float32
+        low = self.bf16_weights or self.bf16_base or self.quantize != "none"
+        return torch.bfloat16 if low else torch.float32
 
     @property
     def tokens(self) -> int:

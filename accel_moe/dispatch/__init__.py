@@ -1,5 +1,5 @@
 """Tokens to the ranks that own their experts, and back: `base` is the protocol, `automatic` chooses between the
-backends `all_gather` and `all_to_all`, and here is the list of those that exist."""
+backends `all_gather`, `symmetric` and `all_to_all`, and here is the list of those that exist."""
 
 from __future__ import annotations
 
@@ -11,11 +11,13 @@ from accel_moe.dispatch.all_gather import AllGatherDispatcher
 from accel_moe.dispatch.all_to_all import AllToAllDispatcher
 from accel_moe.dispatch.automatic import AutomaticDispatcher
 from accel_moe.dispatch.base import Dispatcher
+from accel_moe.dispatch.symmetric import SymmetricDispatcher
 
 DISPATCHERS: dict[str, Callable[[ProcessGroup, int], Dispatcher]] = {
     "auto": AutomaticDispatcher,
     "all_gather": AllGatherDispatcher,
     "all_to_all": AllToAllDispatcher,
+    "symmetric": SymmetricDispatcher,
 }
 """By name: (ep group, number of experts in all) -> dispatcher. Made by all ranks of the group together."""
 

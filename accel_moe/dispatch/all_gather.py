@@ -29,13 +29,14 @@ import datetime
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
 
 from accel_moe.dispatch import kinds, memory, rows
 from accel_moe.dispatch.base import NO_OVERLAP, Dispatched, Overlap, RoutedTokens
-from accel_moe.dispatch.collectives import Started, gather_rows, sum_rows
+from accel_moe.dispatch.collectives import gather_rows, sum_rows
 from accel_moe.dispatch.host_all_gather import LARGEST, HostAllGather, host_all_gather_of
 from accel_moe.dispatch.replay import replayed
 from accel_moe.dispatch.rows import RowLayout, Rows
@@ -44,6 +45,45 @@ from accel_moe.mesh import default_timeout
 
 _MIB = 2**20
 _HALF_AN_HOUR = datetime.timedelta(minutes=30)
+
+
+class Link(Protocol):
+    """How the rows of a group travel. Both methods are collectives over it, and what they start is awaited in order."""
+
+    def outbox(self, gathered: torch.Tensor) -> torch.Tensor:
+        """[n, ...], where this rank's rows are best written before `gather` sends them to gathered [ep * n, ...]. Its
+        `gather` comes next on the link."""
+        ...
+
+    def gather(self, own: torch.Tensor, gathered: torch.Tensor) -> Awaited:
+        """own [n, ...] of every rank to gathered [ep * n, ...], rank-major. Both contiguous."""
+        ...
+
+    def sum(self, rows: torch.Tensor) -> tuple[torch.Tensor, Awaited]:
+        """The transpose: rows [ep * n, ...], contiguous, to [n, ...]."""
+        ...
+
+
+class Awaited(Protocol):
+    """Rows under way."""
+
+    def wait(self) -> None: ...
+
+
+class GroupLink:
+    """By the group's own collectives."""
+
+    def __init__(self, group: dist.ProcessGroup):
+        self._group = group
+
+    def outbox(self, gathered: torch.Tensor) -> torch.Tensor:
+        return gathered.view(dist.get_world_size(self._group), -1, *gathered.shape[1:])[dist.get_rank(self._group)]
+
+    def gather(self, own: torch.Tensor, gathered: torch.Tensor) -> Awaited:
+        return gather_rows(own, gathered, self._group)
+
+    def sum(self, rows: torch.Tensor) -> tuple[torch.Tensor, Awaited]:
+        return sum_rows(rows, self._group)
 
 
 @dataclass(frozen=True)
@@ -55,13 +95,14 @@ class GatherRoute:
         rank: ours.
         free_bytes: of the rank that has the fewest, once the caller's other work has taken its share.
         capacity_bytes: of the rank that has the least memory, free or not: the same at every forward.
+        link: how rows travel.
     """
 
     tokens: tuple[int, ...]
     rank: int
     free_bytes: int
     capacity_bytes: int
-    group: dist.ProcessGroup
+    link: Link
 
     @property
     def own(self) -> int:
@@ -93,6 +134,7 @@ class AllGatherDispatcher:
                 "one that does not. Use moe_dispatcher='auto' or 'all_to_all'."
             )
         self.group = group
+        self._link: Link = GroupLink(group)
         self._board = board
         self._rank = dist.get_rank(group)
         self._num_experts = num_experts
@@ -115,7 +157,7 @@ class AllGatherDispatcher:
         mine = hidden_states.shape[0], free // _MIB, memory.capacity_bytes(device) // _MIB, kinds.number_of(kind)
         tokens, free, capacity, kind_on = zip(*self._board.exchange(mine))
         kinds.check(kind_on, kind, self.group)
-        return GatherRoute(tokens, self._rank, _least(free), _least(capacity), self.group)
+        return GatherRoute(tokens, self._rank, _least(free), _least(capacity), self._link)
 
     def most_bytes(self, route: GatherRoute, tokens: RoutedTokens, work: Overlap) -> int:
         """Memory that a rank takes at most for a moment, with K slots of every row in use: the rows, `bytes_per_pair`
@@ -140,15 +182,14 @@ class AllGatherDispatcher:
         layout = RowLayout(
             hidden_states.shape[1], hidden_states.dtype, top_k_index.shape[1], top_k_weights.dtype, with_index=True
         )
-        started: list[Started] = []
+        started: list[Awaited] = []
 
         def out() -> torch.Tensor:
             received = layout.empty(route.received, hidden_states.device)
             mine = hidden_states.contiguous(), top_k_index.contiguous(), top_k_weights.contiguous()
-            rows.fill(layout.view(received), route.rank * route.rows, route.rows, *mine, self._num_experts)
-            wire = layout.wire(received)
-            own = wire[route.rank * route.rows : (route.rank + 1) * route.rows]
-            started.append(gather_rows(own, wire, self.group))
+            own = route.link.outbox(received)
+            rows.fill(layout.view(own), 0, route.rows, *mine, self._num_experts)
+            started.append(route.link.gather(layout.wire(own), layout.wire(received)))
             return received
 
         with torch.no_grad():
@@ -185,13 +226,13 @@ class _InputGrads:
 
     def __init__(self, route: GatherRoute):
         self._route = route
-        self._started: list[tuple[torch.Tensor, torch.Tensor, Started]] = []
+        self._started: list[tuple[torch.Tensor, torch.Tensor, Awaited]] = []
 
     def start(self, grad_values: torch.Tensor, grad_weights: torch.Tensor) -> None:
         """Dispatched.on_input_grads."""
         # the small one first: behind the large one it would arrive after it
         self._started = [
-            (gradient, *sum_rows(gradient, self._route.group))
+            (gradient, *self._route.link.sum(gradient))
             for gradient in (grad_weights, grad_values)
             if gradient.shape[0] == self._route.received  # without elements where it is not needed
         ]
@@ -209,7 +250,7 @@ class _InputGrads:
         found = next(started, None)
         if found is None:
             gradient = gradient if sentinels is None else gradient.masked_fill(sentinels(), 0)
-            found = sum_rows(gradient.contiguous(), self._route.group)
+            found = self._route.link.sum(gradient.contiguous())
         total, work = found
         work.wait()
         return total[: self._route.own]
@@ -261,7 +302,7 @@ class _Combine(torch.autograd.Function):
         ctx.route, ctx.overlap = route, overlap
 
         def summed() -> torch.Tensor:
-            total, work = sum_rows(values.contiguous(), route.group)
+            total, work = route.link.sum(values.contiguous())
             work.wait()
             # not a view: a model may change it in place
             return total if route.own == route.rows else total[: route.own].clone()
@@ -276,7 +317,7 @@ class _Combine(torch.autograd.Function):
         if route.own < route.rows:
             own = torch.cat([own, own.new_zeros(route.rows - route.own, own.shape[1])])
         gathered = own.new_empty(route.received, own.shape[1])
-        work = gather_rows(own, gathered, route.group)
+        work = route.link.gather(own, gathered)
         if ctx.overlap is not None:
             ctx.overlap()
         work.wait()

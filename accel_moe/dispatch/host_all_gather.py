@@ -89,14 +89,24 @@ def host_all_gather_of(group: dist.ProcessGroup, numbers: int, timeout: datetime
     for known, board in _boards:
         if known is group:
             return board
-    board = _make(group, numbers, timeout)
+    board = new_board(group, numbers, timeout)
     _boards.append((group, board))
     return board
 
 
-def _make(group: dist.ProcessGroup, numbers: int, timeout: datetime.timedelta) -> HostAllGather | None:
+def new_board(group: dist.ProcessGroup, numbers: int, timeout: datetime.timedelta) -> HostAllGather | None:
+    """One that nobody else has. None, on every rank of the group, where its ranks share no memory. A collective over
+    the group."""
     rank, ranks = dist.get_rank(group), dist.get_world_size(group)
-    size = -(-8 * 2 * ranks * numbers // mmap.PAGESIZE) * mmap.PAGESIZE
+    page = shared_page(group, 8 * 2 * ranks * numbers)
+    return None if page is None else HostAllGather(page, rank, ranks, numbers, timeout)
+
+
+def shared_page(group: dist.ProcessGroup, size: int) -> mmap.mmap | None:
+    """Zeroed memory of at least `size` bytes that all ranks of the group have mapped; None, on every rank of it, where
+    they share none. A collective over the group."""
+    rank = dist.get_rank(group)
+    size = -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
     path, page = None, None
     if rank == 0:
         path = _new_file(size)
@@ -105,13 +115,11 @@ def _make(group: dist.ProcessGroup, numbers: int, timeout: datetime.timedelta) -
     path, node = offered[0]
     if path is not None and node == platform.node():
         page = _mapped(path, size)
-    everyone = [None] * ranks
+    everyone = [None] * dist.get_world_size(group)
     dist.all_gather_object(everyone, page is not None, group=group)
     if rank == 0 and path is not None:
         Path(path).unlink(missing_ok=True)  # the mappings stay
-    if page is None or not all(everyone):
-        return None
-    return HostAllGather(page, rank, ranks, numbers, timeout)
+    return page if all(everyone) else None
 
 
 def _new_file(size: int) -> str | None:

@@ -224,6 +224,18 @@ def combine(
     return total.to(values.dtype), weights.gather(0, row.remainder_(len(weights)))
 
 
+def sum_over_ranks(own: Tensor, others: Tensor, own_rank: int, total: Tensor) -> None:
+    """total [n, ...] becomes own [n, ...] + others [ranks - 1, n, ...], added in the order of the ranks, in fp32 or
+    better, and rounded once. All contiguous."""
+    if own.is_cuda and len(others) and own.dtype != torch.float64:  # which the kernel would sum in fp32
+        from accel_moe.dispatch import rows_triton
+
+        return rows_triton.sum_over_ranks(own, others, own_rank, total)
+    dtype = torch.promote_types(own.dtype, torch.float32)
+    parts = [*others[:own_rank], own, *others[own_rank:]]
+    total.copy_(functools.reduce(torch.add, [part.to(dtype) for part in parts]))
+
+
 def _destination(index: Tensor, experts_per_rank: int, ranks: int) -> Tensor:
     """[T, K] int64: the rank of each slot; `ranks` for one without an expert."""
     rank = (index.long() // experts_per_rank).clamp_(max=ranks)

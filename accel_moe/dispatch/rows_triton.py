@@ -286,6 +286,25 @@ def keep_own_slots(
 # ---- Launches
 
 
+@cached_launch
+@triton.jit(do_not_specialize=["units", "own_rank"])
+def sum_parts(
+    own_ptr, others_ptr, total_ptr, units, own_rank, UNIT: tl.constexpr, RANKS: tl.constexpr, BLOCK: tl.constexpr
+):
+    """total = own + the others, in the order of the ranks, in fp32; of units * UNIT values each."""
+    numel = units.to(tl.int64) * UNIT
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < numel
+    own = tl.load(own_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for rank in range(RANKS):
+        is_own = tl.full((BLOCK,), rank, tl.int32) == own_rank
+        place = rank - (rank > own_rank).to(tl.int64)
+        other = tl.load(others_ptr + place * numel + at, mask=inside & ~is_own, other=0.0).to(tl.float32)
+        total += tl.where(is_own, own, other)
+    tl.store(total_ptr + at, total.to(total_ptr.dtype.element_ty), mask=inside)
+
+
 def _tokens_per_block(tokens: int) -> int:
     return 64 if tokens <= 16384 else 256
 
@@ -472,3 +491,11 @@ def own_slots(index: Tensor, weights: Tensor, first: int, experts_per_rank: int)
         num_warps=4,
     )
     return local_index, local_weights, pairs
+
+
+def sum_over_ranks(own: Tensor, others: Tensor, own_rank: int, total: Tensor) -> None:
+    numel, block = own.numel(), 2048
+    unit = 16 if numel % 16 == 0 else 1
+    sum_parts[(triton.cdiv(numel, block),)](
+        own, others, total, numel // unit, own_rank, UNIT=unit, RANKS=others.shape[0] + 1, BLOCK=block, num_warps=8
+    )

@@ -76,8 +76,8 @@ class Packing:
         if weight.dtype != torch.uint8:
             raise RuntimeError(
                 f"Weights packed by moe_quantize_experts={self.scheme} are torch.uint8, and these became "
-                f"{weight.dtype}: a call of model.to(dtype), or a wrapper other than accelerate's, has cast them. Leave "
-                "packed experts as they are."
+                f"{weight.dtype}: a call of model.to(dtype), or a wrapper other than accelerate's, has cast them. "
+                "Leave packed experts as they are."
             )
         experts = weight.shape[0]
         if not experts:

@@ -30,20 +30,23 @@ def own_batch(accelerator, step: int = 0) -> torch.Tensor:
 @contextlib.contextmanager
 def watched_exchanges() -> Iterator[list[int]]:
     """The bytes of a row in each exchange of rows or slots, whichever dispatcher does it."""
-    from accel_moe.dispatch import all_gather, all_to_all
+    from accel_moe.dispatch import all_gather, all_to_all, symmetric
 
     widths = []
 
     def watched(original):
-        def counted(rows, *args):
+        def counted(*args):
+            rows = next(arg for arg in args if isinstance(arg, torch.Tensor))
             widths.append(rows.shape[1] * rows.element_size())
-            return original(rows, *args)
+            return original(*args)
 
         return counted
 
     with contextlib.ExitStack() as patches:
-        for module, name in ((all_to_all, "exchange_rows"), (all_gather, "gather_rows"), (all_gather, "sum_rows")):
-            patches.enter_context(mock.patch.object(module, name, watched(getattr(module, name))))
+        shared = symmetric.SharedMemoryLink
+        functions = [(all_to_all, "exchange_rows"), (all_gather, "gather_rows"), (all_gather, "sum_rows")]
+        for owner, name in [*functions, (shared, "gather"), (shared, "sum")]:
+            patches.enter_context(mock.patch.object(owner, name, watched(getattr(owner, name))))
         yield widths
 
 
@@ -215,7 +218,7 @@ def allocated() -> int:
 def die_in_step(case: Case, how: str, before: str, timeout_s: float, folder: str) -> None:
     """Rank 1 stops, or is gone, before a function of the dispatcher in the second step; the others write down what they
     saw."""
-    from accel_moe.dispatch import all_gather, all_to_all, host_all_gather, make_dispatcher
+    from accel_moe.dispatch import all_gather, all_to_all, host_all_gather, make_dispatcher, symmetric
     from accel_moe.mesh import build_mesh, plan_mesh
 
     accelerator, model, optimizer = prepared(case)
@@ -228,11 +231,12 @@ def die_in_step(case: Case, how: str, before: str, timeout_s: float, folder: str
     set_timeout(datetime.timedelta(seconds=timeout_s), dist.group.WORLD)
     mesh = build_mesh(plan_mesh(case.world, case.ep), accelerator.device.type)
     host_all_gather._boards.clear()
+    symmetric._links.clear()
     for module in model.modules():
         if (state := getattr(module, "_accel_moe_layer", None)) is not None:
             name = state.prepared.config.moe_dispatcher
             state.dispatcher = make_dispatcher(name, mesh.get_group("ep"), state.num_experts)
-    owners = (all_to_all, all_gather, all_gather.AllGatherDispatcher)
+    owners = (all_to_all, all_gather, all_gather.AllGatherDispatcher, symmetric.SharedMemoryLink)
     owner, name = next(o for o in owners if hasattr(o, before)), before
     send = getattr(owner, name)
 

@@ -10,6 +10,7 @@ from accel_moe.dispatch.base import RoutedTokens
 from tests.ranks import run_ranks
 
 H, E, K = 16, 8, 3
+NAMES = ["all_to_all", "all_gather", "symmetric"]
 
 
 def tokens_of(kind: str, rank: int, world: int, step: int):
@@ -128,7 +129,7 @@ def check_chunks(limit: int, name: str) -> None:
             torch.testing.assert_close(gradient, want, rtol=1e-5, atol=1e-5, msg=lambda m, kind=kind: f"{kind}: {m}")
 
 
-@pytest.mark.parametrize("name", ["all_to_all", "all_gather"])
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("limit", [1, 4, 100])
 @pytest.mark.parametrize("world", [2, 4])
 def test_a_dispatch_in_chunks_gives_the_same_numbers_for_every_routing(world, limit, name):
@@ -137,7 +138,7 @@ def test_a_dispatch_in_chunks_gives_the_same_numbers_for_every_routing(world, li
 
 @pytest.mark.core
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", ["all_to_all", "all_gather"])
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("world", [1, 2, 4])
 def test_dispatch_and_combine_equal_the_sum_on_one_rank_for_every_routing(world, name, dtype):
     run_ranks(check_routings, world, dtype, name)

@@ -13,10 +13,11 @@ from tests.ranks import run_ranks
 
 RECOMPUTE = ("moe_keep_exchanged", False)
 TO_ALL = (("moe_dispatcher", "all_to_all"),)
-EXCHANGES = {"all_to_all": 8, "all_gather": 10, "auto": 10}
+TO_EVERY_RANK, SHARED = (("moe_dispatcher", "all_gather"),), (("moe_dispatcher", "symmetric"),)
+EXCHANGES = {"all_to_all": 8, "all_gather": 10, "symmetric": 10, "auto": 10}
 """Of a step of two layers: two forward and two backward each, and the routing weights' gradients beside the rows' under
-all_gather. Exchanging again costs the way out once more for each layer; bringing the sums home is left out, because
-checkpointing stops once it has what backward needs."""
+all_gather and symmetric. Exchanging again costs the way out once more for each layer; bringing the sums back is left
+out, because checkpointing stops once it has what backward needs."""
 
 
 def assert_same(found: dict, wanted: dict) -> None:
@@ -107,7 +108,7 @@ def test_chunks_need_less_than_the_whole():
     assert all(text == "" for text, _ in run_ranks(runs.crowded, 2, in_chunks, free))
 
 
-@pytest.mark.parametrize("dispatcher", ["all_to_all", "all_gather"])
+@pytest.mark.parametrize("dispatcher", ["all_to_all", "all_gather", "symmetric"])
 def test_a_rank_that_counts_its_operations_in_backward_exchanges_with_those_that_do_not(dispatcher):
     """Under a dispatch mode our kernels run as operators, which start no gradient early: the order must not change."""
     case = Case(2, 2, kernel="scattermoe", interpret=True, options=(("moe_dispatcher", dispatcher),))
@@ -129,7 +130,7 @@ def test_a_second_model_makes_no_process_groups():
     assert others == [first, first]
 
 
-@pytest.mark.parametrize("dispatcher", ["all_to_all", "all_gather"])
+@pytest.mark.parametrize("dispatcher", ["all_to_all", "all_gather", "symmetric"])
 def test_a_second_derivative_is_refused(dispatcher):
     assert all("once_differentiable" in said for said in run_ranks(runs.differentiate_twice, 2, dispatcher))
 
@@ -141,7 +142,12 @@ def test_a_dispatcher_from_outside_the_package_trains_alike():
 
 @pytest.mark.parametrize(
     "case",
-    [Case(2, 2), Case(2, 2, checkpointing=True), Case(2, 2, options=(("moe_dispatch_chunk_tokens", 200),))],
+    [
+        Case(2, 2),
+        Case(2, 2, checkpointing=True),
+        Case(2, 2, options=(("moe_dispatch_chunk_tokens", 200),)),
+        Case(2, 2, options=SHARED),
+    ],
     ids=lambda case: case.name,
 )
 def test_two_hundred_steps_with_changing_routings_leave_no_memory_behind(case):
@@ -156,9 +162,11 @@ def test_two_hundred_steps_with_changing_routings_leave_no_memory_behind(case):
     [
         ("killed", "_send_out", Case(2, 2, options=TO_ALL)),
         ("stuck", "_send_out", Case(4, 2, options=TO_ALL)),
-        ("killed", "gather_rows", Case(2, 2)),
-        ("stuck", "gather_rows", Case(2, 2)),
+        ("killed", "gather_rows", Case(2, 2, options=TO_EVERY_RANK)),
+        ("stuck", "gather_rows", Case(2, 2, options=TO_EVERY_RANK)),
         ("stuck", "agree", Case(2, 2)),
+        ("stuck", "gather", Case(2, 2, options=SHARED)),
+        ("stuck", "sum", Case(2, 2, options=SHARED)),
     ],
     ids=lambda value: value.name if isinstance(value, Case) else value,
 )

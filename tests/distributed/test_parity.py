@@ -25,6 +25,7 @@ from tests.ranks import run_ranks
 SCATTERMOE = dict(kernel="scattermoe", interpret=True)
 RECOMPUTE_UP = ("moe_recompute_up_projection", True)
 TO_ALL, TO_EVERY_RANK = ("moe_dispatcher", "all_to_all"), ("moe_dispatcher", "all_gather")
+SHARED = ("moe_dispatcher", "symmetric")
 
 TABLE = [
     Case(1, 1),
@@ -67,6 +68,10 @@ TABLE = [
     Case(4, 4, options=(TO_EVERY_RANK,), checkpointing=True, nothing_received=True),
     Case(4, 4, options=(TO_EVERY_RANK, ("moe_dispatch_chunk_tokens", 5), ("moe_keep_exchanged", False))),
     Case(2, 2, options=(TO_ALL, ("moe_keep_exchanged", False)), checkpointing=True, nothing_received=True),
+    Case(2, 2, options=(SHARED,), accumulation=2),
+    Case(2, 2, **SCATTERMOE, options=(SHARED,), nothing_received=True),
+    Case(4, 4, options=(SHARED,), checkpointing=True, nothing_received=True),
+    Case(4, 2, options=(SHARED, ("moe_dispatch_chunk_tokens", 5), ("moe_keep_exchanged", False)), checkpointing=True),
     Case(2, 2, **SCATTERMOE, options=(RECOMPUTE_UP,), nothing_received=True),
     Case(2, 2, **SCATTERMOE, options=(RECOMPUTE_UP, TO_ALL), checkpointing=True, nothing_received=True),
     Case(2, 2, compiled="regional", lengths=(6, 6, 9)),
@@ -126,7 +131,7 @@ def test_training_with_trainer_equals_one_process_on_the_whole_batch(case):
     check(run_case(case, train_with_trainer), case)
 
 
-@pytest.mark.parametrize("dispatcher", ["all_to_all", "all_gather"])
+@pytest.mark.parametrize("dispatcher", ["all_to_all", "all_gather", "symmetric"])
 @pytest.mark.parametrize("sabotage", ["no_ep_scale", "router_gradient"])
 def test_the_table_catches_a_broken_gradient(sabotage, dispatcher):
     case = Case(2, 2, kernel="grouped_mm", sabotage=sabotage, options=(("moe_dispatcher", dispatcher),))

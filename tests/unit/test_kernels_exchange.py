@@ -124,3 +124,14 @@ def test_the_kernels_of_an_all_gather_do_what_plain_torch_does(kind, tokens, res
     assert found[0].dtype == torch.long
     assert torch.equal(found[0], wanted[0]) and torch.equal(found[1], wanted[1])
     assert int(found[2].sum()) == int(wanted[2].sum()) == int(((index >= 4) & (index < 8)).sum())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *[torch.bfloat16] * (DEVICE == "cuda")], ids=str)  # interpreted: fp32
+@pytest.mark.parametrize(("ranks", "own_rank"), [(2, 0), (2, 1), (4, 2)])
+def test_the_sum_over_ranks_is_that_of_plain_torch(ranks, own_rank, dtype):
+    numbers = torch.Generator().manual_seed(ranks)
+    own, others = (torch.randn(n, 37, 5, generator=numbers).to(DEVICE, dtype) for n in (1, ranks - 1))
+    found, wanted = torch.empty_like(own[0]), torch.empty_like(own[0].cpu())
+    rows_triton.sum_over_ranks(own[0], others, own_rank, found)
+    rows.sum_over_ranks(own[0].cpu(), others.cpu(), own_rank, wanted)
+    assert torch.equal(found.cpu(), wanted)  # the same order, fp32 throughout

@@ -148,13 +148,21 @@ def _check_accelerator(accelerator, state: PreparedState) -> None:
             f"{found} with mixed_precision: fp16 is not supported: the gradient scaler looks for overflow on each "
             "parameter's own mesh only. Use mixed_precision: bf16."
         )
+    plan = _plan(accelerator, state)
     dynamo = accelerator.state.dynamo_plugin
-    if dynamo.backend.value != "NO" and dynamo.fullgraph:
+    if dynamo.backend.value == "NO" or not dynamo.fullgraph:
+        return
+    if not shard.fsdp_ignores_experts(plan, accelerator.state.fsdp_plugin.cpu_offload):
         raise ValueError(
-            f"{found} with dynamo_use_fullgraph: true is not supported: the graph breaks where ranks exchange tokens. "
-            "Set dynamo_config.dynamo_use_fullgraph: false."
+            f"{found} with dynamo_use_fullgraph: true is not supported over {plan.describe()}: FSDP gathers the "
+            "experts in hooks of its own, or offloads them, and the graph breaks there. Set moe_ep_degree to the "
+            "number of ranks and offload nothing, or set dynamo_config.dynamo_use_fullgraph: false."
         )
-    _plan(accelerator, state)
+    if not dynamo.use_regional_compilation:
+        raise ValueError(
+            f"{found} with dynamo_use_fullgraph: true needs dynamo_use_regional_compilation: true: FSDP's hooks break "
+            "the graph of a whole model. Set it, or set dynamo_config.dynamo_use_fullgraph: false."
+        )
 
 
 def _prepare_to_pack(accelerator, model: nn.Module, state: PreparedState) -> None:

@@ -12,8 +12,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, TypeGuard
+from typing import Any, TypeGuard, cast
 
+import torch
+from accelerate.utils.other import is_repeated_blocks
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
 from torch.utils.checkpoint import checkpoint
@@ -88,12 +90,35 @@ def _keeping(function: Callable[..., Any]) -> Callable[..., Any]:
 @patch(
     "accelerate.accelerator.compile_regions_fsdp2",
     why="It compiles a checkpointed layer from outside, where the graph cannot break for the exchange: such layers "
-    "would run uncompiled.",
+    "would run uncompiled. With fullgraph it compiles FSDP's hooks too, which no graph can hold.",
     tested=ACCELERATE,
 )
 def compile_regions_fsdp2(original, module, **compile_kwargs):
     state = prepared_state(module)
     if state is None or state.config.moe_ep_degree == 1:
         return original(module, **compile_kwargs)
+    if compile_kwargs.get("fullgraph"):
+        for block in _repeated_blocks(module):
+            block.compile = _compiles_forward(block)  # pyright: ignore[reportAttributeAccessIssue]
+        compile_kwargs = compile_kwargs | {"fullgraph": False}  # for the rest: FSDP's hooks break its graphs
     with compiled_inside(module):
-        return original(module, **compile_kwargs)
+        compiled = original(module, **compile_kwargs)
+    for block in _repeated_blocks(module):
+        vars(block).pop("compile", None)
+    return compiled
+
+
+def _repeated_blocks(model: nn.Module) -> list[nn.Module]:
+    """The decoder layers, as accelerate finds them; where they are checkpointed, what is checkpointed."""
+    lists = [m for m in model.modules() if is_repeated_blocks(m)]
+    blocks = [block for found in lists for block in cast(nn.ModuleList, found)]
+    return [b._checkpoint_wrapped_module if isinstance(b, CheckpointWrapper) else b for b in blocks]
+
+
+def _compiles_forward(block: nn.Module) -> Callable[..., None]:
+    """In place of `block.compile`: its forward becomes one graph, inside the hooks that FSDP puts around it."""
+
+    def compile(**kwargs: Any) -> None:
+        block.forward = torch.compile(block.forward, **kwargs | {"fullgraph": True})
+
+    return compile

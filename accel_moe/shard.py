@@ -26,6 +26,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from accel_moe.dispatch import make_dispatcher
 from accel_moe.dispatch.local import NotSharded
+from accel_moe.experts.in_graph import handle_of
 from accel_moe.experts.layer import ScatterMoE
 from accel_moe.experts.state import holds_experts, swapped_layers
 from accel_moe.mesh import MeshPlan
@@ -67,7 +68,7 @@ def shard_experts(model: nn.Module, plan: MeshPlan, mesh: DeviceMesh, fsdp: Fsdp
     Returns:
         The layers that FSDP has to ignore.
     """
-    ep_spans_world = plan.dp_replicate == plan.efsdp == 1 and not isinstance(fsdp.offload_policy, CPUOffloadPolicy)
+    ep_spans_world = fsdp_ignores_experts(plan, fsdp.offload_policy)
     axes = ("efsdp", "ep") if ep_spans_world else ("ep",)
     layers: list[nn.Module] = [layer for _, layer in swapped_layers(model)]
     for layer in layers:
@@ -79,10 +80,15 @@ def shard_experts(model: nn.Module, plan: MeshPlan, mesh: DeviceMesh, fsdp: Fsdp
         state.dispatcher = make_dispatcher(kind, mesh.get_group("ep"), state.num_experts)
         state.prepared.mesh_plan = plan
         if ep_spans_world:
+            state.fsdp_ignores_it, state.handle = True, handle_of(layer)
             state.compute_dtype = fsdp.mp_policy.param_dtype
         else:
             _make_fsdp_unit(layer, mesh["dp_replicate", "efsdp"] if plan.dp_replicate > 1 else mesh["efsdp"], fsdp)
     return layers if ep_spans_world else []
+
+
+def fsdp_ignores_experts(plan: MeshPlan, offload_policy: OffloadPolicy | None) -> bool:
+    return plan.dp_replicate == plan.efsdp == 1 and not isinstance(offload_policy, CPUOffloadPolicy)
 
 
 def _over_ep(parameter: nn.Parameter, mesh: DeviceMesh, axes: tuple[str, ...], fsdp: FsdpSettings) -> nn.Parameter:

@@ -495,7 +495,6 @@ def own_slots(index: Tensor, weights: Tensor, first: int, experts_per_rank: int)
 
 def sum_over_ranks(own: Tensor, others: Tensor, own_rank: int, total: Tensor) -> None:
     numel, block = own.numel(), 2048
-    unit = 16 if numel % 16 == 0 else 1
-    sum_parts[(triton.cdiv(numel, block),)](
-        own, others, total, numel // unit, own_rank, UNIT=unit, RANKS=others.shape[0] + 1, BLOCK=block, num_warps=8
-    )
+    unit, ranks = 16 if numel % 16 == 0 else 1, others.shape[0] + 1
+    grid = (triton.cdiv(numel, block),)
+    sum_parts[grid](own, others, total, numel // unit, own_rank, UNIT=unit, RANKS=ranks, BLOCK=block, num_warps=8)

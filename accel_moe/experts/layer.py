@@ -16,6 +16,7 @@ from torch import nn
 
 from accel_moe.dispatch.base import RoutedTokens
 from accel_moe.dispatch.chunks import in_chunks
+from accel_moe.experts import in_graph
 from accel_moe.experts.state import LayerState
 from accel_moe.experts.view import SHIMS, is_decorated
 from accel_moe.experts.work import LayerWork, compute_dtype
@@ -31,9 +32,16 @@ class ScatterMoE(nn.Module):
     ) -> torch.Tensor:
         """[T, H], [T, K], [T, K] -> [T, H] in hidden_states' dtype. A collective over the ep group when ep > 1."""
         layer = self._accel_moe_layer
-        if layer.ep > 1 and torch.compiler.is_dynamo_compiling():
-            return _uncompiled(self, hidden_states, top_k_index, top_k_weights)
         tokens = RoutedTokens(hidden_states.to(compute_dtype(self, hidden_states)), top_k_index, top_k_weights)
+        if layer.ep == 1 or not torch.compiler.is_dynamo_compiling():
+            out = self.exchange_and_compute(tokens)
+        else:
+            out = in_graph.sharded(self, tokens) if layer.fsdp_ignores_it else _uncompiled(self, tokens)
+        return out.to(hidden_states.dtype)
+
+    def exchange_and_compute(self, tokens: RoutedTokens) -> torch.Tensor:
+        """[T, H] in the rows' dtype: tokens to their experts' ranks, the experts, sums back."""
+        layer = self._accel_moe_layer
         experts, work = experts_function(layer.kernel, self), LayerWork(self, tokens)
 
         def one_pass(tokens: RoutedTokens) -> torch.Tensor:
@@ -43,7 +51,7 @@ class ScatterMoE(nn.Module):
                 rows = experts(view, work.rows(sent), sent.local_index, sent.local_weights)
             return layer.dispatcher.combine(rows.to(tokens.rows.dtype), sent, work)
 
-        return in_chunks(one_pass, tokens, layer.chunk_tokens, layer.dispatcher.group).to(hidden_states.dtype)
+        return in_chunks(one_pass, tokens, layer.chunk_tokens, layer.dispatcher.group)
 
     def extra_repr(self) -> str:
         layer = self._accel_moe_layer
@@ -53,11 +61,11 @@ class ScatterMoE(nn.Module):
         return f"{own}, {text}" if own else text
 
 
-@torch.compiler.disable(reason="the ranks of an ep group exchange tokens here")
-def _uncompiled(module: ScatterMoE, *args: torch.Tensor) -> torch.Tensor:
-    """The same forward, where torch.compile breaks its graph: an exchange is started and awaited by the host, and its
-    sizes come from other ranks. What is around the experts is compiled."""
-    return ScatterMoE.forward(module, *args)
+@torch.compiler.disable(reason="the ranks of an ep group exchange tokens here, between hooks of FSDP")
+def _uncompiled(module: ScatterMoE, tokens: RoutedTokens) -> torch.Tensor:
+    """The same, where torch.compile breaks its graph: FSDP gathers these experts in hooks around them, which break it
+    anyway. What is around the experts is compiled."""
+    return module.exchange_and_compute(tokens)
 
 
 def experts_function(kernel: str, module: nn.Module) -> Callable[..., torch.Tensor]:

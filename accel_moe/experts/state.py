@@ -57,8 +57,12 @@ class LayerState:
     """The gate, for our kernels."""
     dispatcher: Any = None
     """A Dispatcher. With ep > 1 it is NotSharded until `accelerator.prepare`."""
+    fsdp_ignores_it: bool = False
+    """It has nothing to gather or to reduce: no other rank holds these experts."""
     compute_dtype: torch.dtype | None = None
     """Set where FSDP ignores the layer, and so does not cast its weights."""
+    handle: torch.Tensor | None = field(default=None, repr=False)
+    """What stands for the layer in a compiled graph (in_graph.py)."""
     tokens_per_expert: torch.Tensor | None = field(default=None, repr=False)
     """[E] int64 on the layer's device: slots routed to each expert since the last `tokens_per_expert`."""
     pair_widths: tuple[int, int] | None = None

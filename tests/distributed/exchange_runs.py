@@ -210,7 +210,7 @@ def allocated() -> int:
         return torch.cuda.memory_allocated()
     storages = {}
     for found in gc.get_objects():
-        if isinstance(found, torch.Tensor) and type(found) is not torch.distributed.tensor.DTensor:
+        if type(found) in (torch.Tensor, torch.nn.Parameter):  # and no DTensor, nor a compiler's
             storages[found.untyped_storage().data_ptr()] = found.untyped_storage().nbytes()
     return sum(storages.values())
 

@@ -36,7 +36,8 @@ class Case:
     """Of the ranks but the first, the values are NaN, or the parameters on "meta"."""
     two_groups: bool = False
     compiled: str = ""
-    """By accelerate's dynamo plugin: the decoder layers ("regional") or the "whole" model."""
+    """By accelerate's dynamo plugin: the decoder layers ("regional", or each as one graph, "fullgraph"), or the
+    "whole" model."""
     lengths: tuple[int, ...] = (6,) * STEPS
     """Tokens of a sequence, step by step. torch.compile takes sizes for constants until they change."""
     mesh: bool = True
@@ -121,7 +122,11 @@ def accelerator_for(case: Case, model):
     )
     dynamo = None
     if case.compiled:
-        dynamo = TorchDynamoPlugin(backend="aot_eager", use_regional_compilation=case.compiled == "regional")
+        dynamo = TorchDynamoPlugin(
+            backend="aot_eager",
+            use_regional_compilation=case.compiled != "whole",
+            fullgraph=case.compiled == "fullgraph",
+        )
     mesh = None
     if case.mesh and case.world > 1:
         mesh = ParallelismConfig(dp_replicate_size=case.dp_replicate, dp_shard_size=case.world // case.dp_replicate)
@@ -194,8 +199,7 @@ def train_on_rank(case: Case) -> Run | None:
                 optimizer.zero_grad()
         losses.append(accelerator.reduce(torch.tensor(total, device=device), "mean").item())
     if case.compiled:
-        breaks = torch._dynamo.utils.counters["graph_break"]
-        assert any("exchange tokens" in reason for reason in breaks), "no layer with experts was compiled"
+        check_compiled(case)
     weights = {clean(n): whole(p) for n, p in model.named_parameters()}
     check_replicas_bit_equal(case, model, lambda p: p)
     same_on_every_rank = [None] * world
@@ -203,6 +207,16 @@ def train_on_rank(case: Case) -> Run | None:
         torch.distributed.all_gather_object(same_on_every_rank, norms)
         assert all(n == norms for n in same_on_every_rank), same_on_every_rank
     return Run(losses, norms, gradients, weights, start) if rank == 0 else None
+
+
+def check_compiled(case: Case) -> None:
+    """Layers with experts were compiled: around the experts, or whole with one op for them."""
+    counters = torch._dynamo.utils.counters
+    broken = any("exchange tokens" in reason for reason in counters["graph_break"])
+    if case.compiled == "fullgraph":
+        assert not counters["graph_break"] and counters["stats"]["unique_graphs"], counters
+    elif case.ep < case.world:
+        assert broken, "no layer with experts was compiled"
 
 
 def check_replicas_bit_equal(case: Case, model, tensor_of) -> None:

@@ -69,14 +69,22 @@ def fp16() -> str:
     return launch(Case(2, 2), fsdp_plugin=FullyShardedDataParallelPlugin(fsdp_version=2), mixed_precision="fp16")
 
 
-def fullgraph() -> str:
+def fullgraph(ep: int, regional: bool) -> str:
     from accelerate.utils import FullyShardedDataParallelPlugin, TorchDynamoPlugin
 
     return launch(
-        Case(2, 2),
+        Case(4, ep),
         fsdp_plugin=FullyShardedDataParallelPlugin(fsdp_version=2),
-        dynamo_plugin=TorchDynamoPlugin(backend="aot_eager", fullgraph=True, use_regional_compilation=True),
+        dynamo_plugin=TorchDynamoPlugin(backend="aot_eager", fullgraph=True, use_regional_compilation=regional),
     )
+
+
+def fullgraph_over_efsdp() -> str:
+    return fullgraph(2, True)
+
+
+def fullgraph_of_the_whole_model() -> str:
+    return fullgraph(4, False)
 
 
 def degree_that_does_not_divide_the_ranks() -> str:
@@ -113,7 +121,8 @@ def prepared_too_late() -> str:
         (context_parallel, 2, ["cp_size=2 is not supported", "parallelism_config_cp_size: 1"]),
         (tensor_parallel, 4, ["tp_size=2 is not supported"]),
         (fp16, 2, ["mixed_precision: fp16 is not supported", "bf16"]),
-        (fullgraph, 2, ["dynamo_use_fullgraph: true is not supported", "dynamo_use_fullgraph: false"]),
+        (fullgraph_over_efsdp, 4, ["dynamo_use_fullgraph: true is not supported", "dynamo_use_fullgraph: false"]),
+        (fullgraph_of_the_whole_model, 4, ["dynamo_use_fullgraph: true needs dynamo_use_regional_compilation: true"]),
         (degree_that_does_not_divide_the_ranks, 4, ["moe_ep_degree=8 does not divide", "(4 ranks)", "1, 2, 4"]),
         (degree_that_does_not_divide_dp_shard, 4, ["moe_ep_degree=4 does not divide dp_shard_size=2", "1, 2"]),
         (different_degrees, 2, ["moe_ep_degree", "1", "2"]),

@@ -145,10 +145,10 @@ def test_a_dispatcher_from_outside_the_package_trains_alike():
     [
         Case(2, 2),
         Case(2, 2, checkpointing=True),
-        Case(2, 2, options=(("moe_dispatch_chunk_tokens", 200),)),
+        pytest.param(Case(2, 2, options=(("moe_dispatch_chunk_tokens", 200),)), marks=pytest.mark.slow),
         Case(2, 2, options=SHARED),
     ],
-    ids=lambda case: case.name,
+    ids=lambda case: getattr(case, "name", None),
 )
 def test_two_hundred_steps_with_changing_routings_leave_no_memory_behind(case):
     for early, late, growth in run_ranks(runs.live_bytes, 2, case, 200, 100):
@@ -166,7 +166,7 @@ def test_two_hundred_steps_with_changing_routings_leave_no_memory_behind(case):
         ("stuck", "gather_rows", Case(2, 2, options=TO_EVERY_RANK)),
         ("stuck", "agree", Case(2, 2)),
         ("stuck", "gather", Case(2, 2, options=SHARED)),
-        ("stuck", "sum", Case(2, 2, options=SHARED)),
+        pytest.param("stuck", "sum", Case(2, 2, options=SHARED), marks=pytest.mark.slow),
     ],
     ids=lambda value: value.name if isinstance(value, Case) else value,
 )

@@ -85,7 +85,7 @@ def families() -> list[str]:
     return [source.name for source in tiny_families.families()]
 
 
-@pytest.mark.parametrize("part", range(4))
+@pytest.mark.parametrize("part", [*(pytest.param(part, marks=pytest.mark.slow) for part in range(3)), 3])
 def test_every_family_is_loaded_alike_at_ep_2(part, tmp_path):
     from tests.families import tiny_families
 

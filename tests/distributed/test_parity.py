@@ -27,6 +27,7 @@ RECOMPUTE_UP = ("moe_recompute_up_projection", True)
 TO_ALL, TO_EVERY_RANK = ("moe_dispatcher", "all_to_all"), ("moe_dispatcher", "all_gather")
 SHARED = ("moe_dispatcher", "symmetric")
 
+slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 TABLE = [
     Case(1, 1),
     Case(2, 1),
@@ -62,7 +63,7 @@ TABLE = [
     # ep 2 takes all_gather where nothing else is said, ep 4 all_to_all
     Case(2, 2, **SCATTERMOE),
     Case(2, 2, **SCATTERMOE, options=(TO_ALL,)),
-    Case(2, 2, **SCATTERMOE, options=(TO_ALL,), checkpointing=True, nothing_received=True),
+    slow(Case(2, 2, **SCATTERMOE, options=(TO_ALL,), checkpointing=True, nothing_received=True)),
     Case(2, 2, **SCATTERMOE, checkpointing=True, nothing_received=True),
     Case(2, 2, options=(TO_ALL, ("moe_dispatch_chunk_tokens", 7)), nothing_received=True),
     Case(4, 4, options=(TO_EVERY_RANK,), checkpointing=True, nothing_received=True),
@@ -72,10 +73,13 @@ TABLE = [
     Case(2, 2, **SCATTERMOE, options=(SHARED,), nothing_received=True),
     Case(4, 4, options=(SHARED,), checkpointing=True, nothing_received=True),
     Case(4, 2, options=(SHARED, ("moe_dispatch_chunk_tokens", 5), ("moe_keep_exchanged", False)), checkpointing=True),
-    Case(2, 2, **SCATTERMOE, options=(RECOMPUTE_UP,), nothing_received=True),
+    slow(Case(2, 2, **SCATTERMOE, options=(RECOMPUTE_UP,), nothing_received=True)),
     Case(2, 2, **SCATTERMOE, options=(RECOMPUTE_UP, TO_ALL), checkpointing=True, nothing_received=True),
     Case(2, 2, compiled="regional", lengths=(6, 6, 9)),
     Case(4, 2, compiled="regional"),
+    Case(2, 2, compiled="fullgraph", lengths=(6, 6, 9), accumulation=2),
+    Case(2, 2, compiled="fullgraph", checkpointing=True, nothing_received=True, options=(SHARED,)),
+    Case(4, 4, compiled="fullgraph", options=(("moe_dispatch_chunk_tokens", 5),), nothing_received=True),
     Case(2, 2, compiled="regional", checkpointing=True, nothing_received=True),
 ]
 
@@ -120,7 +124,7 @@ def check(run, case: Case) -> None:
 
 
 @pytest.mark.core
-@pytest.mark.parametrize("case", TABLE, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", TABLE, ids=lambda case: getattr(case, "name", None))
 def test_training_equals_one_process_on_the_whole_batch(case):
     check(run_case(case), case)
 

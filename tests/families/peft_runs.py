@@ -35,6 +35,8 @@ class Case:
     kernel: str = "grouped_mm"
     interpret: bool = False
     checkpointing: bool = False
+    compiled: bool = False
+    """Each decoder layer as one graph."""
     mixed_precision: str = "no"
     prepared_first: bool = False
     """accel_moe.prepare on the bare model, before PEFT wraps it."""
@@ -133,7 +135,7 @@ def accelerator_of(case: Case, model, ram_efficient: bool = False):
     """FSDP2 around the decoder layers of a model, or of the base of a PEFT model."""
     from accelerate import Accelerator
     from accelerate.parallelism_config import ParallelismConfig
-    from accelerate.utils import FullyShardedDataParallelPlugin
+    from accelerate.utils import FullyShardedDataParallelPlugin, TorchDynamoPlugin
 
     base = model.base_model.model if hasattr(model, "peft_config") else model
     plugin = FullyShardedDataParallelPlugin(
@@ -147,7 +149,12 @@ def accelerator_of(case: Case, model, ram_efficient: bool = False):
     mesh = None
     if case.dp_replicate > 1:
         mesh = ParallelismConfig(dp_replicate_size=case.dp_replicate, dp_shard_size=case.world // case.dp_replicate)
-    return Accelerator(fsdp_plugin=plugin, mixed_precision=case.mixed_precision, parallelism_config=mesh)
+    dynamo = None
+    if case.compiled:
+        dynamo = TorchDynamoPlugin(backend="aot_eager", use_regional_compilation=True, fullgraph=True)
+    return Accelerator(
+        fsdp_plugin=plugin, mixed_precision=case.mixed_precision, parallelism_config=mesh, dynamo_plugin=dynamo
+    )
 
 
 def steps(accelerator, model, optimizer, some) -> tuple[list[float], list[float], dict[str, torch.Tensor]]:

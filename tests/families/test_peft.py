@@ -41,6 +41,7 @@ TABLE = [
     Case(2, 2, modules=(), parameters=EXPERTS[1:], r=2, alpha=5),
     Case(2, 2, modules=("q_proj",), parameters=EXPERTS, checkpointing=True),
     Case(2, 2, modules=(), parameters=EXPERTS, prepared_first=True),
+    Case(2, 2, parameters=EXPERTS, compiled=True),
 ]
 
 Fused = functools.partial(Case, kernel="scattermoe", interpret=True, modules=(), parameters=EXPERTS)
@@ -51,7 +52,8 @@ FUSED = [
     Fused(2, 2, modules=("q_proj",), parameters=(*ROUTER, *EXPERTS), checkpointing=True),
     slow(Fused(4, 2, dp_replicate=2, r=16, rslora=True)),
     slow(Fused(4, 4, r=20, parameters=EXPERTS[1:])),
-    Fused(2, 2, adapters=2, options=(("moe_dispatch_chunk_tokens", 8),)),
+    slow(Fused(2, 2, adapters=2, compiled=True)),
+    slow(Fused(2, 2, adapters=2, options=(("moe_dispatch_chunk_tokens", 8),))),
     slow(Fused(2, 2, family="gpt_oss", options=(("moe_recompute_up_projection", True),))),
     slow(Fused(2, 2, family="nemotron_h", parameters=("experts.up_proj", "experts.down_proj"))),
     slow(Fused(2, 2, family="deepseek_v4")),

@@ -55,6 +55,7 @@ def train(base, output, steps, *more):
     return metrics
 
 
+@pytest.mark.slow  # an adapter's run is resumed below
 def test_train_resumed_goes_on_with_the_losses_of_the_run_that_never_stopped(base, tmp_path):
     whole = train(base, tmp_path / "whole", 4, "--gradient-accumulation", "2")
     train(base, tmp_path / "halves", 2, "--gradient-accumulation", "2")

@@ -1,6 +1,6 @@
 """What bench_train.py starts on each rank: one scenario's model, built one way, trained and measured.
 
-    python -m torch.distributed.run ... train_rank.py WAY SCENARIO FOLDER [--scenarios YAML --steps N --compile]
+    python -m torch.distributed.run ... train_rank.py WAY SCENARIO FOLDER [--scenarios YAML --steps N --eager-only]
 
 Weights are random from one seed, tokens are random. A scenario with `from_files` is too large for one GPU: its weights
 are written once, layer by layer, in the Hub's format, and every way reads them into its shards. Rank 0 writes the
@@ -119,10 +119,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--scenarios", type=Path, default=here / "scenarios.yaml", metavar="YAML")
     parser.add_argument("--steps", type=int, default=12, help="timed steps (default: %(default)s)")
     parser.add_argument(
-        "--compile",
+        "--eager-only",
         action="store_true",
-        help="then time every way again with its decoder layers compiled, as accelerate's "
-        "dynamo_use_regional_compilation does",
+        help="do not time every way again with its decoder layers compiled",
     )
     parser.add_argument(
         "--save",
@@ -162,7 +161,7 @@ def work(way: str, scenario: Scenario, args: argparse.Namespace) -> None:
 
     loading = {"peak_bytes_of_loading": torch.cuda.max_memory_allocated() if GPU else 0}
     note("eager", measured(trained, scenario, args.steps) | loading)
-    if args.compile:
+    if not args.eager_only:
         compile_layers(trained.model)
         note("compiled", measured(trained, scenario, args.steps))
     if args.save is not None and way == OURS:

@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import itertools
 import os
 from collections.abc import Iterator, Sequence
 
@@ -39,6 +40,7 @@ from accel_moe.mesh import default_timeout
 _HALF_AN_HOUR = datetime.timedelta(minutes=30)
 _ALIGN = 256  # bytes
 _GROWTH = 1.25
+_EVENTS = 64  # in turn: one that is recorded again before it was awaited makes the waiting longer, and not wrong
 _NO_MULTICAST = "TORCH_SYMM_MEM_DISABLE_MULTICAST"
 
 
@@ -166,17 +168,13 @@ class SharedMemoryLink:
 class Arrival:
     """Rows under way."""
 
-    def __init__(self, *held: torch.Tensor):
-        self._held = held
-        self._event: torch.cuda.Event | None = None
-
-    def recorded(self, event: torch.cuda.Event) -> None:
-        self._event = event
+    def __init__(self, done: torch.cuda.Event | None, held: tuple[torch.Tensor, ...]):
+        self._done, self._held = done, held
 
     def wait(self) -> None:
         """What the caller's stream does from now on comes after them. The host does not wait."""
-        if self._event is not None:
-            torch.cuda.current_stream().wait_event(self._event)
+        if self._done is not None:
+            self._done.wait()
         self._held = ()  # until here nobody may get their memory
 
 
@@ -198,7 +196,7 @@ class Buffers:
     @contextlib.contextmanager
     def aside(self, *held: torch.Tensor) -> Iterator[Arrival]:
         """The copies inside run beside the caller's work, and after what it has done so far."""
-        yield Arrival()
+        yield Arrival(None, held)
 
     def before_writing(self) -> None:
         """What the caller writes into the next slot from now on comes after the last turn's barrier."""
@@ -216,7 +214,8 @@ class _GpuBuffers(Buffers):
         self.size = size
         self._timeout_ms = int((default_timeout() or _HALF_AN_HOUR).total_seconds() * 1e3)
         self._stream = torch.cuda.Stream(priority=-1)  # a barrier gets the next free multiprocessor
-        self._ready, self._passed = torch.cuda.Event(), torch.cuda.Event()
+        self._events = itertools.cycle([torch.cuda.Event() for _ in range(_EVENTS)])
+        self._last = next(self._events)
         failure = None
         try:
             self._memory = symmetric.empty(2 * size, dtype=torch.uint8, device=torch.device("cuda"))
@@ -232,20 +231,24 @@ class _GpuBuffers(Buffers):
         ]
 
     def barrier(self) -> None:
-        self._handle.barrier(timeout_ms=self._timeout_ms)
-        self._passed.record(self._stream)
+        self._handle.barrier(0, self._timeout_ms)
 
     def before_writing(self) -> None:
-        torch.cuda.current_stream().wait_event(self._passed)
+        self._last.wait()
 
     @contextlib.contextmanager
     def aside(self, *held: torch.Tensor) -> Iterator[Arrival]:
-        arrival = Arrival(*held)
-        self._ready.record()
-        self._stream.wait_event(self._ready)
-        with torch.cuda.stream(self._stream):
+        caller, ready, done = torch.cuda.current_stream(), next(self._events), next(self._events)
+        ready.record(caller)
+        arrival = Arrival(done, held)
+        torch.cuda.set_stream(self._stream)
+        try:
+            ready.wait(self._stream)
             yield arrival
-            arrival.recorded(self._stream.record_event())
+        finally:
+            done.record(self._stream)
+            self._last = done
+            torch.cuda.set_stream(caller)
 
     def finish(self) -> None:
         with torch.cuda.stream(self._stream):

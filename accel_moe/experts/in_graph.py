@@ -113,7 +113,7 @@ def _backward(grad: Tensor, ticket: Tensor, weights: Tensor, factors: Sequence[T
     gradients = [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves]
     for leaf in leaves:
         leaf.grad = None
-    return [*gradients, torch.zeros((), dtype=torch.float64)]
+    return [*(gradient.contiguous() for gradient in gradients), torch.zeros((), dtype=torch.float64)]
 
 
 @_backward.register_fake

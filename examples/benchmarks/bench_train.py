@@ -194,7 +194,8 @@ def report(rows: list[Row], command: str, checkpoints: list[str]) -> str:
     lines = [f"`{command}`", "", f"{device}; {versions}. bf16 compute, fused AdamW.", ""]
     lines += [
         table_head(
-            "scenario | tokens a GPU | GPUs | way | ms/step | tokens/s/GPU | x peer | x best | peak GiB | of peer | loss"
+            "scenario | tokens a GPU | GPUs | way | ms/step | tokens/s/GPU | x peer | x best | peak GiB | of peer |"
+            " loss"
         )
     ]
     profiles = [

@@ -36,8 +36,8 @@ class Case:
     """Of the ranks but the first, the values are NaN, or the parameters on "meta"."""
     two_groups: bool = False
     compiled: str = ""
-    """By accelerate's dynamo plugin: the decoder layers ("regional", or each as one graph, "fullgraph"), or the
-    "whole" model."""
+    """By accelerate's dynamo plugin: the decoder layers ("regional", or each as one graph, "fullgraph" and
+    "inductor"), or the "whole" model."""
     lengths: tuple[int, ...] = (6,) * STEPS
     """Tokens of a sequence, step by step. torch.compile takes sizes for constants until they change."""
     mesh: bool = True
@@ -123,9 +123,9 @@ def accelerator_for(case: Case, model):
     dynamo = None
     if case.compiled:
         dynamo = TorchDynamoPlugin(
-            backend="aot_eager",
+            backend="inductor" if case.compiled == "inductor" else "aot_eager",
             use_regional_compilation=case.compiled != "whole",
-            fullgraph=case.compiled == "fullgraph",
+            fullgraph=case.compiled in ("fullgraph", "inductor"),
         )
     mesh = None
     if case.mesh and case.world > 1:
@@ -213,7 +213,7 @@ def check_compiled(case: Case) -> None:
     """Layers with experts were compiled: around the experts, or whole with one op for them."""
     counters = torch._dynamo.utils.counters
     broken = any("exchange tokens" in reason for reason in counters["graph_break"])
-    if case.compiled == "fullgraph":
+    if case.compiled in ("fullgraph", "inductor"):
         assert not counters["graph_break"] and counters["stats"]["unique_graphs"], counters
     elif case.ep < case.world:
         assert broken, "no layer with experts was compiled"

@@ -79,6 +79,7 @@ TABLE = [
     Case(4, 2, compiled="regional"),
     Case(2, 2, compiled="fullgraph", lengths=(6, 6, 9), accumulation=2),
     Case(2, 2, compiled="fullgraph", checkpointing=True, nothing_received=True, options=(SHARED,)),
+    slow(Case(2, 2, compiled="inductor", lengths=(6, 6, 9))),
     Case(4, 4, compiled="fullgraph", options=(("moe_dispatch_chunk_tokens", 5),), nothing_received=True),
     Case(2, 2, compiled="regional", checkpointing=True, nothing_received=True),
 ]
@@ -119,6 +120,8 @@ def check(run, case: Case) -> None:
     assert not (wrong := differences(run, expected)), "\n".join(wrong)
     # in chunks, a weight's gradient is a sum of sums, rounded once more for each: 1.7 to 5.5 times FSDP2's was measured
     factor = 10 if "moe_dispatch_chunk_tokens" in dict(case.options) else 2
+    # Inductor fuses the norms, and sums them in another order: 9 times FSDP2's was measured
+    factor = 20 if case.compiled == "inductor" else factor
     distance, alone = weight_distance(run, expected), yardstick(case)
     assert distance <= factor * alone, f"weights are {distance:.2e} from the oracle's; FSDP2 alone is {alone:.2e}"
 

@@ -35,8 +35,8 @@ class Case:
     kernel: str = "grouped_mm"
     interpret: bool = False
     checkpointing: bool = False
-    compiled: bool = False
-    """Each decoder layer as one graph."""
+    compiled: str = ""
+    """The backend that gets each decoder layer as one graph."""
     mixed_precision: str = "no"
     prepared_first: bool = False
     """accel_moe.prepare on the bare model, before PEFT wraps it."""
@@ -151,7 +151,7 @@ def accelerator_of(case: Case, model, ram_efficient: bool = False):
         mesh = ParallelismConfig(dp_replicate_size=case.dp_replicate, dp_shard_size=case.world // case.dp_replicate)
     dynamo = None
     if case.compiled:
-        dynamo = TorchDynamoPlugin(backend="aot_eager", use_regional_compilation=True, fullgraph=True)
+        dynamo = TorchDynamoPlugin(backend=case.compiled, use_regional_compilation=True, fullgraph=True)
     return Accelerator(
         fsdp_plugin=plugin, mixed_precision=case.mixed_precision, parallelism_config=mesh, dynamo_plugin=dynamo
     )

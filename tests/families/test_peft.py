@@ -31,6 +31,7 @@ from tests.tiny import batches, tiny_model
 pytest.importorskip("peft")
 
 ROUTER = ("mlp.gate.weight",)
+slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 TABLE = [
     Case(2, 1),
     Case(2, 2),
@@ -41,18 +42,18 @@ TABLE = [
     Case(2, 2, modules=(), parameters=EXPERTS[1:], r=2, alpha=5),
     Case(2, 2, modules=("q_proj",), parameters=EXPERTS, checkpointing=True),
     Case(2, 2, modules=(), parameters=EXPERTS, prepared_first=True),
-    Case(2, 2, parameters=EXPERTS, compiled=True),
+    Case(2, 2, parameters=EXPERTS, compiled="aot_eager"),
+    slow(Case(2, 2, parameters=EXPERTS, compiled="inductor")),  # which looks at strides, too
 ]
 
 Fused = functools.partial(Case, kernel="scattermoe", interpret=True, modules=(), parameters=EXPERTS)
 """The kernels compute with the factors (kernels/low_rank.py)."""
-slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 FUSED = [
     slow(Fused(2, 1, r=1)),
     Fused(2, 2, modules=("q_proj",), parameters=(*ROUTER, *EXPERTS), checkpointing=True),
     slow(Fused(4, 2, dp_replicate=2, r=16, rslora=True)),
     slow(Fused(4, 4, r=20, parameters=EXPERTS[1:])),
-    slow(Fused(2, 2, adapters=2, compiled=True)),
+    slow(Fused(2, 2, adapters=2, compiled="aot_eager")),
     slow(Fused(2, 2, adapters=2, options=(("moe_dispatch_chunk_tokens", 8),))),
     slow(Fused(2, 2, family="gpt_oss", options=(("moe_recompute_up_projection", True),))),
     slow(Fused(2, 2, family="nemotron_h", parameters=("experts.up_proj", "experts.down_proj"))),

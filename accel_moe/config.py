@@ -67,9 +67,8 @@ class MoEConfig:
         "auto",
         "How tokens reach the ranks of their experts. `all_gather` sends every token to every rank and makes no host "
         "wait. `symmetric` does the same through memory that the GPUs of a node share, without NCCL. `all_to_all` "
-        "sends each token only to the ranks that need it. `auto` takes the first that works of `symmetric` and "
-        "`all_gather` within a node if most ranks need most tokens, else `all_to_all`. Any other name in "
-        "`accel_moe.dispatch.DISPATCHERS` works, too.",
+        "sends each token only to the ranks that need it. `auto` takes `all_gather` within a node if most ranks need "
+        "most tokens, else `all_to_all`. Any other name in `accel_moe.dispatch.DISPATCHERS` works, too.",
     )
     moe_dispatch_chunk_tokens: int = option(
         0,

@@ -3,8 +3,10 @@
 An all-gather (all_gather.py) makes no host wait for its GPU, and sends (ranks - 1) rows a token. An all-to-all
 (all_to_all.py) waits once a layer, and sends one row to each other rank that has one of the token's experts: it saves
 the share (1 - 1/ranks)^K of the rows. Use all-gather when selective sending would save few rows, all ranks share a
-node, and the worst-case buffers fit in 1/16 of GPU memory. Its rows travel through symmetric memory (symmetric.py)
-where the GPUs of the group can map each other's.
+node, and the worst-case buffers fit in 1/16 of GPU memory.
+
+The all-gather through symmetric memory (symmetric.py) is not chosen: its copies are faster, and its host is slower. Steps
+of six layers took as long with it or longer (examples/benchmarks/RESULTS.md).
 
 All ranks decide alike: from the group, K, and numbers that they have just told each other.
 """
@@ -19,7 +21,6 @@ from accel_moe.dispatch.all_gather import AllGatherDispatcher, GatherRoute
 from accel_moe.dispatch.all_to_all import AllToAllDispatcher
 from accel_moe.dispatch.base import NO_OVERLAP, Dispatched, Overlap, RoutedTokens
 from accel_moe.dispatch.replay import replayed
-from accel_moe.dispatch.symmetric import SymmetricDispatcher, on_gpus
 
 _NEEDED = 0.75
 """Of the rows that an all-gather sends, the least share that an even routing needs. Measured at 0.996 (ep 2, K 8) and
@@ -36,7 +37,7 @@ class AutomaticDispatcher:
         self.group = group
         self._ranks = dist.get_world_size(group)
         self._all_to_all = AllToAllDispatcher(group, num_experts)
-        self._all_gather = _all_gather_of(group, num_experts)
+        self._all_gather = AllGatherDispatcher(group, num_experts) if AllGatherDispatcher.board(group) else None
 
     def dispatch(self, tokens: RoutedTokens, work: Overlap = NO_OVERLAP) -> Dispatched:
         gather = self._all_gather
@@ -54,12 +55,3 @@ class AutomaticDispatcher:
         gathered = isinstance(sent.handle, GatherRoute) and self._all_gather is not None
         backend = self._all_gather if gathered else self._all_to_all
         return backend.combine(rows, sent, work)
-
-
-def _all_gather_of(group: dist.ProcessGroup, num_experts: int) -> AllGatherDispatcher | None:
-    """The faster one that the group can have. A collective over it."""
-    if AllGatherDispatcher.board(group) is None:
-        return None
-    if on_gpus(group) and SymmetricDispatcher.link_of(group) is not None:
-        return SymmetricDispatcher(group, num_experts)
-    return AllGatherDispatcher(group, num_experts)

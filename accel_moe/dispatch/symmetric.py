@@ -81,7 +81,7 @@ class SymmetricDispatcher(AllGatherDispatcher):
 
 def can_map_peers(group: dist.ProcessGroup) -> bool:
     """As far as this rank can tell alone, whether the ranks of a node can map each other's memory. No collective."""
-    if not on_gpus(group):
+    if not _on_gpus(group):
         return True
     here, others = torch.cuda.current_device(), torch.cuda.device_count()
     if torch.version.hip is not None or others < dist.get_world_size(group):
@@ -161,7 +161,7 @@ class SharedMemoryLink:
                 self._buffers.finish()
                 self._buffers = None  # its memory may be what the new ones need
             size = -(-int(size * _GROWTH) // _ALIGN) * _ALIGN
-            self._buffers = (_GpuBuffers if on_gpus(self._group) else _HostBuffers)(self._group, self._board, size)
+            self._buffers = (_GpuBuffers if _on_gpus(self._group) else _HostBuffers)(self._group, self._board, size)
         return self._buffers
 
 
@@ -297,8 +297,7 @@ def _without_multicast() -> Iterator[None]:
             os.environ[_NO_MULTICAST] = before
 
 
-def on_gpus(group: dist.ProcessGroup) -> bool:
-    """Whether its rows are on GPUs."""
+def _on_gpus(group: dist.ProcessGroup) -> bool:
     return torch.cuda.is_available() and any(d.type == "cuda" for d in group._device_types)
 
 

@@ -5,8 +5,8 @@ An all-gather (all_gather.py) makes no host wait for its GPU, and sends (ranks -
 the share (1 - 1/ranks)^K of the rows. Use all-gather when selective sending would save few rows, all ranks share a
 node, and the worst-case buffers fit in 1/16 of GPU memory.
 
-The all-gather through symmetric memory (symmetric.py) is not chosen: its copies are faster, and its host is slower. Steps
-of six layers took as long with it or longer (examples/benchmarks/RESULTS.md).
+The all-gather through symmetric memory (symmetric.py) is not chosen: its copies are faster, and its host is slower.
+Steps of six layers took as long with it or longer (examples/benchmarks/RESULTS.md).
 
 All ranks decide alike: from the group, K, and numbers that they have just told each other.
 """

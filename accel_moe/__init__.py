@@ -14,7 +14,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from accel_moe.experts.registration import register_scattermoe
+from accel_moe.experts.registration import register_names
 from accel_moe.version import __version__
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ _MODULE_OF = {
     "tokens_per_expert": "accel_moe.experts.expert_counts",
 }
 
-register_scattermoe()
+register_names()
 
 
 def __getattr__(name: str) -> Any:

@@ -1,8 +1,9 @@
-"""The name `scattermoe` in transformers' experts interface, at no cost to a process that never opens the interface.
+"""Our names in transformers' interfaces, at no cost to a process that never opens them: the kernels `scattermoe` among
+the experts functions, and the exchange `accel_moe` among the implementations of its own expert parallelism (5.23 on).
 
-The interface brings torch, accelerate and FSDP with it: seconds of import. So the name is registered at once only if
-the interface is imported already. Otherwise an import hook waits for the interface, registers, and goes. Nothing of
-transformers is replaced. The registered function imports Triton at its first call.
+The interfaces bring torch, accelerate and FSDP with them: seconds of import. So a name is registered at once only if
+its interface is imported already. Otherwise an import hook waits for the interface, registers, and goes. Nothing of
+transformers is replaced. What is registered is imported at its first call.
 """
 
 from __future__ import annotations
@@ -10,35 +11,57 @@ from __future__ import annotations
 import importlib.abc
 import importlib.util
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from importlib.machinery import ModuleSpec
 from types import ModuleType
+from typing import Any
 
-INTERFACE = "transformers.integrations.moe"
-
-
-def register_scattermoe() -> None:
-    """Register our kernels under the name `scattermoe`, now or as soon as transformers' interface is imported."""
-    if (interface := sys.modules.get(INTERFACE)) is not None:
-        _register(interface)
-    else:
-        sys.meta_path.insert(0, _InterfaceFinder())
+Register = Callable[[ModuleType], None]
 
 
-def _register(interface: ModuleType) -> None:
+def register_names() -> None:
+    """Register ours now, or as soon as transformers' interfaces are imported."""
+    for name, register in _INTERFACES.items():
+        if (interface := sys.modules.get(name)) is not None:
+            register(interface)
+        else:
+            sys.meta_path.insert(0, _InterfaceFinder(name, register))
+
+
+def _register_kernels(interface: ModuleType) -> None:
     from accel_moe.kernels.scattermoe import scattermoe_experts_forward
 
     interface.ALL_EXPERTS_FUNCTIONS.register("scattermoe", scattermoe_experts_forward)
 
 
+def _register_exchange(interface: ModuleType) -> None:
+    if hasattr(interface, "EPImplementationInterface"):  # 5.17 has none
+        interface.EPImplementationInterface.register("accel_moe", _exchange)
+
+
+def _exchange(*arguments: Any) -> Any:
+    from accel_moe.dispatch.transformers_ep import AccelMoEExchange
+
+    return AccelMoEExchange(*arguments)
+
+
+_INTERFACES: dict[str, Register] = {
+    "transformers.integrations.moe": _register_kernels,
+    "transformers.distributed.expert_parallel": _register_exchange,
+}
+
+
 class _InterfaceFinder(importlib.abc.MetaPathFinder):
-    """Finds the interface as the other finders do, with a loader that registers once it has run the module."""
+    """Finds one interface as the other finders do, with a loader that registers once it has run the module."""
+
+    def __init__(self, name: str, register: Register) -> None:
+        self._name, self.register = name, register
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if fullname != INTERFACE:
+        if fullname != self._name:
             return None
         self.remove()
         try:
@@ -64,5 +87,5 @@ class _RegisteringLoader(importlib.abc.Loader):
     def exec_module(self, module: ModuleType) -> None:
         module.__loader__ = module.__spec__.loader = self._loader  # the module looks as it does without us
         self._loader.exec_module(module)
-        _register(module)
+        self._finder.register(module)
         self._finder.remove()

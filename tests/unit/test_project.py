@@ -267,7 +267,8 @@ try:
     own = getattr(expert_parallel, "EPImplementationInterface", None)
     assert own is None or "accel_moe" in own()
 except ImportError:  # 5.17 has no such file: its hook goes on waiting
-    sys.meta_path[:] = [f for f in sys.meta_path if getattr(f, "_name", "") != "transformers.distributed.expert_parallel"]
+    waits = "transformers.distributed.expert_parallel"
+    sys.meta_path[:] = [finder for finder in sys.meta_path if getattr(finder, "_name", "") != waits]
 print(*(type(finder).__module__ for finder in sys.meta_path))
 """
     assert "accel_moe.experts.registration" not in _printed_by(probe), "the import hooks have done their work: are gone"

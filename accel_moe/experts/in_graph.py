@@ -33,8 +33,8 @@ from accel_moe.kernels.hints import LowRank
 Forward = Callable[[Any, RoutedTokens], Tensor]
 
 _layers: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
-_forwards: dict[int, tuple[Tensor, list[Tensor]]] = {}
-"""By ticket: what a forward gave, with its autograd graph, and the leaves whose gradients go back."""
+_forwards: dict[int, tuple[Tensor, list[Tensor | None]]] = {}
+"""By ticket: what a forward gave, with its autograd graph, and the list that its entry's gradients come into."""
 _numbers, _tickets = itertools.count(1), itertools.count(1)
 
 
@@ -70,16 +70,18 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     module = _layers[int(handle)]
     # copies: the compiled graph may give the memory of its own tensors to others before the backward
-    tokens = RoutedTokens(rows.clone(), index.clone(), weights.clone())
-    leaves = [tokens.rows, tokens.weights, *(factor.clone() for factor in factors)]
-    for leaf in leaves:
-        leaf.requires_grad_(learns)
+    entering = rows.clone(), weights.clone(), *(factor.clone() for factor in factors)
+    gradients: list[Tensor | None] = []
+    with _autograd(), torch.set_grad_enabled(learns):
+        rows, weights, *factors = _Entry.apply(gradients, handle.detach().requires_grad_(learns), *entering)
+    del entering  # the graph keeps what its backward needs
+    tokens = RoutedTokens(rows, index.clone(), weights)
     deltas = module._accel_moe_layer.deltas
     before = dict(deltas)
     deltas.clear()
     for at, change in enumerate(changes.split(",") if changes else ()):
         name, scale = change.split("*")
-        deltas.setdefault(name, []).append(LowRank(leaves[2 + 2 * at], leaves[3 + 2 * at], float(scale)))
+        deltas.setdefault(name, []).append(LowRank(factors[2 * at], factors[2 * at + 1], float(scale)))
     try:
         with _autograd(), torch.set_grad_enabled(learns):
             out = module.exchange_and_compute(tokens)
@@ -88,7 +90,7 @@ def _forward(
         deltas.update(before)
     ticket = torch.tensor(next(_tickets))
     if out.requires_grad:
-        _forwards[int(ticket)] = out, leaves
+        _forwards[int(ticket)] = out, gradients
         weakref.finalize(ticket, _forwards.pop, int(ticket), None)
     return out.detach(), ticket
 
@@ -107,13 +109,13 @@ def _backward(grad: Tensor, ticket: Tensor, weights: Tensor, factors: Sequence[T
             "A compiled layer's backward ran a second time, and its forward is no longer kept. Call "
             "backward(retain_graph=True) the first time, or compute the second gradient from a forward of its own."
         )
-    out, leaves = kept
+    out, gradients = kept
     with _autograd(), torch.enable_grad():
         torch.autograd.backward(out, grad, retain_graph=keep)
-    gradients = [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves]
-    for leaf in leaves:
-        leaf.grad = None
-    return [*(gradient.contiguous() for gradient in gradients), torch.zeros((), dtype=torch.float64)]
+    like = grad, weights, *factors
+    given = [torch.zeros_like(t) if g is None else g for t, g in zip(like, gradients or [None] * len(like))]
+    gradients.clear()
+    return [*(gradient.contiguous() for gradient in given), torch.zeros((), dtype=torch.float64)]
 
 
 @_backward.register_fake
@@ -136,6 +138,22 @@ def _gradients(ctx, grad, _):
 
 
 torch.library.register_autograd("accel_moe::sharded_experts", _gradients, setup_context=_remember)
+
+
+class _Entry(torch.autograd.Function):
+    """Where a layer's own graph begins. It is the identity; in backward the gradients come into a list. Leaves would
+    keep their values alive until then, which nobody needs."""
+
+    @staticmethod
+    def forward(ctx, gradients: list[Tensor | None], handle: Tensor, *tensors: Tensor):
+        ctx.gradients = gradients
+        ctx.set_materialize_grads(False)
+        return tuple(tensor.view_as(tensor) for tensor in tensors)
+
+    @staticmethod
+    def backward(ctx, *gradients: Tensor | None):
+        ctx.gradients[:] = gradients
+        return None, None, *(None for _ in gradients)
 
 
 def _autograd() -> Any:

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -29,8 +29,6 @@ from torch import Tensor
 
 from accel_moe.dispatch.base import RoutedTokens
 from accel_moe.kernels.hints import LowRank
-
-Forward = Callable[[Any, RoutedTokens], Tensor]
 
 _layers: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
 _forwards: dict[int, tuple[Tensor, list[Tensor | None]]] = {}

@@ -65,7 +65,8 @@ class ExpertLoadCallback(TrainerCallback):
             self._reporters = trainer.callback_handler.callbacks
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        for name in [name for name in logs or {} if is_of_one_layer(name)]:
+        logs = {} if logs is None else logs
+        for name in list(filter(is_of_one_layer, logs)):
             del logs[name]
 
     def on_evaluate(self, args, state, control, **kwargs):

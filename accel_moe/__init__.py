@@ -21,12 +21,28 @@ if TYPE_CHECKING:
     from accel_moe.api import from_pretrained, prepare
     from accel_moe.config import MoEConfig
     from accel_moe.experts.expert_counts import expert_load, tokens_per_expert
+    from accel_moe.monitoring.callback import ExpertLoadCallback
+    from accel_moe.monitoring.heatmap import ExpertLoadHistory
+    from accel_moe.monitoring.statistics import expert_load_metrics
 
-__all__ = ["MoEConfig", "__version__", "expert_load", "from_pretrained", "prepare", "tokens_per_expert"]
+__all__ = [
+    "ExpertLoadCallback",
+    "ExpertLoadHistory",
+    "MoEConfig",
+    "__version__",
+    "expert_load",
+    "expert_load_metrics",
+    "from_pretrained",
+    "prepare",
+    "tokens_per_expert",
+]
 
 _MODULE_OF = {
+    "ExpertLoadCallback": "accel_moe.monitoring.callback",
+    "ExpertLoadHistory": "accel_moe.monitoring.heatmap",
     "MoEConfig": "accel_moe.config",
     "expert_load": "accel_moe.experts.expert_counts",
+    "expert_load_metrics": "accel_moe.monitoring.statistics",
     "from_pretrained": "accel_moe.api",
     "prepare": "accel_moe.api",
     "tokens_per_expert": "accel_moe.experts.expert_counts",

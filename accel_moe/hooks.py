@@ -25,6 +25,7 @@ from accel_moe import (
 )
 from accel_moe.checkpoint import background, for_accelerate, for_trainer
 from accel_moe.experts import adapters, pack
+from accel_moe.monitoring import callback
 from accel_moe.patching import patches_of
 from accel_moe.weights import adapters_on_meta, plan
 
@@ -32,7 +33,7 @@ logger = logging.getLogger("accel_moe")
 
 TABLE = (
     *patches_of(in_accelerator, dtype_units, shard, recompute, positions, whereabouts),
-    *patches_of(for_accelerate, background, for_trainer),
+    *patches_of(for_accelerate, background, for_trainer, callback),
 )
 PEFT_TABLE = patches_of(adapters)
 """In place where PEFT was imported."""

@@ -87,7 +87,8 @@ def main() -> None:
     bar = tqdm(total=args.steps, initial=progress.step, disable=not accelerator.is_main_process, unit="step")
     if progress.step == 0:
         metrics.log(0, {"eval/loss": evaluate(accelerator, model, eval_loader)})
-    window = Window(accelerator)
+    window, load = Window(accelerator), accel_moe.ExpertLoadHistory()
+    heatmap = Path(args.output, f"expert_load_from_step_{progress.step}.png")
     while progress.step < args.steps:
         train_loader.set_epoch(progress.epoch)
         batches = accelerator.skip_first_batches(train_loader, progress.batches_in_epoch)
@@ -109,13 +110,16 @@ def main() -> None:
             bar.update()
             last = progress.step == args.steps
             if last or progress.step % args.log_every == 0:
-                values = window.close(model) | {"train/grad_norm": float(norm), "train/lr": scheduler.get_last_lr()[0]}
+                values = window.close() | {"train/grad_norm": float(norm), "train/lr": scheduler.get_last_lr()[0]}
+                values |= load.measure(model, progress.step)  # a collective; evaluation's tokens are not in it
                 metrics.log(progress.step, values)
                 bar.set_postfix(summary(values))
             if last or progress.step % args.eval_every == 0:
                 metrics.log(progress.step, {"eval/loss": evaluate(accelerator, model, eval_loader)})
             if last or progress.step % args.save_every == 0:
                 accelerator.save_state(str(Path(args.output, f"checkpoint-{progress.step}")))
+                if accelerator.is_main_process:
+                    load.write(heatmap)
             if last:
                 break
         else:
@@ -134,7 +138,6 @@ def evaluate(accelerator: Accelerator, model: torch.nn.Module, loader: DataLoade
         # the loader repeats samples so that every rank has a last batch; gather_for_metrics drops them
         losses.append(accelerator.gather_for_metrics(losses_of_rows(logits, batch["input_ids"])))
     model.train()
-    accel_moe.tokens_per_expert(model)  # resets the counts: evaluation's tokens are not training's
     return torch.cat(losses).mean().item()
 
 
@@ -154,32 +157,20 @@ class Window:
         self.losses.append(loss.detach())
         self.tokens += tokens
 
-    def close(self, model: torch.nn.Module) -> dict[str, float]:
+    def close(self) -> dict[str, float]:
         """Metrics of the window over all ranks; starts the next window. A collective."""
         loss = self.accelerator.reduce(torch.stack(self.losses).mean(), "mean").item()
         seconds = time.perf_counter() - self.start_s
-        values = {
-            "train/loss": loss,
-            "train/tokens_per_s": self.tokens * self.accelerator.num_processes / seconds,
-            **expert_metrics(model),
-        }
+        tokens_per_s = self.tokens * self.accelerator.num_processes / seconds
         self.clear()
-        return values
-
-
-def expert_metrics(model: torch.nn.Module) -> dict[str, float]:
-    """The share of its layer's tokens that the busiest expert got: the worst layer, and each layer. A collective."""
-    load = accel_moe.tokens_per_expert(model)
-    shares = [float(counts.max() / counts.sum().clamp(min=1)) for counts in load.values()]
-    each = {f"experts/busiest_share_layer_{i}": share for i, share in enumerate(shares)}
-    return {"experts/busiest_share": max(shares), **each}
+        return {"train/loss": loss, "train/tokens_per_s": tokens_per_s}
 
 
 def summary(values: dict[str, float]) -> dict[str, str]:
     return {
         "loss": f"{values['train/loss']:.3f}",
         "tokens/s": f"{values['train/tokens_per_s']:.0f}",
-        "busiest expert": f"{values['experts/busiest_share']:.0%}",
+        "busiest expert": f"{values.get('expert_load/busiest_share', 0):.0%}",
     }
 
 

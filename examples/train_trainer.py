@@ -1,4 +1,4 @@
-"""examples/train.py through transformers.Trainer: `accel_moe.prepare(model)` is the one added line.
+"""examples/train.py through transformers.Trainer: `accel_moe.prepare(model)` is the one line it needs.
 
     accelerate launch --config_file accelerate_configs/ep8.yaml examples/train_trainer.py --model Qwen/Qwen3-30B-A3B \
         --data my_texts --output runs/mine
@@ -19,17 +19,6 @@ from transformers import AutoTokenizer, Trainer, TrainingArguments
 
 import accel_moe
 import accel_moe.cpu
-
-
-class TrainerWithExpertLoad(Trainer):
-    """Adds the busiest expert's share of its layer's tokens to every line of training metrics."""
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        load = accel_moe.tokens_per_expert(self.model)  # a collective: Trainer logs at the same steps on every rank
-        if "loss" in logs:  # else it is an evaluation's line, whose tokens do not count
-            busiest = max(float(counts.max() / counts.sum().clamp(min=1)) for counts in load.values())
-            logs = {**logs, "busiest_expert_share": busiest}
-        super().log(logs, start_time)
 
 
 def main() -> None:
@@ -61,11 +50,12 @@ def main() -> None:
     model.config.use_cache = False  # activation checkpointing runs a layer twice, which a cache does not allow
     model = lora.with_adapter(model, args)
     model = accel_moe.prepare(model, **lora.options(args))
-    trainer = TrainerWithExpertLoad(
+    trainer = Trainer(
         model=model,
         args=training,
         train_dataset=tokenize(train_texts, tokenizer, args.seq_len),
         eval_dataset=tokenize(held_out_texts, tokenizer, args.seq_len, args.eval_sequences),
+        callbacks=[accel_moe.ExpertLoadCallback()],  # the load of the experts in every line, and as a heatmap
     )
     trainer.train(resume_from_checkpoint=args.resume)
 

@@ -64,7 +64,9 @@ class LayerState:
     handle: torch.Tensor | None = field(default=None, repr=False)
     """What stands for the layer in a compiled graph (in_graph.py)."""
     tokens_per_expert: torch.Tensor | None = field(default=None, repr=False)
-    """[E] int64 on the layer's device: slots routed to each expert since the last `tokens_per_expert`."""
+    """[E] int64 on the layer's device: slots routed to each expert since counts were last taken (expert_counts.py)."""
+    evaluated_per_expert: torch.Tensor | None = field(default=None, repr=False)
+    """The same of evaluation, which the other leaves out."""
     pair_widths: tuple[int, int] | None = None
     """Values that a (row, expert) pair takes without and with a backward to come; read off the weights once."""
     cast_bytes: dict[torch.dtype, int] = field(default_factory=dict, repr=False)

@@ -29,6 +29,8 @@ class LayerWork(Overlap):
     def __init__(self, module: Any, tokens: RoutedTokens):
         self._module, self._layer = module, module._accel_moe_layer
         self._dtype, self._index = tokens.rows.dtype, tokens.index
+        # now: a dispatcher may ask for the work inside an autograd function, which records no gradients
+        self._evaluates = not (module.training or torch.is_grad_enabled())
         self._view: ExpertsView | None = None
         self._ready = False
         if self._layer.chunk_tokens:
@@ -59,7 +61,7 @@ class LayerWork(Overlap):
     def prepare_weights(self) -> None:
         if self._view is None:
             self._view = view_of(self._module, self._layer, self._dtype)
-            count_tokens(self._layer, self._index)
+            count_tokens(self._layer, self._index, self._evaluates)
         if (casts := self._view.hints.casts) is not None:
             casts.prepare()
         self._ready = True

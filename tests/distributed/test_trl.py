@@ -58,7 +58,6 @@ def arguments(cls, case: Case, folder: str, **more):
         output_dir=folder,
         per_device_train_batch_size=4 // case.world,
         max_steps=STEPS,
-        logging_steps=1,
         learning_rate=1e-2,
         lr_scheduler_type="constant",
         report_to=[],
@@ -68,8 +67,7 @@ def arguments(cls, case: Case, folder: str, **more):
         gradient_checkpointing=False,
         router_aux_loss_coef=0.0,  # TRL's default: a product of means over a rank's tokens, which one process has not
         use_cpu=case.world == 1 and not torch.cuda.is_available(),
-        **launched,
-        **more,
+        **{"logging_steps": 1, **launched, **more},
     )
 
 

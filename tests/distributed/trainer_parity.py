@@ -42,7 +42,6 @@ def trainer_arguments(case: Case, folder: str, model, **more):
         output_dir=folder,
         per_device_train_batch_size=batch,
         max_grad_norm=MAX_NORM,
-        logging_steps=1,
         lr_scheduler_type="constant",
         learning_rate=LEARNING_RATE,
         report_to=[],
@@ -55,7 +54,7 @@ def trainer_arguments(case: Case, folder: str, model, **more):
             "state_dict_type": "SHARDED_STATE_DICT",
         },
         parallelism_config=ParallelismConfig(dp_shard_size=case.world),
-        **{"max_steps": STEPS, "save_strategy": "no", **more},
+        **{"max_steps": STEPS, "logging_steps": 1, "save_strategy": "no", **more},
     )
 
 

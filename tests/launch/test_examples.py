@@ -64,7 +64,7 @@ def test_train_resumed_goes_on_with_the_losses_of_the_run_that_never_stopped(bas
         # the same sums on the same ranks in the same order, from state restored to the bit
         assert halves[name] == pytest.approx(whole[name], abs=1e-6), name
     assert whole["eval/loss"][4] < whole["eval/loss"][0]
-    assert all(1 / 8 <= share <= 1 for share in whole["experts/busiest_share"].values())
+    assert all(1 / 8 <= share <= 1 for share in whole["expert_load/busiest_share"].values())
 
 
 def test_train_trainer_trains_evaluates_saves_and_resumes(base, tmp_path):
@@ -76,7 +76,7 @@ def test_train_trainer_trains_evaluates_saves_and_resumes(base, tmp_path):
     losses = {line["step"]: line["loss"] for line in history if "loss" in line}
     assert sorted(losses) == [1, 2, 3, 4] and all(math.isfinite(loss) for loss in losses.values())
     assert [line["step"] for line in history if "eval_loss" in line] == [2, 4]
-    assert all(1 / 8 <= line["busiest_expert_share"] <= 1 for line in history if "loss" in line)
+    assert all(1 / 8 <= line["expert_load/busiest_share"] <= 1 for line in history if "loss" in line)
 
 
 def test_lora_trains_resumes_and_is_merged_into_its_base(base, tmp_path):

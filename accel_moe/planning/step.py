@@ -62,6 +62,10 @@ class Job:
     bf16_weights: bool = False
     """And gradients and moments; else they are fp32."""
     compiled: bool = False
+    exchange_again: bool = False
+    """In the forward that checkpointing runs again."""
+    expert_bytes: float = 2
+    """That FSDP gathers of an expert's weight: 2 is bf16."""
 
     @property
     def gpus(self) -> int:
@@ -116,34 +120,35 @@ def terms_ms(job: Job) -> dict[str, float]:
     ms["expert casts"] = 2 * cast_bytes * m.routed / job.ep / MEASURED["elementwise, bytes/s"] * 1e3
     ms["exchange"] = exchange_ms(job)
     ms["dense FSDP"] = fsdp_ms(job, m.dense + m.embeddings, job.ep * job.efsdp, stride=1)
-    ms["expert FSDP"] = fsdp_ms(job, m.routed / job.ep, job.efsdp, stride=job.ep)
+    ms["expert FSDP"] = fsdp_ms(job, m.routed / job.ep, job.efsdp, stride=job.ep, each=job.expert_bytes)
     return ms
 
 
 def exchange_ms(job: Job) -> float:
     """Four exchanges of rows a layer (dispatch and combine, forward and backward), each row once per rank.
-    Checkpointing keeps the received rows and adds no exchange."""
+    Checkpointing keeps the received rows and adds no exchange, unless `exchange_again`."""
     m = job.model
     hit = ranks_hit(m.experts, m.top_k, job.ep) / job.ep  # the share of tokens that a given rank gets
     on_node = min(job.ep, job.per_node) - 1
     off_node = job.ep - 1 - on_node
-    row_bytes = 4 * m.moe_layers * job.tokens * hit * m.hidden * 2
+    row_bytes = (6 if job.exchange_again else 4) * m.moe_layers * job.tokens * hit * m.hidden * 2
     return (on_node * row_bytes / LINKS["NVLink"] + off_node * row_bytes / LINKS["InfiniBand"]) * 1e3
 
 
-def fsdp_ms(job: Job, parameters: float, group: int, *, stride: int) -> float:
+def fsdp_ms(job: Job, parameters: float, group: int, *, stride: int, each: float = 2) -> float:
     """All-gather in bf16 for forward and for backward, reduce-scatter in fp32 (or bf16), and the replicas' all-reduce.
     Of frozen weights only the all-gathers.
 
     Args:
         group: how many ranks share the parameters, every `stride`-th rank of the job.
+        each: bytes of a gathered parameter.
     """
     across = group * stride > job.per_node
     link = LINKS["InfiniBand"] if across else LINKS["NVLink"]
     # a ring over nodes: one GPU of each node passes on what all of the node need, those in the group share the work
     wires = max(1, job.per_node // stride) if across else 1
     gradient_bytes = 0 if job.model.trained is not None else 2 if job.bf16_weights else 4
-    moved = parameters * (2 + 2 + gradient_bytes)
+    moved = parameters * (2 * each + gradient_bytes)
     # with several wires also inside the node over NVLink, which is not what takes the time
     moved = moved / wires if wires > 1 else moved * (group - 1) / group
     reduced = 2 * gradient_bytes * parameters / group * (job.replicas - 1) / job.replicas

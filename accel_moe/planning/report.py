@@ -12,7 +12,7 @@ from accel_moe.planning.shapes import Shapes
 from accel_moe.planning.trace import Traced
 
 WIDTH = 100
-WIDTHS = (8, 7, 6, 6, 7, 6, 6, 6, 5, 6, 7, 6, 6, 6, 6)
+WIDTHS = (8, 7, 6, 6, 7, 6, 6, 6, 5, 6, 7, 6, 6, 6, 0)
 """Of each column, the space before it included; the last is as wide as its text."""
 GROUPS = " " * 46 + "  --- exchange --   --- peak, GiB ----"
 COLUMNS = (

@@ -168,8 +168,8 @@ def _against(plan: Plan, best: Plan) -> str:
 
 
 def _legend(traced: Traced) -> list[str]:
-    how = "counted: one forward, traced without memory"
-    if not traced.is_counted:
+    how = f"counted: a forward of {traced.tokens} tokens, traced without memory"
+    if not traced.tokens:
         how = f"guessed by rule, for the model does not run without memory ({traced.why})"
     lines = [
         "exact     weight, grads, AdamW: the model's parameters, over the ranks.",
@@ -192,12 +192,14 @@ def _legend(traced: Traced) -> list[str]:
 def accelerate_yaml(shapes: Shapes, run: Training, plan: Plan, command: str) -> str:
     """The accelerate config of one mesh, as accelerate_configs/ has them."""
     mesh, gpus = plan.mesh, plan.mesh.world_size
+    dtype = "float32" if run.lora and run.base_bytes == memory.FP32 else "bfloat16"
     machines = math.ceil(gpus / run.gpus_per_node)
     lines = [
         f"# {command}",
         f"# {mesh.describe()}. {shapes.experts} experts: {shapes.experts // mesh.ep} on each rank of ep.",
         f"# Expected: {_gib(plan.use.peak[0])} of {run.memory_bytes / GIB:g} GiB at the peak, with {run.sequences} x "
         f"{run.length} tokens a GPU.",
+        *([f"# Load the model with dtype=torch.{dtype}."] if run.bf16_weights or run.lora else []),
         "distributed_type: FSDP",
         f"num_machines: {machines}",
         f"num_processes: {gpus}",

@@ -113,7 +113,7 @@ def terms_ms(job: Job) -> dict[str, float]:
     passes = COMPILED_PASSES if job.compiled else ELEMENTWISE_PASSES
     ms["elementwise"] = runs / 3 * m.layers * passes * t * m.hidden * 2 / MEASURED["elementwise, bytes/s"] * 1e3
     ms["cross entropy"] = 4 * t * m.vocabulary * 4 / MEASURED["cross entropy, bytes/s"] * 1e3
-    own = (m.trained if frozen else m.parameters) / (job.ep * job.efsdp)
+    own = (m.parameters if m.trained is None else m.trained) / (job.ep * job.efsdp)
     ms["AdamW"] = (14 if job.bf16_weights else 28) * own / MEASURED["AdamW, bytes/s"] * 1e3
     # fp32 weights to bf16, in forward and again in backward, of the experts that a rank computes with
     cast_bytes = 0 if job.bf16_weights else 6

@@ -28,18 +28,22 @@ _ATTENTION = "accel_moe_plan"
 _UNITS_BY_RULE = 20
 """Of [tokens, hidden] in bf16 a layer, where a model cannot be traced: 19.7 for Qwen3-MoE in eager transformers."""
 
+_SHORT = 64
+"""Tokens of a short forward; a multiple of the chunks that linear attention works in."""
+
 
 @dataclass(frozen=True)
 class Traced:
     """Bytes kept for backward by one rank, of all layers together.
 
     Attributes:
-        is_counted: false for a model that does not run on meta: the number is a rule of thumb.
+        tokens: of the forward that was traced; saved_bytes are for the whole batch, whatever this is. 0 for a model
+            that does not run on meta: the number is a rule of thumb.
         why: the error that stopped the trace, or "".
     """
 
     saved_bytes: int
-    is_counted: bool
+    tokens: int
     why: str = ""
 
 
@@ -57,13 +61,26 @@ def saved_outside_experts(model: nn.Module, shapes: Shapes, sequences: int, leng
     try:
         with _fused_attention(model), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return Traced(_saved_bytes(model, sequences, length), True)
+            return _trace(model, sequences, length)
     except Exception as error:  # whatever a model does that meta tensors cannot: it has no list
         saved = _UNITS_BY_RULE * shapes.layers * sequences * length * shapes.hidden * 2
-        return Traced(saved, False, f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:80]}")
+        return Traced(saved, 0, f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:80]}")
 
 
-def _saved_bytes(model: nn.Module, sequences: int, length: int) -> int:
+def _trace(model: nn.Module, sequences: int, length: int) -> Traced:
+    """The whole batch; or, for a model that loops over tokens in Python (state-space layers), which would take minutes,
+    two short forwards and the line through them. Such a model keeps more tensors of more tokens."""
+    if length > 2 * _SHORT:
+        (some, number), (more, greater) = (_kept(model, 1, tokens) for tokens in (_SHORT, 2 * _SHORT))
+        if greater > number:
+            a_token = (more - some) / _SHORT
+            saved = some + a_token * (sequences * length - _SHORT)
+            return Traced(int(saved), 2 * _SHORT)
+    return Traced(_kept(model, sequences, length)[0], sequences * length)
+
+
+def _kept(model: nn.Module, sequences: int, length: int) -> tuple[int, int]:
+    """Bytes and number of the tensors that one forward keeps."""
     weights = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
     kept: dict[int, Tensor] = {}  # alive, so that no two storages have one address
 
@@ -76,9 +93,9 @@ def _saved_bytes(model: nn.Module, sequences: int, length: int) -> int:
     tokens = torch.zeros(sequences, length, dtype=torch.long, device="meta")
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         output = model(input_ids=tokens, use_cache=False)
-    logits = getattr(output, "logits", None)
-    own = {logits.untyped_storage()._cdata} if logits is not None else set()
-    return sum(tensor.untyped_storage().nbytes() for at, tensor in kept.items() if at not in own)
+    if (logits := getattr(output, "logits", None)) is not None:
+        kept.pop(logits.untyped_storage()._cdata, None)
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values()), len(kept)
 
 
 def _adapt(model: nn.Module, rank: int) -> None:

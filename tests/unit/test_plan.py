@@ -14,7 +14,7 @@ from accel_moe import plan
 from accel_moe.dispatch import automatic
 from accel_moe.kernels import deferred_count
 from accel_moe.mesh import plan_mesh
-from accel_moe.planning import memory, meshes, report, step
+from accel_moe.planning import memory, meshes, report, step, trace
 from accel_moe.planning.memory import BF16, FP32, GIB, Training
 from accel_moe.planning.shapes import shapes_of
 from accel_moe.planning.trace import Traced, saved_outside_experts
@@ -95,7 +95,7 @@ def test_the_peak_and_the_verdict_are_those_of_a_measured_run(run):
     traced = saved_outside_experts(
         model, shapes, scenario["batch_size"], scenario["seq_len"], scenario.get("lora_rank", 0)
     )
-    assert traced.is_counted, traced.why
+    assert traced.tokens == scenario["batch_size"] * scenario["seq_len"], traced.why
     training = training_of(scenario, traced.saved_bytes, run.memory, run.options)
     (found,) = meshes.plans_of(shapes, training, [plan_mesh(run.gpus, run.gpus)])
     # a tenth: what the planner promises. The worst is off by 2%: room for what fits a GPU by a hair
@@ -174,10 +174,22 @@ def test_a_model_that_does_not_run_on_meta_is_guessed_and_the_report_says_so(mon
     shapes = shapes_of(model)
     monkeypatch.setattr(type(model), "forward", lambda self, **batch: batch["input_ids"].item())
     traced = saved_outside_experts(model, shapes, 1, 16)
-    assert not traced.is_counted and traced.saved_bytes == 20 * 2 * 16 * 64 * 2
+    assert not traced.tokens and traced.saved_bytes == 20 * 2 * 16 * 64 * 2
     run = Training(traced.saved_bytes, length=16)
     text = report.report("m", shapes, run, traced, meshes.plans_of(shapes, run, [plan_mesh(2, 2)]), "")
     assert "guessed by rule" in text
+
+
+def test_a_model_that_loops_over_tokens_is_traced_short_and_scaled(monkeypatch):
+    whole, looping = tiny(), tiny()
+    shapes = shapes_of(whole)
+    exact = saved_outside_experts(whole, shapes, 2, 1024)
+    kept = trace._kept
+    monkeypatch.setattr(trace, "_kept", lambda model, n, length: (kept(model, n, length)[0], length))
+    scaled = saved_outside_experts(looping, shapes, 2, 1024)
+    assert (exact.tokens, scaled.tokens) == (2048, 128)
+    # a hundredth: rotary embeddings are the same for all sequences
+    assert scaled.saved_bytes == pytest.approx(exact.saved_bytes, rel=0.01)
 
 
 def test_counts_are_those_of_the_model_and_of_peft():
@@ -326,4 +338,4 @@ def test_a_model_that_cannot_be_planned_for_is_refused_in_one_line(tmp_path, cap
 def test_the_report_tells_the_traced_from_the_guessed():
     shapes, run = shapes_of(tiny()), Training(0)
     plans = meshes.plans_of(shapes, run, [plan_mesh(2, 2)])
-    assert "counted: one forward" in report.report("m", shapes, run, Traced(0, True), plans, "")
+    assert "counted: a forward of 32 tokens" in report.report("m", shapes, run, Traced(0, 32), plans, "")

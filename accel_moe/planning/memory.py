@@ -14,7 +14,8 @@ A step holds most at one of four moments:
     embedding       weights, moments, all gradients, and the embedding's gradient before it is reduced
 
 Peaks are those of torch's allocator. tests/unit/test_plan.py compares them with every measured run of
-examples/benchmarks/RESULTS.md.
+examples/benchmarks/RESULTS.md. The terms were written with the same runs in view: the comparison guards them, and is no
+test on unseen runs.
 """
 
 from __future__ import annotations
@@ -33,8 +34,8 @@ COMPILED_SHARE = 0.56
 """Of the activations outside the experts, what a compiled layer keeps: 11 of 19.7 times [tokens, hidden] in bf16.
 Fitted to the peaks of Qwen3-30B-A3B at 6 and at 48 layers."""
 LOSS_COPIES = 3
-"""fp32 tensors [tokens, vocabulary] at the peak of transformers' loss: the log-softmax, its gradient, and the gradient
-of the picked entries."""
+"""fp32 tensors [tokens, vocabulary] at the peak of transformers' loss. From the measured 13.9 GiB of 8192 x 151936
+(RESULTS.md, Limits of a step), which are three; which three was not looked up in a memory profile."""
 OF_MEMORY = 1 / 16
 """As dispatch/automatic.py: the share of a GPU that an all-gather's buffers may take."""
 NEEDED = 0.75
@@ -126,6 +127,7 @@ def use_of(shapes: Shapes, run: Training, mesh: MeshPlan) -> Use:
         results.append((_activations(shapes, run, mesh.ep, rows), *_exchange(shapes, run, rows), rows))
     loss = LOSS_COPIES * FP32 * run.tokens * shapes.vocabulary
     head = BF16 * (shapes.head or shapes.embedding) if mesh.world_size > 1 or _trained_bytes(run) != BF16 else 0
+    # the gradient, the input of its reduce-scatter and its output: these explain the measured peak at 1 x 2048 tokens
     embedding = 0 if run.lora else (2 + 1 / mesh.dp_shard) * BF16 * shapes.embedding
     peaks = []
     for kept, forward, backward, rows in results:

@@ -175,8 +175,8 @@ def _legend(traced: Traced) -> list[str]:
         "exact     weight, grads, AdamW: the model's parameters, over the ranks.",
         f"activ.    kept for backward, even routing. Outside the experts {how}.",
         "estimated layer (gathered and cast weights, unreduced gradients, what checkpointing makes again), exchange "
-        "(rows and pairs of one layer), loss, peak. The peak was within 10% of each measured run: Qwen3-MoE and "
-        "Mixtral, 1 to 4 GPUs. Kinds do not add up to it: not all are there at one time.",
+        "(rows and pairs of one layer), loss, peak. Kinds do not add up to the peak: not all are there at one time. "
+        "It was made to fit the measured runs (Qwen3-MoE, Mixtral, 1 to 4 GPUs, ep = GPUs), and is within 10% there.",
         "2x, worst this rank gets twice an even share in every layer; every token of its ep group.",
         f"fits      {meshes.SET_ASIDE_BYTES / GIB:g} GiB are set aside for CUDA and NCCL. yes: a tenth of the rest is "
         "free. tight: less, or not at 2x.",

@@ -2,8 +2,8 @@
 
 SFT packs several samples into a row, whose positions start again, or trains on the assistant's tokens alone, of which
 each rank has another number. DPO runs a frozen reference between the forwards of the policy: a model that TRL loads,
-one that accel_moe shards, or the policy with its adapter switched off. Everything is in fp32: only sums have another
-order.
+one that accel_moe shards, or the policy with its adapter switched off. GRPO generates between its steps. Everything is
+in fp32: only sums have another order.
 """
 
 from dataclasses import dataclass
@@ -206,15 +206,59 @@ def dpo_sharded(case: Case, folder: str) -> Trained:
     return run_dpo(case, folder, prepared(case, folder, deferred=case.world > 1), ref_model=reference)
 
 
+class Draws:
+    """In place of torch.multinomial: row k of the whole batch draws its k-th best token, and ends after 3 + 2 k."""
+
+    def __init__(self, rank: int):
+        self.rank, self.step = rank, 0
+
+    def __call__(self, probabilities: torch.Tensor, num_samples: int = 1) -> torch.Tensor:
+        count = len(probabilities)
+        rows = (torch.arange(count) + self.rank * count).to(probabilities.device)
+        drawn = probabilities.topk(4, dim=-1).indices.gather(1, (rows % 4)[:, None])
+        self.step += 1
+        return drawn.masked_fill((self.step > 3 + 2 * rows)[:, None], tokenizer().eos_token_id)
+
+
+def letters(completions: list[str], **_) -> list[float]:
+    return [float(sum(map(ord, text)) % 7) for text in completions]
+
+
+def grpo(case: Case, folder: str) -> Trained:
+    """Completions by transformers' generate, on each rank of other lengths, four a prompt over both ranks."""
+    from datasets import Dataset
+    from trl import GRPOConfig, GRPOTrainer
+
+    class Drawing(GRPOTrainer):
+        def _generate(self, prompts):
+            rank, drawn = self.accelerator.process_index, torch.multinomial
+            torch.multinomial = Draws(rank)
+            try:
+                completions = super()._generate(prompts)
+            finally:
+                torch.multinomial = drawn
+            lengths = [len(ids) for ids in completions[1]]
+            assert lengths == [4 + 2 * (k + rank * len(prompts)) for k in range(len(prompts))]
+            return completions
+
+    generator = torch.Generator().manual_seed(3)
+    rows = Dataset.from_list([{"prompt": sentence(generator, 6)} for _ in range(8)])
+    model = prepared(case, folder, deferred=case.world > 1)
+    more = dict(num_generations=4, max_completion_length=12, generation_kwargs={"use_cache": True})
+    args = arguments(GRPOConfig, case, folder + "/out", **more)
+    return run(Drawing, model=model, args=args, train_dataset=rows, reward_funcs=letters)
+
+
 @pytest.mark.parametrize(
     "train",
     [
         pytest.param(sft, marks=pytest.mark.slow, id="SFT with packing"),
         pytest.param(sft_lora, id="SFT with peft_config"),
         pytest.param(sft_chat, id="SFT on the assistant's tokens, padding-free, accumulated"),
-        pytest.param(dpo, id="DPO with a loaded reference"),
+        pytest.param(dpo, marks=pytest.mark.slow, id="DPO with a loaded reference"),
         pytest.param(dpo_lora, id="DPO with the adapter switched off"),
         pytest.param(dpo_sharded, id="DPO with a sharded reference"),
+        pytest.param(grpo, id="GRPO with transformers' generate"),
     ],
 )
 def test_a_trl_trainer_over_ranks_equals_one_process(train, tmp_path):

@@ -112,6 +112,28 @@ def test_train_trainer_trains_an_adapter(base, tmp_path):
     assert all(".lora_" in name for name in manifest["tensors"]["pytorch_model_fsdp_0"])
 
 
+TRL_METHODS = {
+    "sft": (["--method", "sft"], "mean_token_accuracy"),
+    "sft packed": (["--method", "sft", "--packing"], "mean_token_accuracy"),
+    "dpo": (["--method", "dpo"], "rewards/margins"),
+    "dpo without its adapter": (["--method", "dpo", "--lora", "4", "--lora-experts"], "rewards/margins"),
+    "grpo": (["--method", "grpo"], "reward"),
+}
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n == "sft" else pytest.mark.slow) for n in TRL_METHODS])
+def test_train_trl_trains_and_saves(base, tmp_path, name):
+    pytest.importorskip("trl")
+    method, metric = TRL_METHODS[name]
+    script = [*LAUNCH, "examples/train_trl.py", "--model", base, "--output", tmp_path, *SMALL, *method]
+    script += ["--max-megabytes", "0.1", "--log-every", "1", "--eval-every", "2", "--save-every", "2"]
+    python(*script, "--steps", "2")
+    history = json.loads((tmp_path / "checkpoint-2" / "trainer_state.json").read_text())["log_history"]
+    logged = [line for line in history if "loss" in line]
+    assert [line["step"] for line in logged] == [1, 2] and all(math.isfinite(line["loss"]) for line in logged)
+    assert all(metric in line for line in logged)
+
+
 @pytest.mark.slow
 def test_quickstart_learns_and_consolidates_what_it_trained(tmp_path):
     output = python("examples/quickstart.py", "--output", tmp_path / "quickstart")

@@ -19,13 +19,25 @@ from accel_moe.version import __version__
 
 if TYPE_CHECKING:
     from accel_moe.api import from_pretrained, prepare
+    from accel_moe.checkpoint.preemption import Preemption, PreemptionCallback
     from accel_moe.config import MoEConfig
     from accel_moe.experts.expert_counts import expert_load, tokens_per_expert
 
-__all__ = ["MoEConfig", "__version__", "expert_load", "from_pretrained", "prepare", "tokens_per_expert"]
+__all__ = [
+    "MoEConfig",
+    "Preemption",
+    "PreemptionCallback",
+    "__version__",
+    "expert_load",
+    "from_pretrained",
+    "prepare",
+    "tokens_per_expert",
+]
 
 _MODULE_OF = {
     "MoEConfig": "accel_moe.config",
+    "Preemption": "accel_moe.checkpoint.preemption",
+    "PreemptionCallback": "accel_moe.checkpoint.preemption",
     "expert_load": "accel_moe.experts.expert_counts",
     "from_pretrained": "accel_moe.api",
     "prepare": "accel_moe.api",

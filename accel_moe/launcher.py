@@ -22,6 +22,7 @@ import functools
 import io
 import json
 import os
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -96,6 +97,23 @@ def launch_arguments(argv: list[str]) -> list[str] | None:
         if word == "-c" or name.endswith(".py"):
             return None
     return None
+
+
+def launch_command() -> list[str]:
+    """The words that started this script: its launcher's, if an ancestor was given the script and its arguments."""
+    return command_in(_ancestors(), sys.argv)
+
+
+def command_in(ancestors: Iterable[Any], argv: list[str]) -> list[str]:
+    """launch_command() over given psutil.Process-like objects, nearest first, for a script called with `argv`."""
+    import psutil
+
+    with contextlib.suppress(psutil.Error, OSError):
+        for process in ancestors:
+            words = process.cmdline()
+            if len(words) > len(argv) and words[-len(argv) :] == argv:
+                return words
+    return [sys.executable, *argv]
 
 
 def default_config_file(environ: Mapping[str, str]) -> str:

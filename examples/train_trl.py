@@ -46,7 +46,11 @@ def main() -> None:
     tokenizer.chat_template = tokenizer.chat_template or chats.CHAT_TEMPLATE
     model = accel_moe.from_pretrained(args.model)  # the trainer's accelerator reads the weights, into the shards
     model.config.use_cache = False  # activation checkpointing runs a layer twice, which a cache does not allow
-    options: dict[str, Any] = {"processing_class": tokenizer, "peft_config": lora.adapter_config(model, args)}
+    options: dict[str, Any] = {
+        "processing_class": tokenizer,
+        "peft_config": lora.adapter_config(model, args),
+        "callbacks": [accel_moe.PreemptionCallback(resume="--resume")],
+    }
     model = accel_moe.prepare(model, **lora.options(args))
     trainer = {"sft": sft, "dpo": dpo, "grpo": grpo}[args.method](model, args, options)
     trainer.train(resume_from_checkpoint=args.resume)

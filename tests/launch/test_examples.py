@@ -17,15 +17,20 @@ SMALL = ["--max-megabytes", "0.2", "--seq-len", "32", "--batch-size", "2", "--ev
 SMALL += ["--lr", "3e-3", "--warmup", "1"]
 
 
-def python(*words):
-    """Run this Python on `words` from the repository's root, as the README does; its output."""
+def environment():
+    """This process's, without what pytest and accelerate set."""
     inherited = {k: v for k, v in os.environ.items() if not k.startswith(("ACCEL", "PYTEST", "TRITON"))}
     settings = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     path = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))
+    return inherited | settings | {"PYTHONPATH": path}
+
+
+def python(*words):
+    """Run this Python on `words` from the repository's root, as the README does; its output."""
     done = subprocess.run(
         [sys.executable, *map(str, words)],
         cwd=REPOSITORY,
-        env=inherited | settings | {"PYTHONPATH": path},
+        env=environment(),
         capture_output=True,
         text=True,
         timeout=300,

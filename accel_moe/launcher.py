@@ -12,6 +12,8 @@ The three answers mean different things. A file without our keys turns expert pa
 all may be a file that we failed to see, so config.py warns. A launcher's file that we cannot read is a ValueError,
 never a silent "off".
 
+`launch_command` finds, among the same ancestors, the words that start the script again.
+
 This module does not know our keys, and writes nothing: not the environment, not accelerate's state.
 """
 

@@ -19,6 +19,7 @@ from accel_moe.version import __version__
 
 if TYPE_CHECKING:
     from accel_moe.api import from_pretrained, prepare
+    from accel_moe.checkpoint.preemption import Preemption, PreemptionCallback
     from accel_moe.config import MoEConfig
     from accel_moe.experts.expert_counts import expert_load, tokens_per_expert
     from accel_moe.monitoring.callback import ExpertLoadCallback
@@ -29,6 +30,8 @@ __all__ = [
     "ExpertLoadCallback",
     "ExpertLoadHistory",
     "MoEConfig",
+    "Preemption",
+    "PreemptionCallback",
     "__version__",
     "expert_load",
     "expert_load_metrics",
@@ -41,6 +44,8 @@ _MODULE_OF = {
     "ExpertLoadCallback": "accel_moe.monitoring.callback",
     "ExpertLoadHistory": "accel_moe.monitoring.heatmap",
     "MoEConfig": "accel_moe.config",
+    "Preemption": "accel_moe.checkpoint.preemption",
+    "PreemptionCallback": "accel_moe.checkpoint.preemption",
     "expert_load": "accel_moe.experts.expert_counts",
     "expert_load_metrics": "accel_moe.monitoring.statistics",
     "from_pretrained": "accel_moe.api",

@@ -76,6 +76,7 @@ def fsdp2_prepare_model(original, accelerator, model):
             shard.prefetch_next_layers(model)
     if state is not None:
         _watch(accelerator, model)
+        _generate_together(model)
     return model
 
 
@@ -210,6 +211,16 @@ def _watch(accelerator, model: nn.Module) -> None:
     first = accelerator.process_index // size * size
     whereabouts.watch(model, range(first, first + size))
     whereabouts.watch_the_end()
+
+
+def _generate_together(model: nn.Module) -> None:
+    """`generate` goes on, by default, until the last rank has its last token: each of its forwards is a collective.
+
+    transformers asks this of the models that it shards itself, and knows them by an attribute.
+    """
+    for module in model.modules():
+        if hasattr(module, "generate"):
+            module._is_fsdp_managed_module = True
 
 
 def _log_plan(plan: mesh.MeshPlan) -> None:

@@ -12,6 +12,8 @@ The three answers mean different things. A file without our keys turns expert pa
 all may be a file that we failed to see, so config.py warns. A launcher's file that we cannot read is a ValueError,
 never a silent "off".
 
+`launch_command` finds, among the same ancestors, the words that start the script again.
+
 This module does not know our keys, and writes nothing: not the environment, not accelerate's state.
 """
 
@@ -22,6 +24,7 @@ import functools
 import io
 import json
 import os
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -96,6 +99,23 @@ def launch_arguments(argv: list[str]) -> list[str] | None:
         if word == "-c" or name.endswith(".py"):
             return None
     return None
+
+
+def launch_command() -> list[str]:
+    """The words that started this script: its launcher's, if an ancestor was given the script and its arguments."""
+    return command_in(_ancestors(), sys.argv)
+
+
+def command_in(ancestors: Iterable[Any], argv: list[str]) -> list[str]:
+    """launch_command() over given psutil.Process-like objects, nearest first, for a script called with `argv`."""
+    import psutil
+
+    with contextlib.suppress(psutil.Error, OSError):
+        for process in ancestors:
+            words = process.cmdline()
+            if len(words) > len(argv) and words[-len(argv) :] == argv:
+                return words
+    return [sys.executable, *argv]
 
 
 def default_config_file(environ: Mapping[str, str]) -> str:

@@ -1,4 +1,4 @@
-"""The command line that train.py and train_trainer.py share."""
+"""The command line that the training scripts share."""
 
 from __future__ import annotations
 
@@ -10,6 +10,11 @@ from text import add_data_arguments
 
 def parse_arguments(description: str) -> argparse.Namespace:
     """The options of a training script; `description` heads its --help."""
+    return training_parser(description).parse_args()
+
+
+def training_parser(description: str) -> argparse.ArgumentParser:
+    """A parser with the shared options, to which a script may add its own."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--model", required=True, metavar="DIR_OR_HUB_ID", help="the base model")
     parser.add_argument("--output", required=True, metavar="DIR", help="checkpoints and metrics")
@@ -28,4 +33,4 @@ def parse_arguments(description: str) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     add_lora_arguments(parser)
     add_data_arguments(parser)
-    return parser.parse_args()
+    return parser

@@ -1,4 +1,4 @@
-"""LoRA for train.py and train_trainer.py: the flags, and the adapter around the model."""
+"""LoRA for the training scripts: the flags, the adapter's config, and the adapter around the model."""
 
 from __future__ import annotations
 
@@ -29,22 +29,34 @@ def with_adapter(model: nn.Module, args: argparse.Namespace) -> nn.Module:
 
     Raises ValueError for --lora-experts without --lora.
     """
+    config = adapter_config(model, args)
+    if config is None:
+        return model
+    from peft import get_peft_model
+
+    adapted = get_peft_model(model, config)
+    trained, total = adapted.get_nb_trainable_parameters()
+    logger.info("LoRA of rank %d: %d of %d parameters train", args.lora, trained, total)
+    return adapted
+
+
+def adapter_config(model: nn.Module, args: argparse.Namespace) -> Any:
+    """The `peft.LoraConfig` that the flags ask for; None without --lora.
+
+    Raises ValueError for --lora-experts without --lora.
+    """
     if not args.lora:
         if args.lora_experts:
             raise ValueError("--lora-experts without --lora, expected a rank: --lora 16 --lora-experts")
-        return model
-    from peft import LoraConfig, get_peft_model
+        return None
+    from peft import LoraConfig
 
-    config = LoraConfig(
+    return LoraConfig(
         r=args.lora,
         lora_alpha=2 * args.lora,
         target_modules=attention_projections(model),
         target_parameters=experts_parameters(model) if args.lora_experts else None,
     )
-    adapted = get_peft_model(model, config)
-    trained, total = adapted.get_nb_trainable_parameters()
-    logger.info("LoRA of rank %d: %d of %d parameters train", args.lora, trained, total)
-    return adapted
 
 
 def attention_projections(model: nn.Module) -> list[str]:

@@ -4,8 +4,9 @@
         --data my_texts --output runs/mine
 
 The YAML says how many ranks share the experts (`moe_ep_degree`). This script is the same for every YAML, also for a
-laptop's (accelerate_configs/ep2_cpu.yaml). `--resume` goes on from the newest checkpoint in --output. `--lora 16`
-trains an adapter instead of the model, and `--lora-experts` adapts the experts, too (docs/lora.md).
+laptop's (accelerate_configs/ep2_cpu.yaml). `--resume` goes on from the newest checkpoint in --output. SIGTERM ends the
+run after the step under way, with a checkpoint. `--lora 16` trains an adapter instead of the model, and
+`--lora-experts` adapts the experts, too (docs/lora.md).
 
 Under expert parallelism a forward is a collective: every rank must run the same number of forwards. Loaders that went
 through accelerator.prepare see to it, in evaluation too.
@@ -89,7 +90,8 @@ def main() -> None:
         metrics.log(0, {"eval/loss": evaluate(accelerator, model, eval_loader)})
     window, load = Window(accelerator), accel_moe.ExpertLoadHistory()
     heatmap = Path(args.output, f"expert_load_from_step_{progress.step}.png")
-    while progress.step < args.steps:
+    preemption, preempted = accel_moe.Preemption(resume="--resume"), False
+    while progress.step < args.steps and not preempted:
         train_loader.set_epoch(progress.epoch)
         batches = accelerator.skip_first_batches(train_loader, progress.batches_in_epoch)
         for batch in batches:
@@ -108,23 +110,24 @@ def main() -> None:
 
             progress.step += 1
             bar.update()
-            last = progress.step == args.steps
+            last, preempted = progress.step == args.steps, preemption.stops()
             if last or progress.step % args.log_every == 0:
                 values = window.close() | {"train/grad_norm": float(norm), "train/lr": scheduler.get_last_lr()[0]}
                 values |= load.measure(model, progress.step)  # a collective; evaluation's tokens are not in it
                 metrics.log(progress.step, values)
                 bar.set_postfix(summary(values))
-            if last or progress.step % args.eval_every == 0:
+            if (last or progress.step % args.eval_every == 0) and not preempted:
                 metrics.log(progress.step, {"eval/loss": evaluate(accelerator, model, eval_loader)})
-            if last or progress.step % args.save_every == 0:
+            if last or preempted or progress.step % args.save_every == 0:
                 accelerator.save_state(str(Path(args.output, f"checkpoint-{progress.step}")))
                 if accelerator.is_main_process:
                     load.write(heatmap)
-            if last:
+            if last or preempted:
                 break
         else:
             progress.epoch, progress.batches_in_epoch = progress.epoch + 1, 0
     bar.close()
+    preemption.close(Path(args.output, f"checkpoint-{progress.step}"))
     accelerator.end_training()
 
 

@@ -4,7 +4,7 @@
         --data my_texts --output runs/mine
 
 FSDP, mixed precision and the mesh come from the YAML, not from TrainingArguments. `--resume` goes on from the newest
-checkpoint in --output.
+checkpoint in --output. SIGTERM ends the run after the step under way, with a checkpoint.
 """
 
 from __future__ import annotations
@@ -55,7 +55,10 @@ def main() -> None:
         args=training,
         train_dataset=tokenize(train_texts, tokenizer, args.seq_len),
         eval_dataset=tokenize(held_out_texts, tokenizer, args.seq_len, args.eval_sequences),
-        callbacks=[accel_moe.ExpertLoadCallback()],  # the load of the experts in every line, and as a heatmap
+        callbacks=[
+            accel_moe.PreemptionCallback(resume="--resume"),
+            accel_moe.ExpertLoadCallback(),  # the load of the experts in every line, and as a heatmap
+        ],
     )
     trainer.train(resume_from_checkpoint=args.resume)
 

@@ -1,7 +1,9 @@
 """TRL's trainers on experts over ranks: losses, gradient norms and gradients are those of one process.
 
-SFT packs several samples into a row, whose positions start again; DPO runs a second, frozen model of its own between
-the forwards of the first. Everything is in fp32: what differs is the order of sums.
+SFT packs several samples into a row, whose positions start again, or trains on the assistant's tokens alone, of which
+each rank has another number. DPO runs a frozen reference between the forwards of the policy: a model that TRL loads,
+one that accel_moe shards, or the policy with its adapter switched off. GRPO generates between its steps. Everything is
+in fp32: only sums have another order.
 """
 
 from dataclasses import dataclass
@@ -9,7 +11,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from tests.distributed.parity import Case, clean, whole
+from tests.distributed.parity import Case, accelerator_for, clean, whole
 from tests.ranks import run_ranks
 from tests.tiny import VOCAB, decoder_layer_names, tiny_model
 
@@ -31,7 +33,15 @@ def tokenizer():
     vocabulary = {"<pad>": 0, "<end>": 1, "<unk>": 2, **{f"w{i}": i for i in range(3, VOCAB)}}
     words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<end>", unk_token="<unk>")
+    special = dict(pad_token="<pad>", eos_token="<end>", unk_token="<unk>")
+    return PreTrainedTokenizerFast(tokenizer_object=words, chat_template=CHAT_TEMPLATE, **special)
+
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ message.role }} {% if message.role == 'assistant' %}"
+    "{% generation %}{{ message.content }} <end>{% endgeneration %}{% else %}{{ message.content }} <end>{% endif %} "
+    "{% endfor %}"
+)
 
 
 def sentence(generator: torch.Generator, most: int) -> str:
@@ -96,6 +106,8 @@ def run(cls, **options) -> Trained:
 
         def training_step(self, model, *args, **kwargs):
             loss = super().training_step(model, *args, **kwargs)
+            if not self.accelerator.sync_gradients:
+                return loss
             named = ((clean(n).removeprefix("module."), p.grad) for n, p in model.named_parameters())
             gradients.append({name: whole(gradient) for name, gradient in named if gradient is not None})
             return loss
@@ -118,34 +130,121 @@ def sft(case: Case, folder: str) -> Trained:
     return run(SFTTrainer, model=model, args=args, train_dataset=rows)
 
 
+def chats(count: int) -> list[dict]:
+    """Two of each four rows, which are one rank's, have far longer answers than the other two."""
+    generator = torch.Generator().manual_seed(3)
+    rows = []
+    for i in range(count):
+        answer = sentence(generator, 4) if i % 4 < 2 else " ".join(sentence(generator, 9) for _ in range(2))
+        turns = [("user", sentence(generator, 6)), ("assistant", answer)]
+        rows.append({"messages": [{"role": role, "content": content} for role, content in turns]})
+    return rows
+
+
+def sft_chat(case: Case, folder: str) -> Trained:
+    """The loss is a sum over `num_items_in_batch`: the assistant's tokens of all ranks and of both forwards."""
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    more = dict(assistant_only_loss=True, padding_free=True, max_length=None, shuffle_dataset=False)
+    model = prepared(case, folder)
+    args = arguments(SFTConfig, case, folder + "/out", gradient_accumulation_steps=2, **more)
+    return run(SFTTrainer, model=model, args=args, train_dataset=Dataset.from_list(chats(16)))
+
+
 def sft_lora(case: Case, folder: str) -> Trained:
     """TRL wraps the model in its constructor; over ranks the base has no values then."""
     from datasets import Dataset
-    from peft import LoraConfig
     from trl import SFTConfig, SFTTrainer
 
     generator = torch.Generator().manual_seed(3)
     rows = Dataset.from_list([{"text": sentence(generator, 9)} for _ in range(16)])
     model = prepared(case, folder, deferred=case.world > 1)
     assert case.world == 1 or any(p.is_meta for p in model.parameters())
-    experts = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
-    config = LoraConfig(
-        r=4, lora_alpha=32, target_modules=["q_proj"], target_parameters=experts, init_lora_weights=False
-    )
-    torch.manual_seed(5)
     args = arguments(SFTConfig, case, folder + "/out", max_length=24, shuffle_dataset=False)
-    return run(SFTTrainer, model=model, args=args, train_dataset=rows, peft_config=config)
+    return run(SFTTrainer, model=model, args=args, train_dataset=rows, peft_config=lora())
+
+
+def lora():
+    """An adapter on attention and experts, with values: one that begins at nothing would equal its reference."""
+    from peft import LoraConfig
+
+    experts = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    torch.manual_seed(5)
+    return LoraConfig(r=4, lora_alpha=32, target_modules=["q_proj"], target_parameters=experts, init_lora_weights=False)
 
 
 def dpo(case: Case, folder: str) -> Trained:
+    return run_dpo(case, folder, prepared(case, folder))
+
+
+def run_dpo(case: Case, folder: str, model, **more) -> Trained:
     from datasets import Dataset
     from trl import DPOConfig, DPOTrainer
 
     generator = torch.Generator().manual_seed(3)
     columns = {"prompt": 6, "chosen": 9, "rejected": 5}
     rows = [{name: sentence(generator, most) for name, most in columns.items()} for _ in range(8)]
-    model, args = prepared(case, folder), arguments(DPOConfig, case, folder + "/out")
-    return run(DPOTrainer, model=model, args=args, train_dataset=Dataset.from_list(rows))
+    args = arguments(DPOConfig, case, folder + "/out")
+    return run(DPOTrainer, model=model, args=args, train_dataset=Dataset.from_list(rows), **more)
+
+
+def dpo_lora(case: Case, folder: str) -> Trained:
+    """The reference is the policy with its adapter switched off, experts' adapters too."""
+    return run_dpo(case, folder, prepared(case, folder, deferred=case.world > 1), peft_config=lora())
+
+
+def dpo_sharded(case: Case, folder: str) -> Trained:
+    """The reference is prepared before the trainer is made: no rank holds it whole."""
+    reference = prepared(case, folder, deferred=case.world > 1)
+    if case.world > 1:
+        unused = torch.optim.SGD(reference.parameters())  # accelerate shards no model without an optimizer
+        reference, _ = accelerator_for(case, reference).prepare(reference, unused)
+        assert all(p.is_cpu and p.to_local().shape[0] == 4 for n, p in reference.named_parameters() if "experts" in n)
+    return run_dpo(case, folder, prepared(case, folder, deferred=case.world > 1), ref_model=reference)
+
+
+class Draws:
+    """In place of torch.multinomial: row k of the whole batch draws its k-th best token, and ends after 3 + 2 k."""
+
+    def __init__(self, rank: int):
+        self.rank, self.step = rank, 0
+
+    def __call__(self, probabilities: torch.Tensor, num_samples: int = 1) -> torch.Tensor:
+        count = len(probabilities)
+        rows = (torch.arange(count) + self.rank * count).to(probabilities.device)
+        drawn = probabilities.topk(4, dim=-1).indices.gather(1, (rows % 4)[:, None])
+        self.step += 1
+        return drawn.masked_fill((self.step > 3 + 2 * rows)[:, None], tokenizer().eos_token_id)
+
+
+def letters(completions: list[str], **_) -> list[float]:
+    return [float(sum(map(ord, text)) % 7) for text in completions]
+
+
+def grpo(case: Case, folder: str) -> Trained:
+    """Completions by transformers' generate, on each rank of other lengths, four a prompt over both ranks."""
+    from datasets import Dataset
+    from trl import GRPOConfig, GRPOTrainer
+
+    class Drawing(GRPOTrainer):
+        def _generate(self, prompts):
+            rank, drawn = self.accelerator.process_index, torch.multinomial
+            torch.multinomial = Draws(rank)
+            try:
+                completions = super()._generate(prompts)
+            finally:
+                torch.multinomial = drawn
+            lengths = [len(ids) for ids in completions[1]]
+            assert lengths == [4 + 2 * (k + rank * len(prompts)) for k in range(len(prompts))]
+            return completions
+
+    generator = torch.Generator().manual_seed(3)
+    rows = Dataset.from_list([{"prompt": sentence(generator, 6)} for _ in range(8)])
+    model = prepared(case, folder, deferred=case.world > 1)
+    more = dict(num_generations=4, max_completion_length=12, generation_kwargs={"use_cache": True})
+    args = arguments(GRPOConfig, case, folder + "/out", **more)
+    return run(Drawing, model=model, args=args, train_dataset=rows, reward_funcs=letters)
 
 
 @pytest.mark.parametrize(
@@ -153,7 +252,11 @@ def dpo(case: Case, folder: str) -> Trained:
     [
         pytest.param(sft, marks=pytest.mark.slow, id="SFT with packing"),
         pytest.param(sft_lora, id="SFT with peft_config"),
-        pytest.param(dpo, id="DPO with a loaded reference"),
+        pytest.param(sft_chat, id="SFT on the assistant's tokens, padding-free, accumulated"),
+        pytest.param(dpo, marks=pytest.mark.slow, id="DPO with a loaded reference"),
+        pytest.param(dpo_lora, id="DPO with the adapter switched off"),
+        pytest.param(dpo_sharded, id="DPO with a sharded reference"),
+        pytest.param(grpo, id="GRPO with transformers' generate"),
     ],
 )
 def test_a_trl_trainer_over_ranks_equals_one_process(train, tmp_path):
@@ -166,6 +269,8 @@ def test_a_trl_trainer_over_ranks_equals_one_process(train, tmp_path):
         assert found.norms == pytest.approx(expected.norms, rel=1e-4)
         for step, gradients in enumerate(expected.gradients):
             assert found.gradients[step].keys() == gradients.keys()
+            # AdamW's first step divides by the gradient's own size, and so enlarges the noise of entries near zero
+            relative = 1e-4 if step == 0 else 1e-3
             for name, gradient in gradients.items():
                 gap = (found.gradients[step][name] - gradient).abs().max().item()
-                assert gap <= 1e-4 * gradient.abs().max().item() + 1e-6, (step, name, gap)
+                assert gap <= relative * gradient.abs().max().item() + 1e-6, (step, name, gap)

@@ -17,15 +17,20 @@ SMALL = ["--max-megabytes", "0.2", "--seq-len", "32", "--batch-size", "2", "--ev
 SMALL += ["--lr", "3e-3", "--warmup", "1"]
 
 
-def python(*words):
-    """Run this Python on `words` from the repository's root, as the README does; its output."""
+def environment():
+    """This process's, without what pytest and accelerate set."""
     inherited = {k: v for k, v in os.environ.items() if not k.startswith(("ACCEL", "PYTEST", "TRITON"))}
     settings = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     path = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))
+    return inherited | settings | {"PYTHONPATH": path}
+
+
+def python(*words):
+    """Run this Python on `words` from the repository's root, as the README does; its output."""
     done = subprocess.run(
         [sys.executable, *map(str, words)],
         cwd=REPOSITORY,
-        env=inherited | settings | {"PYTHONPATH": path},
+        env=environment(),
         capture_output=True,
         text=True,
         timeout=300,
@@ -110,6 +115,28 @@ def test_train_trainer_trains_an_adapter(base, tmp_path):
     python(*script, "--log-every", "1", "--eval-every", "2", "--save-every", "2", "--steps", "2")
     manifest = json.loads((tmp_path / "checkpoint-2" / "accel_moe_manifest.json").read_text())["body"]
     assert all(".lora_" in name for name in manifest["tensors"]["pytorch_model_fsdp_0"])
+
+
+TRL_METHODS = {
+    "sft": (["--method", "sft"], "mean_token_accuracy"),
+    "sft packed": (["--method", "sft", "--packing"], "mean_token_accuracy"),
+    "dpo": (["--method", "dpo"], "rewards/margins"),
+    "dpo without its adapter": (["--method", "dpo", "--lora", "4", "--lora-experts"], "rewards/margins"),
+    "grpo": (["--method", "grpo"], "reward"),
+}
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n == "sft" else pytest.mark.slow) for n in TRL_METHODS])
+def test_train_trl_trains_and_saves(base, tmp_path, name):
+    pytest.importorskip("trl")
+    method, metric = TRL_METHODS[name]
+    script = [*LAUNCH, "examples/train_trl.py", "--model", base, "--output", tmp_path, *SMALL, *method]
+    script += ["--max-megabytes", "0.1", "--log-every", "1", "--eval-every", "2", "--save-every", "2"]
+    python(*script, "--steps", "2")
+    history = json.loads((tmp_path / "checkpoint-2" / "trainer_state.json").read_text())["log_history"]
+    logged = [line for line in history if "loss" in line]
+    assert [line["step"] for line in logged] == [1, 2] and all(math.isfinite(line["loss"]) for line in logged)
+    assert all(metric in line for line in logged)
 
 
 @pytest.mark.slow

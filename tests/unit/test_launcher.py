@@ -9,7 +9,7 @@ import psutil
 import pytest
 
 from accel_moe import launcher
-from accel_moe.launcher import accelerate_parallelism_keys, default_config_file, find_in, launch_arguments
+from accel_moe.launcher import accelerate_parallelism_keys, command_in, default_config_file, find_in, launch_arguments
 
 
 class Process:
@@ -285,3 +285,10 @@ def test_the_keys_that_accelerate_reads_are_its_parsers():
     keys = accelerate_parallelism_keys()
     assert {"parallelism_config_dp_shard_size", "parallelism_config_tp_size"} <= keys
     assert all(key.startswith("parallelism_config_") for key in keys)
+
+
+def test_the_command_of_a_script_is_that_of_the_launcher_that_was_given_its_words():
+    script = ["train.py", "--output", "runs/mine"]
+    launcher = ["python", "-m", "accelerate.commands.launch", "--config_file", "ep2.yaml", *script]
+    assert command_in([Process(), Process(launcher), Process(["srun", *launcher])], script) == launcher
+    assert command_in([Process(["bash", "job.sh"])], script) == [sys.executable, *script]

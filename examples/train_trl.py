@@ -49,7 +49,7 @@ def main() -> None:
     options: dict[str, Any] = {
         "processing_class": tokenizer,
         "peft_config": lora.adapter_config(model, args),
-        "callbacks": [accel_moe.PreemptionCallback(resume="--resume")],
+        "callbacks": [accel_moe.PreemptionCallback(resume="--resume"), accel_moe.ExpertLoadCallback()],
     }
     model = accel_moe.prepare(model, **lora.options(args))
     trainer = {"sft": sft, "dpo": dpo, "grpo": grpo}[args.method](model, args, options)

@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return EXIT_USAGE
-    print(f"{failures} of these lines have failed; each says how to mend it." if failures else "All is well.")
+    print(f"Crosses: {failures}. Each says how to mend it." if failures else "All is well.")
     return EXIT_FAILED if failures else 0
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 from accel_moe import config
@@ -43,6 +44,8 @@ def read(path: str | None, ranks_here: int) -> tuple[list[Line], Settings | None
     Raises:
         ValueError: the file cannot be read.
     """
+    if path is not None and not Path(path).is_file():
+        raise ValueError(f"--config_file {path} is no file. Expected the YAML that `accelerate launch` gets.")
     yaml = LauncherYaml("no_file") if path is None else read_config_file(path)
     found: list[Line] = []
 

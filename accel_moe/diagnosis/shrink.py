@@ -52,6 +52,8 @@ SMALL: dict[str, int] = {
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 LAYER_COUNTS = ("num_hidden_layers", "num_layers", "n_layers")
 TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id")
+OF_FILES = ("quantization_config", "dtype", "auto_map")
+"""Fields that tell how the weights' files are to be read. The small model has none, and is fp32."""
 OF_EXPERTS = ("moe", "sparse", "expert")
 """Words in a list of layer kinds that name a layer with experts."""
 
@@ -63,7 +65,7 @@ def shrunk(config: Any, num_experts: int = 8) -> Any:
         ValueError: the class does not accept the small values; the text has its error.
     """
     values = dict(_small_values(config, num_experts))
-    own = {name: value for name, value in config.to_diff_dict().items() if name in vars(config)}
+    own = {n: v for n, v in config.to_diff_dict().items() if n in vars(config) and n not in OF_FILES}
     try:
         small = type(config)(**{**copy.deepcopy(own), **values})
     except Exception as error:  # whatever a family's config checks
@@ -150,7 +152,7 @@ def small_model(config: Any) -> nn.Module:
     """The model of a config on the CPU in fp32, in training mode; the same numbers in every process.
 
     Raises:
-        ValueError: transformers builds no model with experts from it; the text has each attempt's error.
+        ValueError: transformers builds no model with experts from it.
     """
     model_class = class_with_experts(config)
     torch.manual_seed(0)
@@ -168,7 +170,7 @@ def class_with_experts(config: Any) -> Any:
     """The (auto) class that makes a model with experts of this config: with a head, if there is one.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is none; the text says what the first of them lacks, or why none could be built.
     """
     import transformers
 
@@ -176,15 +178,20 @@ def class_with_experts(config: Any) -> Any:
 
     named = [getattr(transformers, name, None) for name in getattr(config, "architectures", None) or ()]
     auto = ("AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModelForTokenClassification", "AutoModel")
-    failures = []
+    failures, without_experts = [], ""
     for model_class in filter(None, [*named, *(getattr(transformers, name) for name in auto)]):
         try:
             with torch.device("meta"):
-                find_experts(build(model_class, config))
-            return model_class
+                model = build(model_class, config)
         except Exception as error:  # whatever a family's constructor raises
             failures.append(f"{model_class.__name__}: {' '.join(str(error).split())[:200]}")
-    raise ValueError(f"no model with experts comes of {type(config).__name__}: {'; '.join(failures)}")
+            continue
+        try:
+            find_experts(model)
+            return model_class
+        except ValueError as error:
+            without_experts = without_experts or str(error)
+    raise ValueError(f"no model with experts comes of {type(config).__name__}: {without_experts or failures[0]}")
 
 
 def build(model_class: Any, config: Any) -> nn.Module:

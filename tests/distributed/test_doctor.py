@@ -257,6 +257,18 @@ def test_a_dropped_gradient_of_the_router_is_found(tmp_path):
     assert ".gate." in found["gradients"] and "loss" not in found and "save and resume" not in found
 
 
+@pytest.mark.slow
+def test_an_unused_parameter_that_hinders_resuming_is_found_with_its_mend():
+    config = transformers.DeepseekV32Config(architectures=["DeepseekV32ForCausalLM"])
+    with torch.device("meta"):
+        built = transformers.DeepseekV32ForCausalLM(config)
+    found = model.Model(config, model.recognise.find_experts(built), 1)
+    in_force = settings.Settings(MoEConfig(moe_ep_degree=2), plan_mesh(2, 2), False)
+    lines = list(model.lines(found, in_force))
+    assert list(crosses(lines)) == ["save and resume"] and lines[-1].subject == "from_pretrained"
+    assert "requires_grad_(False)" in crosses(lines)["save and resume"]
+
+
 def unequal(gap: float) -> list[str]:
     """On a rank: the names of a small module's parameters that differ, if rank 1 has its bias shifted by `gap`."""
     torch.distributed.init_process_group("gloo")

@@ -63,7 +63,7 @@ def test_a_config_is_cut_to_a_small_model_of_the_same_class_that_trains(family):
     own = {type(m) for m in find_experts(tiny_families.tiny(family).build()).values()}
     assert {type(m) for m in find_experts(model).values()} <= own
     tiny_families.output_of(model).float().square().mean().backward()
-    assert sum(p.numel() for p in model.parameters()) < 400_000
+    assert sum(p.numel() for p in model.parameters()) < 500_000  # qwen4_exp keeps its n-gram table
     assert any(p.grad is not None and p.grad.any() for m in find_experts(model).values() for p in m.parameters())
 
 

@@ -185,6 +185,11 @@ def _yaml_of(process: Any, arguments: list[str]) -> LauncherYaml:
     if given is None and (cpu or not os.path.isfile(path)):
         # under --cpu accelerate does not read its default file (commands/launch.py, _validate_launch_command)
         return LauncherYaml("no_file", path=path)
+    return read_config_file(path)
+
+
+def read_config_file(path: str) -> LauncherYaml:
+    """A config file of accelerate, as its launcher reads it. Raises ValueError if it cannot be read."""
     content, repeated = _load(path)
     return LauncherYaml("found", path=path, content=content, repeated=repeated)
 

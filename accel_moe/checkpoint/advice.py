@@ -65,7 +65,7 @@ def mend(code: int | None, final: Path) -> str:
     """What a user can do about an error of the operating system while `final` was saved."""
     if code in (errno.ENOSPC, errno.EDQUOT):
         free = _free_bytes(final)
-        have = "" if free is None else f" ({_human(free)} free)"
+        have = "" if free is None else f" ({human(free)} free)"
         return f"The disk or quota of {final.parent} is full{have}. Free space, or save elsewhere.{_removable(final)}"
     if code in (errno.EACCES, errno.EPERM):
         return f"Allow this user to write in {final if final.is_dir() else final.parent}, or save elsewhere."
@@ -105,7 +105,7 @@ def _beside(final: Path) -> list[Path]:
 def _listed(sized: list[tuple[int, Path]]) -> str:
     sized = sorted(sized, reverse=True)
     more = f" and {len(sized) - 4} more" if len(sized) > 4 else ""
-    return ", ".join(f"{path.name} ({_human(size)})" for size, path in sized[:4]) + more
+    return ", ".join(f"{path.name} ({human(size)})" for size, path in sized[:4]) + more
 
 
 def _size_bytes(folder: Path) -> int:
@@ -125,7 +125,8 @@ def _free_bytes(path: Path) -> int | None:
         return None
 
 
-def _human(size_bytes: int) -> str:
+def human(size_bytes: int) -> str:
+    """1234567 -> "1.2 MB"."""
     for power, unit in ((12, "TB"), (9, "GB"), (6, "MB"), (3, "kB")):
         if size_bytes >= 10**power:
             return f"{size_bytes / 10**power:.1f} {unit}"

@@ -90,23 +90,45 @@ def _kind(module: nn.Module) -> tuple[Any, ...]:
 
 def _try(function: Callable[..., torch.Tensor], module: nn.Module, ep_degree: int, trains: bool) -> str | None:
     """Why not, or None. In fp32, which tells most; a kernel that refuses that is given the module's dtype, and bf16."""
-    device, stored, why = _device(), next(module.parameters()).dtype, None
+    stored, why = next(module.parameters()).dtype, None
     for dtype in dict.fromkeys([torch.float32, stored, torch.bfloat16]):
         try:
-            with _leaving_no_trace(device):
-                for empty in (False, True) if ep_degree > 1 else (False,):
-                    small = _small(module, device, dtype, strays=ep_degree > 1, empty=empty)
-                    _compare(function, small, trains)
-            return None
-        except ImportError as error:
-            return f"cannot run here: {_first_line(error)}"
-        except _Wrong as wrong:
-            gate = glu_of(as_interface(module))
-            own = f" (its gate: {gate.describe()})" if gate is not None else ""
-            return f"does not compute it{own}: {wrong}"
+            return fault(function, module, dtype, ep_degree=ep_degree, trains=trains)
         except Exception as error:
             why = why or f"fails on a small copy of it: {type(error).__name__}: {_first_line(error)}"
     return why
+
+
+def fault(
+    function: Callable[..., torch.Tensor],
+    module: nn.Module,
+    dtype: torch.dtype,
+    *,
+    ep_degree: int,
+    trains: bool = True,
+    side: int = _SIDE,
+) -> str | None:
+    """Why `function` does not compute experts of this module's layout and gate, in words, or None.
+
+    Args:
+        module: on any device, "meta" included; its weights are not read.
+        side: the most of a width.
+
+    Raises whatever the function raises, but ImportError.
+    """
+    device = _device()
+    try:
+        with _leaving_no_trace(device):
+            for empty in (False, True) if ep_degree > 1 else (False,):
+                small = _small(module, device, dtype, strays=ep_degree > 1, empty=empty, side=side)
+                _compare(function, small, trains)
+    except ImportError as error:
+        return f"cannot run here: {_first_line(error)}"
+    except _Wrong as wrong:
+        gate = glu_of(as_interface(module))
+        own = f" (its gate: {gate.describe()})" if gate is not None else ""
+        return f"does not compute it{own}: {wrong}"
+    return None
 
 
 def _first_line(error: BaseException) -> str:
@@ -140,7 +162,9 @@ def _leaving_no_trace(device: torch.device) -> Iterator[None]:
         yield
 
 
-def _small(module: nn.Module, device: torch.device, dtype: torch.dtype, *, strays: bool, empty: bool) -> _Small:
+def _small(
+    module: nn.Module, device: torch.device, dtype: torch.dtype, *, strays: bool, empty: bool, side: int
+) -> _Small:
     """strays: some slots, and all of some rows, belong to other ranks. empty: one row, without an expert."""
     layout: Any = as_interface(module)
     random = torch.Generator("cpu").manual_seed(0)
@@ -148,7 +172,7 @@ def _small(module: nn.Module, device: torch.device, dtype: torch.dtype, *, stray
     def numbers(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=random, device="cpu", dtype=torch.float32)
 
-    sizes, hidden, intermediate = _sizes(layout)
+    sizes, hidden, intermediate = _sizes(layout, side)
     experts = min(layout.num_experts, _EXPERTS)
     parameters = {}
     for name in scattermoe.parameter_names(layout):
@@ -178,11 +202,11 @@ def _small(module: nn.Module, device: torch.device, dtype: torch.dtype, *, stray
     )
 
 
-def _sizes(layout: Any) -> tuple[dict[int, int], int, int]:
+def _sizes(layout: Any, side: int) -> tuple[dict[int, int], int, int]:
     """What the module's own widths become, where attributes have them; and the small hidden and intermediate size."""
     hidden, intermediate = layout.down_proj.shape[1:] if not layout.is_transposed else layout.down_proj.shape[:0:-1]
-    small = min(intermediate, _SIDE)
-    wide = 2 * small if hidden == 2 * intermediate else small if hidden == intermediate else min(hidden, _SIDE)
+    small = min(intermediate, side)
+    wide = 2 * small if hidden == 2 * intermediate else small if hidden == intermediate else min(hidden, side)
     return {2 * intermediate: 2 * small, intermediate: small, hidden: wide}, wide, small
 
 

@@ -135,7 +135,7 @@ def commands_of(page):
     program = r"python -m (?P<module>accel_moe(?:\.\w+)+)|(?P<script>(?:examples|tests)/[\w/]+\.py)"
     for found in re.finditer(rf"(?:{program})(?P<arguments>[^`\n]*)", text):
         path = found["script"] or found["module"].replace(".", "/") + ".py"
-        yield path, re.findall(r"(?<!\S)--[a-z][a-z-]*", found["arguments"])
+        yield path, re.findall(r"(?<!\S)--[a-z][a-z_-]*", found["arguments"])
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

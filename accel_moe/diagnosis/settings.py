@@ -1,0 +1,126 @@
+"""The user's accelerate config: its keys, its mesh, and the smaller mesh of the same shape that the doctor trains on.
+
+The rules are config.py's, mesh.py's and accelerate's own. Here their errors become lines.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from accel_moe import config
+from accel_moe.config import MoEConfig
+from accel_moe.diagnosis.report import FAILED, Line, failed, one_line, passed
+from accel_moe.launcher import PARALLELISM_PREFIX, LauncherYaml, read_config_file
+from accel_moe.mesh import MeshPlan, plan_mesh
+
+MOST_RANKS = 4
+WITHOUT_GPU = ("eager", "grouped_mm", "batched_mm")
+_MEND = {"YAML is accelerate's": "Correct the file.", "options of accel_moe": "Correct the file or the variable."}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The options in force and the mesh.
+
+    Attributes:
+        checkpointing: fsdp_activation_checkpointing.
+    """
+
+    options: MoEConfig
+    plan: MeshPlan
+    checkpointing: bool
+
+
+def read(path: str | None, ranks_here: int) -> tuple[list[Line], Settings | None]:
+    """The lines of the file, and the settings; None if a line has failed.
+
+    Args:
+        path: the file; None takes the environment's options, and one ep group of all ranks if that sets no degree.
+        ranks_here: the number of processes if there is no file.
+
+    Raises:
+        ValueError: the file cannot be read.
+    """
+    if path is not None and not Path(path).is_file():
+        raise ValueError(f"--config_file {path} is no file. Expected the YAML that `accelerate launch` gets.")
+    yaml = LauncherYaml("no_file") if path is None else read_config_file(path)
+    found: list[Line] = []
+
+    def tried(subject: str, step: Callable[[], Any]) -> Any:
+        try:
+            return step()
+        except Exception as error:  # accelerate raises several kinds
+            found.append(failed(subject, one_line(error), _MEND.get(subject, "")))
+            return None
+
+    if path is not None and tried("YAML is accelerate's", lambda: _read_by_accelerate(path)) is not None:
+        found.append(passed("YAML is accelerate's", path))
+    resolved = tried("options of accel_moe", lambda: config.resolve(yaml=yaml))
+    if resolved is None:
+        return found, None
+    options = resolved.config
+    if path is None and resolved.sources["moe_ep_degree"] == config.DEFAULT:
+        options = MoEConfig(**{**vars(options), "moe_ep_degree": ranks_here})
+    told = ", ".join(f"{name}={getattr(options, name)}" for name in _changed(options)) or "all defaults"
+    found.append(passed("options of accel_moe", told))
+    plan = tried("mesh", lambda: _plan(yaml.content, options.moe_ep_degree, ranks_here))
+    if plan is not None:
+        found.append(passed("mesh", plan.describe()))
+    if any(line.mark == FAILED for line in found):
+        return found, None
+    fsdp = yaml.content.get("fsdp_config") or {}
+    return found, Settings(options, plan, bool(fsdp.get("fsdp_activation_checkpointing")))
+
+
+def _changed(options: MoEConfig) -> list[str]:
+    return [entry.name for entry in fields(MoEConfig) if getattr(options, entry.name) != entry.default]
+
+
+def _read_by_accelerate(path: str) -> Any:
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    return load_config_from_file(path)
+
+
+def _plan(content: dict[str, Any], ep_degree: int, ranks_here: int) -> MeshPlan:
+    body = content.get("parallelism_config") or {}
+
+    def size(name: str) -> int | None:
+        value = body.get(f"{PARALLELISM_PREFIX}{name}_size")
+        return None if value is None else int(value)
+
+    ranks = int(content.get("num_processes") or ranks_here)
+    return plan_mesh(ranks, ep_degree, dp_replicate=size("dp_replicate") or 1, dp_shard=size("dp_shard"))
+
+
+def on_this_machine(settings: Settings, device: str) -> tuple[Settings, list[str]]:
+    """The settings of at most MOST_RANKS ranks that train the small model, and how they differ from the user's."""
+    plan, changes = cut(settings.plan), []
+    if plan != settings.plan:
+        changes.append(f"{settings.plan.world_size} ranks are cut to {plan.world_size}: {plan.describe()}")
+    options = {**vars(settings.options), "moe_ep_degree": plan.ep}
+    if device == "cpu" and options["moe_kernel"] not in (*WITHOUT_GPU, "auto"):
+        changes.append(f"moe_kernel {options['moe_kernel']} needs a GPU for each rank: auto is trained")
+        options["moe_kernel"] = "auto"
+    if options["moe_quantize_experts"] != "none":
+        changes.append("moe_quantize_experts is left out: whole weights are trained, and compared")
+        options["moe_quantize_experts"] = "none"
+    if options["moe_dispatch_chunk_tokens"]:
+        options["moe_dispatch_chunk_tokens"] = min(5, options["moe_dispatch_chunk_tokens"])  # chunks of the small batch
+    return Settings(MoEConfig(**options), plan, settings.checkpointing), changes
+
+
+def cut(plan: MeshPlan) -> MeshPlan:
+    """A mesh of at most MOST_RANKS ranks with the same axes above 1, as far as they fit."""
+    if plan.world_size <= MOST_RANKS:
+        return plan
+    replicate = 2 if plan.dp_replicate > 1 else 1
+    shard = min(plan.dp_shard, MOST_RANKS // replicate)
+    ep = min(plan.ep, shard)
+    if plan.efsdp > 1 and plan.ep > 1 and ep == shard and shard == MOST_RANKS:
+        ep = 2
+    ep = next(degree for degree in range(ep, 0, -1) if shard % degree == 0)
+    return plan_mesh(replicate * shard, ep, dp_replicate=replicate, dp_shard=shard)

@@ -25,6 +25,8 @@ from accel_moe.checkpoint.dcp_metadata import MODEL_FOLDER, OPTIMIZER_FOLDER, te
 from accel_moe.checkpoint.resume import newest_on_all_ranks
 from accel_moe.checkpoint.saving import prepared_models, state_of
 from accel_moe.checkpoint.verify import Verified, check_kind, read_checked, verify
+from accel_moe.errors import CheckpointError
+from accel_moe.names import plain_name
 from accel_moe.patching import ACCELERATE, TRAINER, patch
 from accel_moe.whereabouts import meet
 
@@ -291,10 +293,30 @@ def load_fsdp_optimizer(
     from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
     options = _sharded_options()
-    state = {"optimizer": get_optimizer_state_dict(model, optimizer, options=options)}
-    loading.read_dcp(folder, name, state, verified.manifest)
-    set_optimizer_state_dict(model, optimizer, state["optimizer"], options=options)
+    state: Any = get_optimizer_state_dict(model, optimizer, options=options)
+    read = partial(read_checked, folder, name, verified.manifest)
+    stored = _with_state(ranks.run_or_raise_everywhere(f"loading {folder}", read))
+    state["state"] = {parameter: values for parameter, values in state["state"].items() if parameter in stored}
+    trained = {plain_name(parameter) for parameter, p in model.named_parameters() if p.requires_grad}
+    without = [p for group in state["param_groups"] for p in group["params"] if p in trained - stored]
+    loading.read_dcp(folder, name, {"optimizer": state}, verified.manifest)
+    saved = {parameter for group in state["param_groups"] for parameter in group["params"]}
+    if unknown := [parameter for parameter in without if parameter not in saved]:
+        raise CheckpointError(
+            f"{folder} has no optimizer state of {unknown[0]} ({len(unknown)} parameters in all), which its optimizer "
+            "did not have. Expected the parameters that were trained. Resume with the same optimizer, or load the "
+            "model alone."
+        )
+    options.strict = not without  # a parameter that no forward uses has no state, in the checkpoint as in the run
+    set_optimizer_state_dict(model, optimizer, state, options=options)
     ranks.barrier()
+
+
+def _with_state(metadata: Any) -> set[str]:
+    """The parameters of which a checkpoint's optimizer has state."""
+    prefix = "optimizer.state."
+    names = (name[len(prefix) :] for name in metadata.state_dict_metadata if name.startswith(prefix))
+    return {name.rpartition(".")[0] for name in names}
 
 
 def _checkpoint_of(input_dir: Any, dcp_folder: str) -> Path:

@@ -118,21 +118,11 @@ def _trained(request: training.Request, small: torch.nn.Module, device: str, fol
     yield passed(subject, f"{training.STEPS} steps, {request.plan.describe()}")
     yield from parity_lines(run, training.in_one_process(request.config, ranks, device), device)
     if why is not None:
-        yield failed("save and resume", last_line(why), mend_of_resuming(why), why)
+        yield failed("save and resume", last_line(why), "The traceback of the first rank is below.", why)
     else:
         yield resumed_line(torch.load(folder / "resumed.pt", weights_only=False))
     if (folder / "checkpoint").is_dir():
         yield from _consolidated(run, small, folder, device)
-
-
-def mend_of_resuming(failure: str) -> str:
-    """What to do about a rank's traceback of saving or resuming."""
-    if "Missing optimizer state for parameter" in failure:
-        return (
-            "The model's forward never uses that parameter, so AdamW has no state of it, and torch refuses to resume. "
-            "Freeze such parameters (requires_grad_(False)) before the optimizer is made."
-        )
-    return "The traceback of the first rank is below."
 
 
 def parity_lines(run: training.Run, oracle: training.Run, device: str) -> Iterator[Line]:

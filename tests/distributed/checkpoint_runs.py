@@ -6,10 +6,12 @@ import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import torch
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
+from tests.distributed import parity
 from tests.distributed.parity import Case, clean, prepared, whole
 from tests.tiny import batches
 
@@ -150,3 +152,43 @@ def whole_weights(case: Case, folder: str) -> dict:
             parameter.zero_()
     accelerator.load_state(root / "full")
     return {"taken": taken, "state_dict": state_dict, "loaded": snapshot(model, optimizer)}
+
+
+def with_unused_parameter(run, *arguments):
+    """`run` with a model that has a parameter which no forward uses: AdamW has no state of it."""
+    build = parity.build
+
+    def built(case: Case):
+        model = build(case)
+        model.model.unused = torch.nn.Parameter(torch.ones(4))
+        return model
+
+    with mock.patch.object(parity, "build", built):
+        return run(*arguments)
+
+
+def save_and_load_again(case: Case, folder: str) -> tuple[list[float], list[float]]:
+    """The losses after a save, and after the same run has loaded it."""
+    accelerator, model, optimizer = set_up(case)
+    train(accelerator, model, optimizer, 0, TRAINED)
+    accelerator.save_state(folder)
+    wanted = train(accelerator, model, optimizer, TRAINED, CONTINUED)
+    accelerator.load_state(folder)
+    return wanted, train(accelerator, model, optimizer, TRAINED, CONTINUED)
+
+
+def load_with_more_parameters(case: Case, folder: str) -> str:
+    """What load_state says where the optimizer has a parameter that the saved one had not."""
+    accelerator, model, optimizer = set_up(case)
+    train(accelerator, model, optimizer, 0, 1)
+    chosen = next(p for n, p in model.named_parameters() if "norm" in n)
+    group = optimizer.param_groups[0]
+    group["params"] = [p for p in group["params"] if p is not chosen]
+    optimizer.state.pop(chosen, None)
+    accelerator.save_state(folder)
+    group["params"].append(chosen)
+    try:
+        accelerator.load_state(folder)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return ""

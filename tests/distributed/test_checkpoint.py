@@ -17,9 +17,12 @@ from tests.distributed.checkpoint_runs import (
     Snapshot,
     load_errors,
     load_runs,
+    load_with_more_parameters,
+    save_and_load_again,
     save_run,
     schedule_run,
     whole_weights,
+    with_unused_parameter,
 )
 from tests.distributed.parity import Case, build
 from tests.ranks import run_ranks
@@ -211,3 +214,18 @@ def test_the_end_of_the_process_waits_for_the_threads_of_the_checkpoints_group()
     """One that still drops its last tensors while the interpreter shuts down aborts the process."""
     for before, during, after in run_ranks(threads_of_the_checkpoints_group, 2):
         assert before < during and after == before
+
+
+def test_a_parameter_that_no_forward_uses_resumes_without_optimizer_state(tmp_path):
+    case, folder = Case(2, 2), str(tmp_path / "state")
+    taken = run_ranks(with_unused_parameter, 2, save_run, case, folder)[0]
+    (loaded,) = run_ranks(with_unused_parameter, 2, load_runs, case, [folder])[0]
+    assert loaded.losses == taken.losses and loaded.moments.keys() == taken.moments.keys()
+    assert not any("unused" in name for name in taken.moments) and "model.unused" in loaded.weights
+    wanted, found = run_ranks(with_unused_parameter, 2, save_and_load_again, case, folder + "-again")[0]
+    assert found == wanted
+
+
+def test_an_optimizer_with_more_parameters_than_the_saved_one_is_refused_on_every_rank(tmp_path):
+    for said in run_ranks(load_with_more_parameters, 2, Case(2, 2), str(tmp_path / "state")):
+        assert said.startswith("CheckpointError") and "has no optimizer state of" in said and "norm" in said

@@ -258,15 +258,14 @@ def test_a_dropped_gradient_of_the_router_is_found(tmp_path):
 
 
 @pytest.mark.slow
-def test_an_unused_parameter_that_hinders_resuming_is_found_with_its_mend():
+def test_a_parameter_that_no_forward_uses_hinders_nothing():
     config = transformers.DeepseekV32Config(architectures=["DeepseekV32ForCausalLM"])
     with torch.device("meta"):
         built = transformers.DeepseekV32ForCausalLM(config)
     found = model.Model(config, model.recognise.find_experts(built), 1)
     in_force = settings.Settings(MoEConfig(moe_ep_degree=2), plan_mesh(2, 2), False)
     lines = list(model.lines(found, in_force))
-    assert list(crosses(lines)) == ["save and resume"] and lines[-1].subject == "from_pretrained"
-    assert "requires_grad_(False)" in crosses(lines)["save and resume"]
+    assert not crosses(lines) and lines[-1].subject == "from_pretrained"
 
 
 def unequal(gap: float) -> list[str]:

@@ -161,7 +161,7 @@ def test_two_hundred_steps_with_changing_routings_leave_no_memory_behind(case):
     "how, before, case",
     [
         ("killed", "_send_out", Case(2, 2, options=TO_ALL)),
-        ("stuck", "_send_out", Case(4, 2, options=TO_ALL)),
+        pytest.param("stuck", "_send_out", Case(4, 2, options=TO_ALL), marks=pytest.mark.slow),
         ("killed", "gather_rows", Case(2, 2, options=TO_EVERY_RANK)),
         ("stuck", "gather_rows", Case(2, 2, options=TO_EVERY_RANK)),
         ("stuck", "agree", Case(2, 2)),

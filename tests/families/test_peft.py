@@ -50,7 +50,8 @@ Fused = functools.partial(Case, kernel="scattermoe", interpret=True, modules=(),
 """The kernels compute with the factors (kernels/low_rank.py)."""
 FUSED = [
     slow(Fused(2, 1, r=1)),
-    Fused(2, 2, modules=("q_proj",), parameters=(*ROUTER, *EXPERTS), checkpointing=True),
+    slow(Fused(2, 2, modules=("q_proj",), parameters=(*ROUTER, *EXPERTS), checkpointing=True)),
+    Fused(2, 2),
     slow(Fused(4, 2, dp_replicate=2, r=16, rslora=True)),
     slow(Fused(4, 4, r=20, parameters=EXPERTS[1:])),
     slow(Fused(2, 2, adapters=2, compiled="aot_eager")),

@@ -109,6 +109,7 @@ def test_lora_trains_resumes_and_is_merged_into_its_base(base, tmp_path):
     torch.testing.assert_close(merged, adapted, rtol=0, atol=1e-5 * adapted.abs().max().item())
 
 
+@pytest.mark.slow
 def test_train_trainer_trains_an_adapter(base, tmp_path):
     pytest.importorskip("peft")
     script = [*LAUNCH, "examples/train_trainer.py", "--model", base, "--output", tmp_path, *SMALL, "--lora", "4"]

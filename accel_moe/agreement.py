@@ -14,7 +14,6 @@ Every decision is a pure function of the gathered values, so all ranks decide al
 
 from __future__ import annotations
 
-import datetime
 import hashlib
 import logging
 import re
@@ -26,7 +25,7 @@ from torch import nn
 from accel_moe import ranks, whereabouts
 from accel_moe.config import config_mismatch, spell_ranks
 from accel_moe.experts.state import PreparedState, swapped_layers
-from accel_moe.mesh import default_timeout
+from accel_moe.mesh import host_timeout
 from accel_moe.names import plain_name
 from accel_moe.weights.deferred_tensors import DeferredTensor
 
@@ -112,7 +111,7 @@ def _arrive(place: str) -> None:
     """Say in the job's store that this rank is there, and wait for the others. Raises RuntimeError."""
     store = dist.distributed_c10d._get_default_store()
     rank, world_size = dist.get_rank(), dist.get_world_size()
-    timeout = default_timeout() or datetime.timedelta(minutes=30)
+    timeout = host_timeout()
 
     def all_there() -> bool:
         return store.add(place, 0) >= world_size

@@ -164,3 +164,8 @@ def default_timeout() -> datetime.timedelta | None:
         return default._get_backend(default._device_types[0]).options._timeout  # type: ignore[union-attr]
     except (AttributeError, IndexError, RuntimeError):
         return None
+
+
+def host_timeout() -> datetime.timedelta:
+    """How long hosts wait for each other: the same, or half an hour where the backend does not tell it."""
+    return default_timeout() or datetime.timedelta(minutes=30)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
+from accelerate.utils import is_tensorboard_available
 from lora import add_lora_arguments
 from text import add_data_arguments
 
@@ -34,3 +36,21 @@ def training_parser(description: str) -> argparse.ArgumentParser:
     add_lora_arguments(parser)
     add_data_arguments(parser)
     return parser
+
+
+def trainer_arguments(args: argparse.Namespace) -> dict[str, Any]:
+    """The flags as the fields of TrainingArguments that Trainer and TRL's trainers share."""
+    return dict(
+        output_dir=args.output,
+        max_steps=args.steps,
+        per_device_train_batch_size=args.batch_size,
+        gradient_accumulation_steps=args.gradient_accumulation,
+        learning_rate=args.lr,
+        max_grad_norm=args.max_grad_norm,
+        seed=args.seed,
+        lr_scheduler_type="constant_with_warmup",
+        warmup_steps=args.warmup,
+        logging_steps=args.log_every,
+        save_steps=args.save_every,
+        report_to="tensorboard" if is_tensorboard_available() else "none",
+    )

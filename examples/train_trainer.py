@@ -12,8 +12,7 @@ from __future__ import annotations
 import logging
 
 import lora
-from accelerate.utils import is_tensorboard_available
-from arguments import parse_arguments
+from arguments import parse_arguments, trainer_arguments
 from text import read_texts, tokenize
 from transformers import AutoTokenizer, Trainer, TrainingArguments
 
@@ -27,22 +26,11 @@ def main() -> None:
     logging.getLogger("accel_moe").setLevel(logging.INFO)  # logs the options in force and the mesh
     accel_moe.cpu.enable()  # FSDP2 on a machine without a GPU; does nothing on a machine with one
     training = TrainingArguments(
-        output_dir=args.output,
-        max_steps=args.steps,
-        per_device_train_batch_size=args.batch_size,
+        **trainer_arguments(args),
         per_device_eval_batch_size=args.batch_size,
-        gradient_accumulation_steps=args.gradient_accumulation,
-        learning_rate=args.lr,
-        max_grad_norm=args.max_grad_norm,
-        seed=args.seed,
-        lr_scheduler_type="constant_with_warmup",
-        warmup_steps=args.warmup,
-        logging_steps=args.log_every,
         eval_strategy="steps",
         eval_steps=args.eval_every,
         prediction_loss_only=True,
-        save_steps=args.save_every,
-        report_to="tensorboard" if is_tensorboard_available() else "none",
     )
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     train_texts, held_out_texts = read_texts(args.data, args.max_megabytes)

@@ -19,8 +19,7 @@ import chats
 import lora
 import torch
 from accelerate import Accelerator
-from accelerate.utils import is_tensorboard_available
-from arguments import training_parser
+from arguments import trainer_arguments, training_parser
 from datasets import Dataset
 from text import read_texts
 from torch import nn
@@ -96,22 +95,8 @@ def sharded_reference(base: str) -> nn.Module:
 
 def shared(args: argparse.Namespace) -> dict[str, Any]:
     """The arguments that all three methods have."""
-    return dict(
-        output_dir=args.output,
-        max_steps=args.steps,
-        per_device_train_batch_size=args.batch_size,
-        gradient_accumulation_steps=args.gradient_accumulation,
-        learning_rate=args.lr,
-        max_grad_norm=args.max_grad_norm,
-        seed=args.seed,
-        lr_scheduler_type="constant_with_warmup",
-        warmup_steps=args.warmup,
-        logging_steps=args.log_every,
-        save_steps=args.save_every,
-        report_to="tensorboard" if is_tensorboard_available() else "none",
-        bf16=False,  # the YAML's mixed_precision holds
-        gradient_checkpointing=False,  # the YAML's fsdp_activation_checkpointing holds
-    )
+    # the YAML's mixed_precision and fsdp_activation_checkpointing hold
+    return trainer_arguments(args) | {"bf16": False, "gradient_checkpointing": False}
 
 
 def evaluation(args: argparse.Namespace) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from accel_moe.checkpoint.background import ends_before_sigterm, wait_for_backgr
 from accel_moe.checkpoint.dcp_metadata import MODEL_FOLDER, OPTIMIZER_FOLDER, tensors_of
 from accel_moe.checkpoint.resume import newest_on_all_ranks
 from accel_moe.checkpoint.saving import prepared_models, state_of
-from accel_moe.checkpoint.verify import Verified, check_kind, read_checked, verify
+from accel_moe.checkpoint.verify import Verified, check_kind, verify
 from accel_moe.errors import CheckpointError
 from accel_moe.names import plain_name
 from accel_moe.patching import ACCELERATE, TRAINER, patch
@@ -255,8 +255,7 @@ def _load_sharded(folder: Path, name: str, model: Any, verified: Verified) -> An
 
     options = _sharded_options()
     state = get_model_state_dict(model, options=options)
-    read = partial(read_checked, folder, name, verified.manifest)
-    stored = tensors_of(ranks.run_or_raise_everywhere(f"loading {folder}", read))
+    stored = tensors_of(loading.checked_metadata(folder, name, verified.manifest))
     if adapters_of(model):
         options.strict = False  # the base is not in it
         names = names_in(model, state, stored)
@@ -294,8 +293,7 @@ def load_fsdp_optimizer(
 
     options = _sharded_options()
     state: Any = get_optimizer_state_dict(model, optimizer, options=options)
-    read = partial(read_checked, folder, name, verified.manifest)
-    stored = _with_state(ranks.run_or_raise_everywhere(f"loading {folder}", read))
+    stored = _with_state(loading.checked_metadata(folder, name, verified.manifest))
     state["state"] = {parameter: values for parameter, values in state["state"].items() if parameter in stored}
     trained = {plain_name(parameter) for parameter, p in model.named_parameters() if p.requires_grad}
     without = [p for group in state["param_groups"] for p in group["params"] if p in trained - stored]

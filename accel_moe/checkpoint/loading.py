@@ -65,9 +65,14 @@ def still_verified(folder: Path) -> Verified | None:
     return found if found.still_holds() else None
 
 
+def checked_metadata(folder: Path, dcp_folder: str, manifest: Manifest | None) -> Any:
+    """`read_checked` on every rank. A collective. Raises CheckpointError on every rank."""
+    return ranks.run_or_raise_everywhere(f"loading {folder}", lambda: read_checked(folder, dcp_folder, manifest))
+
+
 def read_dcp(folder: Path, dcp_folder: str, state: dict[str, Any], manifest: Manifest | None) -> None:
-    """Reads into the state's tensors, in place. A collective. Raises CheckpointError on every rank."""
-    ranks.run_or_raise_everywhere(f"loading {folder}", lambda: read_checked(folder, dcp_folder, manifest))
+    """Reads into the state's tensors, in place, from a folder that `checked_metadata` has looked at. A collective.
+    Raises CheckpointError on every rank."""
 
     def load() -> None:
         with warnings.catch_warnings(), torch.no_grad():

@@ -21,7 +21,6 @@ launcher signals the workers, too.
 from __future__ import annotations
 
 import contextlib
-import datetime
 import os
 import shlex
 import signal
@@ -38,7 +37,7 @@ from accel_moe import ranks
 from accel_moe.checkpoint.background import wait_for_background
 from accel_moe.dispatch.host_all_gather import new_board
 from accel_moe.launcher import launch_command
-from accel_moe.mesh import default_timeout
+from accel_moe.mesh import host_timeout
 
 SAME_REQUEST_S = 2.0
 KILLED = 128 + signal.SIGTERM
@@ -193,7 +192,7 @@ def _say(text: str) -> None:
 
 
 def _agreement() -> _InHostMemory | _OverGloo:
-    timeout = default_timeout() or datetime.timedelta(minutes=30)
+    timeout = host_timeout()
     group: Any = dist.new_group(backend="gloo", timeout=timeout)  # not the saves' own, which their thread may be using
     board = new_board(group, 1, timeout)
     if board is None:

@@ -25,7 +25,6 @@ for a large K over few ranks.
 
 from __future__ import annotations
 
-import datetime
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -41,10 +40,9 @@ from accel_moe.dispatch.host_all_gather import LARGEST, HostAllGather, host_all_
 from accel_moe.dispatch.replay import replayed
 from accel_moe.dispatch.rows import RowLayout, Rows
 from accel_moe.kernels.deferred_count import DeferredCount, copied_to_host
-from accel_moe.mesh import default_timeout
+from accel_moe.mesh import host_timeout
 
 _MIB = 2**20
-_HALF_AN_HOUR = datetime.timedelta(minutes=30)
 
 
 class Link(Protocol):
@@ -143,7 +141,7 @@ class AllGatherDispatcher:
     @staticmethod
     def board(group: dist.ProcessGroup) -> HostAllGather | None:
         """Of the group; None where its ranks share no memory. A collective over the group."""
-        return host_all_gather_of(group, 4, default_timeout() or _HALF_AN_HOUR)
+        return host_all_gather_of(group, 4, host_timeout())
 
     def dispatch(self, tokens: RoutedTokens, work: Overlap = NO_OVERLAP) -> Dispatched:
         kind = kinds.kind_of(*tokens)

@@ -14,12 +14,15 @@ import os
 import platform
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import torch.distributed as dist
 
 from accel_moe.whereabouts import explained
+
+T = TypeVar("T")
 
 _LOOKS = 200  # at a number before the processor is offered to whoever wants it
 _AWAKE_S = 1.0  # a nap can take milliseconds where timers are coarse: only for ranks that do something else
@@ -84,14 +87,22 @@ def host_all_gather_of(group: dist.ProcessGroup, numbers: int, timeout: datetime
 
     A collective over the group the first time; afterwards the same board comes back.
     """
+    return once_for(group, _boards, lambda group: new_board(group, numbers, timeout))
+
+
+def once_for(
+    group: dist.ProcessGroup, made: list[tuple[dist.ProcessGroup, T]], make: Callable[[dist.ProcessGroup], T]
+) -> T:
+    """make(group), kept in `made` for the next call. What was made for groups that are no more is let go: it would keep
+    their threads and sockets."""
     alive = dist.distributed_c10d._world.pg_map
-    _boards[:] = [entry for entry in _boards if entry[0] in alive]  # a board would keep its group's threads and sockets
-    for known, board in _boards:
+    made[:] = [entry for entry in made if entry[0] in alive]
+    for known, found in made:
         if known is group:
-            return board
-    board = new_board(group, numbers, timeout)
-    _boards.append((group, board))
-    return board
+            return found
+    found = make(group)
+    made.append((group, found))
+    return found
 
 
 def new_board(group: dist.ProcessGroup, numbers: int, timeout: datetime.timedelta) -> HostAllGather | None:

@@ -24,7 +24,6 @@ _symmetric_memory); it has two barriers for each collective, and its sum is in t
 from __future__ import annotations
 
 import contextlib
-import datetime
 import itertools
 import os
 from collections.abc import Iterator, Sequence
@@ -34,10 +33,9 @@ import torch.distributed as dist
 
 from accel_moe.dispatch import rows as local
 from accel_moe.dispatch.all_gather import AllGatherDispatcher
-from accel_moe.dispatch.host_all_gather import HostAllGather, new_board, shared_page
-from accel_moe.mesh import default_timeout
+from accel_moe.dispatch.host_all_gather import HostAllGather, new_board, once_for, shared_page
+from accel_moe.mesh import host_timeout
 
-_HALF_AN_HOUR = datetime.timedelta(minutes=30)
 _ALIGN = 256  # bytes
 _GROWTH = 1.25
 _EVENTS = 64  # in turn: one that is recorded again before it was awaited makes the waiting longer, and not wrong
@@ -65,18 +63,16 @@ class SymmetricDispatcher(AllGatherDispatcher):
     def link_of(group: dist.ProcessGroup) -> SharedMemoryLink | None:
         """The one of the group; None, on every rank of it, where its ranks cannot share memory. A collective over the
         group the first time."""
-        alive = dist.distributed_c10d._world.pg_map
-        _links[:] = [entry for entry in _links if entry[0] in alive]
-        for known, link in _links:
-            if known is group:
-                return link
-        board, link = new_board(group, 1, default_timeout() or _HALF_AN_HOUR), None
-        if board is not None and all(can for (can,) in board.exchange((can_map_peers(group),))):
-            link = SharedMemoryLink(group, board)
-            # tried once with little: what fails, fails here
-            link = link if all(can for (can,) in board.exchange((link.can_grow(),))) else None
-        _links.append((group, link))
-        return link
+        return once_for(group, _links, _new_link)
+
+
+def _new_link(group: dist.ProcessGroup) -> SharedMemoryLink | None:
+    board = new_board(group, 1, host_timeout())
+    if board is None or not all(can for (can,) in board.exchange((can_map_peers(group),))):
+        return None
+    link = SharedMemoryLink(group, board)
+    # tried once with little: what fails, fails here
+    return link if all(can for (can,) in board.exchange((link.can_grow(),))) else None
 
 
 def can_map_peers(group: dist.ProcessGroup) -> bool:
@@ -212,7 +208,7 @@ class _GpuBuffers(Buffers):
         from torch.distributed import _symmetric_memory as symmetric
 
         self.size = size
-        self._timeout_ms = int((default_timeout() or _HALF_AN_HOUR).total_seconds() * 1e3)
+        self._timeout_ms = int(host_timeout().total_seconds() * 1e3)
         self._stream = torch.cuda.Stream(priority=-1)  # a barrier gets the next free multiprocessor
         self._events = itertools.cycle([torch.cuda.Event() for _ in range(_EVENTS)])
         self._last = next(self._events)

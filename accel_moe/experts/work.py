@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from accel_moe.dispatch.base import Dispatched, Overlap, RoutedTokens
 from accel_moe.dispatch.replay import runs_again
+from accel_moe.experts import early_casts
 from accel_moe.experts.expert_counts import count_tokens
 from accel_moe.experts.packing import KeptPacked, Unpacked
 from accel_moe.experts.state import LayerState
@@ -52,6 +53,8 @@ class LayerWork(Overlap):
     def bytes_of_weights(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
         """Bytes this rank's expert weights take once cast to the compute dtype; weights already in it count as 0."""
         layer, dtype = self._layer, self._dtype
+        if early_casts.is_ahead(self._module):
+            return 0  # taken already
         if dtype not in layer.cast_bytes:
             stored = {name: p for name, p in parameters_of(self._module).items() if p.dtype != dtype}
             values = sum(layer.values_of(name, p) for name, p in stored.items())
@@ -65,6 +68,10 @@ class LayerWork(Overlap):
         if (casts := self._view.hints.casts) is not None:
             casts.prepare()
         self._ready = True
+
+    def prepare_next(self) -> None:
+        """The casts of the layer after this one, beside what is left of this one's forward."""
+        early_casts.make_next(self._module, self._dtype, _local_to_cast)
 
     def for_backward(self) -> Callable[[], None] | None:
         casts = None if self._view is None else self._view.hints.casts
@@ -105,7 +112,7 @@ def view_of(module: Any, layer: LayerState, dtype: torch.dtype) -> ExpertsView:
     the gradient norm with them. Our kernels apply the factor in the epilogue of their weight gradient.
     """
     scale, weights = 1.0 / layer.ep, parameters_of(module)
-    local = {name: w.to_local() if isinstance(w, DTensor) else w for name, w in weights.items()}
+    local = _local(weights)
     if layer.prepared.quantize is not None and not layer.packed:
         raise RuntimeError(
             f"moe_quantize_experts={layer.prepared.quantize}: the experts are not quantised yet. accelerator.prepare("
@@ -169,17 +176,36 @@ def _add_to_weights(changes: dict[str, LowRank], local: dict[str, torch.Tensor],
 def _casts_of(module: Any, layer: LayerState, weights: dict[str, torch.Tensor], dtype: torch.dtype) -> Casts | None:
     """Casts for our kernels, which take weights as they are stored and write their gradients in that dtype. None if all
     weights are in `dtype`, and for other kernels, whose weights are cast under autograd."""
-    if all(w.dtype == dtype for w in weights.values()) or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():
         return None
-    if layer.glu is None or layer.shim is not None:
+    parameters = _to_cast(module, weights, dtype)
+    if parameters is None:
         return None
-    names = scattermoe.parameter_names(module)
     if layer.packed:
-        return Unpacked({name: weights[name] for name in names}, layer.packed, dtype)
-    if any(storage_of(w) is not DENSE for w in weights.values()):
+        return Unpacked(parameters, layer.packed, dtype)
+    return early_casts.started(module, list(parameters.values()), dtype)
+
+
+def _to_cast(module: Any, weights: dict[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor] | None:
+    """The weights that our kernels ask for, in their order. None where they take them as they are."""
+    layer = module._accel_moe_layer
+    if layer.glu is None or layer.shim is not None or all(w.dtype == dtype for w in weights.values()):
         return None
-    # with ep 1, PEFT computes the weights for the length of a forward
-    return Casts([weights[name] for name in names], dtype, of_module=layer.ep > 1)
+    if not layer.packed and any(storage_of(w) is not DENSE for w in weights.values()):
+        return None
+    return {name: weights[name] for name in scattermoe.parameter_names(module)}
+
+
+def _local_to_cast(module: Any, dtype: torch.dtype) -> list[torch.Tensor] | None:
+    """`_to_cast` of a layer outside its forward."""
+    with torch.no_grad():
+        parameters = _to_cast(module, _local(parameters_of(module)), dtype)
+    return None if parameters is None else list(parameters.values())
+
+
+def _local(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """This rank's parts of them."""
+    return {name: w.to_local() if isinstance(w, DTensor) else w for name, w in weights.items()}
 
 
 def parameters_of(module: Any) -> dict[str, torch.Tensor]:

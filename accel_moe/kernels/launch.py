@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
 
 import torch
-import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import gemm, passes, tuning
+from .arithmetic import cdiv, power_of_2
 from .glu import Glu
 from .routing import Routing, Tiles, list_tiles
 from .tuning import Config, Problem
@@ -40,8 +40,7 @@ def check_runnable(x: Tensor) -> None:
         )
 
 
-@dataclass(frozen=True)
-class Layer:
+class Layer(NamedTuple):
     """The kind and the size of an experts layer, read off its weights."""
 
     num_experts: int
@@ -117,19 +116,22 @@ def _tma_fits(*tensors: Tensor) -> bool:
     """Whether the chip has a copy engine and each tensor meets its rules: 16-byte aligned, innermost
     dimension contiguous.
     """
-    if _capability(tensors[0].device)[0] < 9:
+    return _capability(tensors[0].device)[0] >= 9 and all(map(_fits, tensors))
+
+
+def _fits(t: Tensor) -> bool:
+    *strides, last = t.stride()
+    if last != 1 or t.data_ptr() % 16 or not t.numel():
         return False
-    return all(
-        t.data_ptr() % 16 == 0
-        and t.numel() > 0
-        and t.stride(-1) == 1
-        and all(stride * t.element_size() % 16 == 0 for stride in t.stride()[:-1])
-        for t in tensors
-    )
+    size = t.element_size()
+    return all(stride * size % 16 == 0 for stride in strides)
 
 
 def _descriptor(t: Tensor, block: list[int]) -> TensorDescriptor:
-    return TensorDescriptor(t, list(t.shape), list(t.stride()), block)
+    """For a tensor that `_tma_fits`. The class would check that again, at every launch."""
+    made = object.__new__(TensorDescriptor)
+    made.base, made.shape, made.strides, made.block_shape = t, t.shape, t.stride(), block
+    return made
 
 
 PAD = 64  # rows; weight_grad's blocks must divide it
@@ -235,7 +237,7 @@ def gather_rows(x: Tensor, routing: Routing, tiles: TileLists) -> Padded:
             routing.top_k,
             PAD=PAD,
             ROWS=rows,
-            BLOCK=min(triton.next_power_of_2(width), 512),
+            BLOCK=min(power_of_2(width), 512),
             num_warps=8,
         )
     return Padded(out, pad)
@@ -266,7 +268,7 @@ def up_projection(
     source = weight.gate_up_source if halves else weight.source
     block_n = config.block_n * (2 if gate.interleaved else 1)
     even = hidden % config.block_k == 0 and (tma or intermediate % config.block_n == 0)
-    grid = (rows.max_tiles * triton.cdiv(intermediate, config.block_n),)
+    grid = (rows.max_tiles * cdiv(intermediate, config.block_n),)
     low_rank, factor, rank = _parts(term, x)
     if grid[0]:
         gemm.up_projection[grid](
@@ -311,7 +313,7 @@ def grouped_rows(
     rows = tiles[config.block_p]
     tma = _tma_fits(weight.stored, a)
     even = depth % config.block_k == 0 and (tma or width % config.block_n == 0)
-    grid = (rows.max_tiles * triton.cdiv(width, config.block_n),)
+    grid = (rows.max_tiles * cdiv(width, config.block_n),)
     low_rank, factor, rank = _parts(term, a)
     if grid[0]:
         gemm.grouped_rows[grid](
@@ -350,7 +352,7 @@ def down_backward(
     intermediate, hidden = weight.width, weight.depth
     num_rows = routing.num_rows
     dh, sa = torch.empty_like(h), h.new_empty(num_rows, intermediate)
-    parts = triton.cdiv(intermediate, config.block_n)
+    parts = cdiv(intermediate, config.block_n)
     ds = torch.empty(parts + extra_parts, num_rows, dtype=torch.float32, device=h.device)
     rows = tiles[config.block_p]
     tma = _tma_fits(weight.stored, dout.data)
@@ -394,7 +396,7 @@ def weight_grad(
     dw = left_data.new_empty(routing.num_experts, m, n, dtype=dtype)
     tma = _tma_fits(left_data, right_data)
     block_m, block_n, block_p = config.block_k, config.block_n, config.block_p
-    grid = (routing.num_experts * triton.cdiv(m, block_m) * triton.cdiv(n, block_n),)
+    grid = (routing.num_experts * cdiv(m, block_m) * cdiv(n, block_n),)
     if grid[0]:
         gemm.weight_grad[grid](
             _descriptor(left_data, [block_p, block_m]) if tma else left_data,

@@ -1,10 +1,10 @@
 """Launches of the passes that add (passes.py). One function per kernel, as in launch.py; no host sync."""
 
 import torch
-import triton
 from torch import Tensor
 
 from . import passes
+from .arithmetic import cdiv, power_of_2
 from .launch import INTERPRETED, PAD, TileLists
 from .routing import Routing
 
@@ -13,9 +13,9 @@ def sum_slots(y: Tensor, routing: Routing, weights: Tensor | None, num_tokens: i
     """y [P, H] -> [T, H]: each token's rows, weighted or plain, k ascending."""
     hidden = y.shape[1]
     out = y.new_empty(num_tokens, hidden)
-    block = min(triton.next_power_of_2(hidden), 64 if INTERPRETED else 2048)
+    block = min(power_of_2(hidden), 64 if INTERPRETED else 2048)
     if out.numel():
-        passes.sum_slots[(num_tokens, triton.cdiv(hidden, block))](
+        passes.sum_slots[(num_tokens, cdiv(hidden, block))](
             y,
             routing.slot_row,
             y if weights is None else weights,
@@ -46,7 +46,7 @@ def routing_grad(ds: Tensor, routing: Routing, like: Tensor) -> Tensor:
     """ds partials [parts, P] -> the gradient of top_k_weights [T, K], in its dtype."""
     out, block = torch.empty_like(like, memory_format=torch.contiguous_format), 256
     if out.numel():
-        grid = (triton.cdiv(out.numel(), block),)
+        grid = (cdiv(out.numel(), block),)
         slot_row, num_rows = routing.slot_row, routing.num_rows
         passes.sum_routing_grad[grid](ds, slot_row, out, out.numel(), num_rows, ds.shape[0], BLOCK=block)
     return out
@@ -60,7 +60,7 @@ def bias_grad(
     """
     out = torch.empty_like(like, dtype=dtype, memory_format=torch.contiguous_format)
     width, block = like.shape[1], 128
-    passes.sum_expert_rows[(routing.num_experts, triton.cdiv(width, block))](
+    passes.sum_expert_rows[(routing.num_experts, cdiv(width, block))](
         src,
         src if weights is None else weights,
         out,

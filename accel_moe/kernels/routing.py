@@ -10,10 +10,10 @@ under checkpointing, give the same rows.
 from dataclasses import dataclass
 
 import torch
-import triton
 from torch import Tensor
 
 from . import sort
+from .arithmetic import cdiv, power_of_2
 
 _SORT_BLOCKS = 128  # about one per multiprocessor: each block re-reads the counts of all the others
 
@@ -64,10 +64,10 @@ def sort_slots(top_k_index: Tensor, num_experts: int, num_rows: int) -> Routing:
         expert_offsets=torch.empty(num_experts + 1, dtype=torch.int32, device=device),
         top_k=top_k_index.shape[1],
     )
-    bins = triton.next_power_of_2(num_experts + 1)
+    bins = power_of_2(num_experts + 1)
     chunk = sort.SORT_CHUNK.value
-    slots_per_block = max(1, triton.cdiv(num_slots, _SORT_BLOCKS * chunk)) * chunk
-    num_blocks = max(1, triton.cdiv(num_slots, slots_per_block))
+    slots_per_block = max(1, cdiv(num_slots, _SORT_BLOCKS * chunk)) * chunk
+    num_blocks = max(1, cdiv(num_slots, slots_per_block))
     counts = torch.empty(num_blocks, bins, dtype=torch.int32, device=device)
     index = top_k_index.contiguous()
     grid = (num_blocks,)
@@ -99,14 +99,14 @@ def list_tiles(routing: Routing, block_p: int) -> Tiles:
     )
     if max_tiles:
         slots = 64
-        sort.list_tiles[(triton.cdiv(max_tiles, slots),)](
+        sort.list_tiles[(cdiv(max_tiles, slots),)](
             routing.expert_offsets,
             tiles.tile_expert,
             tiles.tile_offsets,
             num_experts,
             max_tiles,
             BLOCK_P=block_p,
-            BINS=triton.next_power_of_2(num_experts),
+            BINS=power_of_2(num_experts),
             TILES=slots,
         )
     return tiles

@@ -6,7 +6,7 @@ ops.py joins them into the layer's forward and backward. No host sync anywhere.
 import contextlib
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
 
@@ -107,9 +107,17 @@ def _capability(device: torch.device) -> tuple[int, int]:
 
 def tuned(kernel: str, layer: Layer, rows: int, x: Tensor, launch: Callable[[Config], _Result]) -> _Result:
     """Launches one GEMM of the layer with the configuration that suits it; x only names dtype and device."""
+    return launch(tuning.choose(_problem(kernel, layer, rows, x), launch))
+
+
+def _problem(kernel: str, layer: Layer, rows: int, x: Tensor) -> Problem:
     capability = _capability(x.device)
-    problem = Problem(kernel, rows, layer.num_experts, layer.hidden, layer.intermediate, x.dtype, capability)
-    return launch(tuning.choose(problem, launch))
+    return Problem(kernel, rows, layer.num_experts, layer.hidden, layer.intermediate, x.dtype, capability)
+
+
+def likely_height(kernel: str, layer: Layer, rows: int, x: Tensor) -> int:
+    """The height of row tiles that `tuned` takes, as long as nothing is to be measured."""
+    return tuning.expected(_problem(kernel, layer, rows, x)).block_p
 
 
 def _tma_fits(*tensors: Tensor) -> bool:
@@ -200,19 +208,24 @@ class Weight:
 
 
 class TileLists:
-    """Tile lists by height, built once per op call."""
+    """Tile lists by height, each made once per op call.
 
-    def __init__(self, routing: Routing):
-        self.routing, self.by_height = routing, {}
+    together: heights that are likely to be asked for; one launch then makes a first one and one of these.
+    """
+
+    def __init__(self, routing: Routing, made: Tiles | None = None, together: Iterable[int] = ()):
+        self.routing, self._together = routing, together
+        self._by_height = {} if made is None else {made.block_p: made}
 
     def __getitem__(self, block_p: int) -> Tiles:
-        if block_p not in self.by_height:
-            self.by_height[block_p] = list_tiles(self.routing, block_p)
-        return self.by_height[block_p]
+        if block_p not in self._by_height:
+            other = next((p for p in self._together if p != block_p and p not in self._by_height), 0)
+            tiles, others = list_tiles(self.routing, block_p, other)
+            self._by_height.update({tiles.block_p: tiles, others.block_p: others})
+        return self._by_height[block_p]
 
 
-@dataclass(frozen=True)
-class Padded:
+class Padded(NamedTuple):
     """x[token] by rows, each expert's padded with zero rows to a multiple of `tiles.block_p` (passes.gather_rows)."""
 
     data: Tensor  # [tiles.max_tiles * tiles.block_p, H]

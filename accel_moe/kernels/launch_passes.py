@@ -29,26 +29,30 @@ def sum_slots(y: Tensor, routing: Routing, weights: Tensor | None, num_tokens: i
     return out
 
 
-def zero_tail(first: Tensor, second: Tensor, routing: Routing, tail: int) -> None:
-    passes.zero_tail[(tail,)](
-        first,
-        second,
-        routing.expert_offsets,
-        routing.num_experts,
-        routing.num_rows,
-        first.shape[1],
-        second.shape[1],
-        BLOCK=1024,
-    )
-
-
-def routing_grad(ds: Tensor, routing: Routing, like: Tensor) -> Tensor:
-    """ds partials [parts, P] -> the gradient of top_k_weights [T, K], in its dtype."""
-    out, block = torch.empty_like(like, memory_format=torch.contiguous_format), 256
-    if out.numel():
-        grid = (cdiv(out.numel(), block),)
-        slot_row, num_rows = routing.slot_row, routing.num_rows
-        passes.sum_routing_grad[grid](ds, slot_row, out, out.numel(), num_rows, ds.shape[0], BLOCK=block)
+def routing_grad(ds: Tensor, dh: Tensor, sa: Tensor, routing: Routing, like: Tensor, needed: bool, tail: int) -> Tensor:
+    """ds partials [parts, P] -> the gradient of top_k_weights [T, K], as `like`; no elements if it is not needed.
+    `tail` rows of dh and sa after the last used one become zeros."""
+    out = torch.empty_like(like, memory_format=torch.contiguous_format) if needed else like.new_empty(0)
+    slots, block = out.numel(), 256
+    slot_blocks = cdiv(slots, block)
+    if slot_blocks + tail:
+        passes.sum_routing_grad[(slot_blocks + tail,)](
+            ds,
+            routing.slot_row,
+            out,
+            dh,
+            sa,
+            routing.expert_offsets,
+            slots,
+            routing.num_rows,
+            slot_blocks,
+            ds.shape[0],
+            routing.num_experts,
+            dh.shape[1],
+            sa.shape[1],
+            BLOCK=block,
+            BLOCK_W=1024,
+        )
     return out
 
 

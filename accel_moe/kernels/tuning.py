@@ -81,18 +81,26 @@ class Problem(NamedTuple):
 
 def choose(problem: Problem, launch: Callable[[Config], _Result]) -> Config:
     """The configuration to launch `problem` with; may call launch, which runs the kernel, to find out."""
-    if _INTERPRETED:
-        # Small tiles: tests reach every edge of a tile with tensors that the interpreter can afford.
-        return Config(block_p=16, block_n=16, block_k=16, num_warps=1, num_stages=1, group=2)
-    key = _key(problem)
-    known = _shipped().get(key) or _measured.get(key)
-    if known:
+    if known := _known(problem):
         return known
     if not _worth_measuring(problem):
         return rule(problem)
     config = _measure_or_wait(problem, launch)
-    _measured[key] = config
+    _measured[_key(problem)] = config
     return config
+
+
+def expected(problem: Problem) -> Config:
+    """The configuration that `choose` gives, unless it measures first."""
+    return _known(problem) or rule(problem)
+
+
+def _known(problem: Problem) -> Config | None:
+    if _INTERPRETED:
+        # Small tiles: tests reach every edge of a tile with tensors that the interpreter can afford.
+        return Config(block_p=16, block_n=16, block_k=16, num_warps=1, num_stages=1, group=2)
+    key = _key(problem)
+    return _shipped().get(key) or _measured.get(key)
 
 
 @functools.lru_cache(1024)  # asked for at every launch of a GEMM

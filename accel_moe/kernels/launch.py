@@ -6,7 +6,7 @@ ops.py joins them into the layer's forward and backward. No host sync anywhere.
 import contextlib
 import functools
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
 
@@ -135,10 +135,14 @@ def _fits(t: Tensor) -> bool:
     return all(stride * size % 16 == 0 for stride in strides)
 
 
-def _descriptor(t: Tensor, block: list[int]) -> TensorDescriptor:
-    """For a tensor that `_tma_fits`. The class would check that again, at every launch."""
+def _descriptor(
+    t: Tensor, block: list[int], shape: Sequence[int] = (), strides: Sequence[int] = ()
+) -> TensorDescriptor:
+    """For a tensor that `_tma_fits`. The class would check that again, at every launch. shape, strides: others than
+    the tensor's."""
     made = object.__new__(TensorDescriptor)
-    made.base, made.shape, made.strides, made.block_shape = t, t.shape, t.stride(), block
+    made.base, made.block_shape = t, block  # pyright: ignore
+    made.shape, made.strides = shape or t.shape, strides or t.stride()  # pyright: ignore
     return made
 
 
@@ -195,16 +199,21 @@ class Weight:
             return self.stored
         return _descriptor(self.stored, [1, block_n, block_k] if self.k_contiguous else [1, block_k, block_n])
 
-    @property
-    def gate_up(self) -> Tensor:
-        """The stored tensor with gate and up as a dimension of their own, so that one copy brings a tile of both."""
-        return self.stored.unflatten(1 if self.k_contiguous else 2, (2, -1))
-
     def gate_up_source(self, tma: bool, block_i: int, block_k: int):
-        """As source, of `gate_up`."""
+        """As source, with gate and up as a dimension of their own, so that one copy brings a tile of both."""
         if not tma:
             return self.stored
-        return _descriptor(self.gate_up, [1, 2, block_i, block_k] if self.k_contiguous else [1, block_k, 2, block_i])
+        (experts, rows, columns), (of_expert, of_row, _) = self.stored.shape, self.stored.stride()
+        if self.k_contiguous:
+            shape, strides = (experts, 2, rows // 2, columns), (of_expert, rows // 2 * of_row, of_row, 1)
+            return _descriptor(self.stored, [1, 2, block_i, block_k], shape, strides)
+        shape, strides = (experts, rows, 2, columns // 2), (of_expert, of_row, columns // 2, 1)
+        return _descriptor(self.stored, [1, block_k, 2, block_i], shape, strides)
+
+    def fits_tma(self, halves: bool) -> bool:
+        """Whether source, or gate_up_source if halves, can be a descriptor."""
+        half_row = self.stored.shape[2] // 2 * self.stored.element_size()
+        return _tma_fits(self.stored) and (not halves or self.k_contiguous or half_row % 16 == 0)
 
 
 class TileLists:
@@ -275,7 +284,7 @@ def up_projection(
     a = x.new_empty(routing.num_rows if activate else 0, intermediate)
     h = x.new_empty(h_rows, width)
     rows = tiles[config.block_p]
-    tma = _tma_fits(weight.gate_up if halves else weight.stored)
+    tma = weight.fits_tma(halves)
     gather = config.gather or not tma
     padded = None if gather else gather_rows(x, routing, tiles)
     source = weight.gate_up_source if halves else weight.source

@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
-from . import passes
+from . import passes, sort
 from .arithmetic import cdiv, power_of_2
-from .launch import INTERPRETED, PAD, TileLists
+from .launch import INTERPRETED, PAD, TileLists, on_device
 from .routing import Routing
 
 
@@ -99,3 +99,12 @@ def dot_bias(dout: Tensor, bias: Tensor, ds: Tensor, routing: Routing, tiles: Ti
             BLOCK_P=PAD,
             BLOCK=64,
         )
+
+
+def add_counts(top_k_index: Tensor, total: Tensor) -> None:
+    """total [E] int64 grows by each expert's slots in top_k_index[T, K]."""
+    num_slots, num_experts, slots = top_k_index.numel(), total.numel(), 1024
+    if num_slots:
+        index, bins = top_k_index.contiguous(), power_of_2(num_experts + 1)
+        with on_device(index):
+            sort.add_counts[(cdiv(num_slots, slots),)](index, total, num_slots, num_experts, BINS=bins, SLOTS=slots)

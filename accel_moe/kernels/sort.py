@@ -1,4 +1,4 @@
-"""Triton kernels: a stable counting sort of slots by expert, without atomics, and its tiles. In one launch for few
+"""Triton kernels: a stable counting sort of slots by expert, without atomics, and its tiles; in one launch for few
 slots (sort_few_slots), in two for many.
 
 Letters and terms are gemm.py's.
@@ -31,6 +31,17 @@ def count_slots(index_ptr, count_ptr, num_slots, num_experts, slots_per_block, B
         expert = tl.load(index_ptr + slot, mask=slot < num_slots, other=num_experts)
         counts += tl.histogram(bins_of(expert, num_experts), BINS)
     tl.store(count_ptr + block * BINS + tl.arange(0, BINS), counts)
+
+
+@cached_launch
+@triton.jit(do_not_specialize=["num_slots"])
+def add_counts(index_ptr, total_ptr, num_slots, num_experts, BINS: tl.constexpr, SLOTS: tl.constexpr):
+    """total[e] += slots that chose expert e. By atomics: whole numbers add up to the same in any order."""
+    slot = tl.program_id(0) * SLOTS + tl.arange(0, SLOTS)
+    expert = tl.load(index_ptr + slot, mask=slot < num_slots, other=num_experts)
+    counts = tl.histogram(bins_of(expert, num_experts), BINS)
+    bins = tl.arange(0, BINS)
+    tl.atomic_add(total_ptr + bins, counts.to(tl.int64), mask=(bins < num_experts) & (counts > 0), sem="relaxed")
 
 
 @triton.jit

@@ -6,6 +6,7 @@ import torch
 from accel_moe.kernels import routing as routing_module
 from accel_moe.kernels import sort
 from accel_moe.kernels.launch import TileLists
+from accel_moe.kernels.launch_passes import add_counts
 from accel_moe.kernels.routing import list_tiles, sort_and_tile, sort_slots
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="interpreted: see tests/gpu")
@@ -98,3 +99,12 @@ def test_understated_num_rows_loses_the_last_slots_and_never_points_past_the_buf
     assert (storage[10:] == -7).all()
     assert torch.equal(short.slot_row, full.slot_row.masked_fill(full.slot_row >= 10, -1))
     assert torch.equal(short.expert_offsets, full.expert_offsets.clamp(max=10))
+
+
+def test_counts_grow_by_each_experts_slots_and_skip_numbers_of_none():
+    index = routed(900, 3, 7, 0.3)
+    index[:5] = torch.tensor([-1, -(2**40), 2**40])
+    total = torch.arange(7)
+    wanted = total + torch.bincount(index[(index >= 0) & (index < 7)], minlength=7)
+    add_counts(index, total)
+    assert torch.equal(total, wanted)

@@ -90,9 +90,13 @@ def check_inputs(
         raise ValueError(f"scattermoe needs top_k_index in int32 or int64; found {index.dtype}.")
 
 
+_HERE = contextlib.nullcontext()
+
+
 def on_device(x: Tensor):
     """Triton launches on the current device, which need not be the tensors'."""
-    return torch.cuda.device(x.device) if x.device.type == "cuda" else contextlib.nullcontext()
+    here = x.device.type != "cuda" or torch.cuda.current_device() == x.device.index
+    return _HERE if here else torch.cuda.device(x.device)
 
 
 def precision(x: Tensor) -> str:

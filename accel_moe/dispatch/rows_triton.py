@@ -312,8 +312,7 @@ def _tokens_per_block(tokens: int) -> int:
 
 def count(index: Tensor, experts_per_rank: int, ranks: int, free_bytes: int) -> tuple[Tensor, Tensor]:
     """dispatch.rows.count; what `place` needs besides is the counts per block of tokens."""
-    tokens, top_k = index.shape
-    per_block = _tokens_per_block(tokens)
+    (tokens, top_k), per_block = index.shape, _tokens_per_block(index.shape[0])
     blocks = max(1, cdiv(tokens, per_block))
     counts = torch.empty(blocks, ranks, 3, dtype=torch.long, device=index.device)
     count_copies[(blocks,)](

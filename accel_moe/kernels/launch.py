@@ -175,6 +175,10 @@ class Stores:
     a: bool
 
 
+# One object for each: a constant that is the same object is found again without comparing its fields.
+_loads, _stores = functools.lru_cache(256)(Loads), functools.lru_cache(4)(Stores)
+
+
 class Term(NamedTuple):
     """A low-rank term of a GEMM: rows @ factor[e] is added to the product. low_rank.py makes the rows."""
 
@@ -315,8 +319,8 @@ def up_projection(
             x.stride(0),
             h_rows,
             GLU=gate,
-            STORES=Stores(h=h_rows > 0, a=activate),
-            LOADS=Loads(tma, even, weight.k_contiguous, precision(x), bias is not None, gather, rank=rank),
+            STORES=_stores(h_rows > 0, activate),
+            LOADS=_loads(tma, even, weight.k_contiguous, precision(x), bias is not None, gather, rank=rank),
             TILE=config,
             num_warps=config.num_warps,
             num_stages=config.num_stages,
@@ -354,7 +358,7 @@ def grouped_rows(
             routing.expert_offsets,
             depth,
             width,
-            LOADS=Loads(tma, even, weight.k_contiguous, precision(a), bias is not None, rank=rank),
+            LOADS=_loads(tma, even, weight.k_contiguous, precision(a), bias is not None, rank=rank),
             TILE=config,
             num_warps=config.num_warps,
             num_stages=config.num_stages,
@@ -404,7 +408,7 @@ def down_backward(
             hidden,
             intermediate,
             GLU=gate,
-            LOADS=Loads(tma, even, weight.k_contiguous, precision(h), rank=rank),
+            LOADS=_loads(tma, even, weight.k_contiguous, precision(h), rank=rank),
             TILE=config,
             num_warps=config.num_warps,
             num_stages=config.num_stages,

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from accel_moe.kernels.arithmetic import cdiv, power_of_2
 from accel_moe.kernels.cached_launch import cached_launch
 
 _BLOCK = 2048  # columns of a row at once
@@ -311,9 +312,8 @@ def _tokens_per_block(tokens: int) -> int:
 
 def count(index: Tensor, experts_per_rank: int, ranks: int, free_bytes: int) -> tuple[Tensor, Tensor]:
     """dispatch.rows.count; what `place` needs besides is the counts per block of tokens."""
-    tokens, top_k = index.shape
-    per_block = _tokens_per_block(tokens)
-    blocks = max(1, triton.cdiv(tokens, per_block))
+    (tokens, top_k), per_block = index.shape, _tokens_per_block(index.shape[0])
+    blocks = max(1, cdiv(tokens, per_block))
     counts = torch.empty(blocks, ranks, 3, dtype=torch.long, device=index.device)
     count_copies[(blocks,)](
         index,
@@ -323,7 +323,7 @@ def count(index: Tensor, experts_per_rank: int, ranks: int, free_bytes: int) -> 
         ranks,
         free_bytes,
         TOP_K=top_k,
-        K_PAD=triton.next_power_of_2(top_k),
+        K_PAD=power_of_2(top_k),
         TOKENS=per_block,
     )
     return counts.sum(0), counts
@@ -346,9 +346,9 @@ def place(index: Tensor, counts: Tensor, experts_per_rank: int, ranks: int, own_
             ranks,
             own_rank,
             TOP_K=top_k,
-            K_PAD=triton.next_power_of_2(top_k),
+            K_PAD=power_of_2(top_k),
             TOKENS=_tokens_per_block(tokens),
-            BLOCKS=triton.next_power_of_2(blocks),
+            BLOCKS=power_of_2(blocks),
         )
     return slot, copy
 
@@ -387,8 +387,8 @@ def pack(
             weights=weights is not None,
             index=index is not None,
             top_k=top_k,
-            k_pad=triton.next_power_of_2(top_k),
-            block=min(triton.next_power_of_2(max(1, sent[0].shape[1])), _BLOCK),
+            k_pad=power_of_2(top_k),
+            block=min(power_of_2(max(1, sent[0].shape[1])), _BLOCK),
         ),
         num_warps=4,
     )
@@ -408,8 +408,8 @@ def combine(
     out_weights = None if weights is None else weights.new_empty(index.shape)
     if tokens:
         with_weights = weights is not None and own_weights is not None
-        block = min(triton.next_power_of_2(max(1, hidden)), _BLOCK)
-        sum_copies[(tokens, max(1, triton.cdiv(hidden, block)))](
+        block = min(power_of_2(max(1, hidden)), _BLOCK)
+        sum_copies[(tokens, max(1, cdiv(hidden, block)))](
             values,
             weights if with_weights else values,
             own_values,
@@ -428,7 +428,7 @@ def combine(
             own_weights.stride(0) if with_weights else 0,
             WEIGHTS=with_weights,
             TOP_K=index.shape[1],
-            K_PAD=triton.next_power_of_2(index.shape[1]),
+            K_PAD=power_of_2(index.shape[1]),
             BLOCK=block,
             num_warps=4,
         )
@@ -462,15 +462,15 @@ def fill(
         row_weights.stride(0),
         row_index.stride(0),
         TOP_K=top_k,
-        K_PAD=triton.next_power_of_2(top_k),
-        BLOCK=min(triton.next_power_of_2(hidden), _BLOCK),
+        K_PAD=power_of_2(top_k),
+        BLOCK=min(power_of_2(hidden), _BLOCK),
         num_warps=4,
     )
 
 
 def own_slots(index: Tensor, weights: Tensor, first: int, experts_per_rank: int) -> tuple[Tensor, Tensor, Tensor]:
     (rows, top_k), per_block = index.shape, 128
-    blocks = triton.cdiv(rows, per_block)
+    blocks = cdiv(rows, per_block)
     local_index = torch.empty(rows, top_k, dtype=torch.long, device=index.device)
     local_weights = weights.new_empty(rows, top_k)
     pairs = torch.empty(blocks, dtype=torch.int32, device=index.device)
@@ -486,7 +486,7 @@ def own_slots(index: Tensor, weights: Tensor, first: int, experts_per_rank: int)
         index.stride(0),
         weights.stride(0),
         TOP_K=top_k,
-        K_PAD=triton.next_power_of_2(top_k),
+        K_PAD=power_of_2(top_k),
         ROWS=per_block,
         num_warps=4,
     )
@@ -496,5 +496,5 @@ def own_slots(index: Tensor, weights: Tensor, first: int, experts_per_rank: int)
 def sum_over_ranks(own: Tensor, others: Tensor, own_rank: int, total: Tensor) -> None:
     numel, block = own.numel(), 2048
     unit, ranks = 16 if numel % 16 == 0 else 1, others.shape[0] + 1
-    grid = (triton.cdiv(numel, block),)
+    grid = (cdiv(numel, block),)
     sum_parts[grid](own, others, total, numel // unit, own_rank, UNIT=unit, RANKS=ranks, BLOCK=block, num_warps=8)

@@ -73,6 +73,16 @@ def count_tokens(layer: LayerState, top_k_index: torch.Tensor, evaluates: bool) 
         return  # the graph would break at the next line
     if torch._C._current_graph_task_id() != -1:
         return  # inside a backward: activation checkpointing is running this forward again
+    name = "evaluated_per_expert" if evaluates else "tokens_per_expert"
+    before = getattr(layer, name)
+    if layer.kernel == "scattermoe" and top_k_index.is_cuda:
+        from accel_moe.kernels.launch_passes import add_counts  # imports Triton
+
+        if before is None or before.device != top_k_index.device:
+            before = torch.zeros(layer.num_experts, dtype=torch.long, device=top_k_index.device)
+            setattr(layer, name, before)
+        add_counts(top_k_index, before)
+        return
     size = layer.num_experts + 1  # the last one takes slots without an expert
     if top_k_index.is_cuda and not torch.are_deterministic_algorithms_enabled():
         # One kernel and no sync; it leaves out what is above max. Its counts are exact, but torch refuses it where it
@@ -83,7 +93,5 @@ def count_tokens(layer: LayerState, top_k_index: torch.Tensor, evaluates: bool) 
         index = index.masked_fill(index < 0, layer.num_experts)
         counts = torch.zeros(size, dtype=torch.long, device=index.device).scatter_add_(0, index, torch.ones_like(index))
     counts = counts[: layer.num_experts]
-    name = "evaluated_per_expert" if evaluates else "tokens_per_expert"
-    before = getattr(layer, name)
     # a new tensor: the old one may come from inference mode
     setattr(layer, name, counts if before is None else before + counts)

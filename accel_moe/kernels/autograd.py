@@ -93,15 +93,16 @@ def _whole(ctx, x, casts, factors, weights, h, up_narrow, down_narrow, *routing)
     """Trim the saved buffers to the rows in use, and compute h again where it was not kept whole."""
     row_slot, slot_row, expert_offsets = routing
     factor = factors[1] if factors else None
-    if ctx.later is not None:
-        row_slot = row_slot[: ctx.later.wait()]
     pairs = row_slot.shape[0]
-    up_narrow, down_narrow = up_narrow[:pairs], down_narrow[:pairs]
+    if ctx.later is not None:
+        pairs = ctx.later.wait()
+        row_slot = row_slot[:pairs]
+        up_narrow, down_narrow, h = up_narrow[:pairs], down_narrow[:pairs], h[:pairs]
     if not ctx.keep_h or (ctx.later is not None and h.shape[0] < pairs):
         w1, w2, b1, _ = casts
         again = ops.bypass_dispatcher(ops.pre_activation, x)
         h = again(x, w1, w2, b1, factor, up_narrow, row_slot, slot_row, expert_offsets, *ctx.kind, ctx.likely)
-    return weights, h[:pairs], up_narrow, down_narrow, row_slot, slot_row, expert_offsets
+    return weights, h, up_narrow, down_narrow, row_slot, slot_row, expert_offsets
 
 
 def _cast(parameters: tuple[Tensor | None, ...], dtype: torch.dtype) -> tuple[Tensor | None, ...]:

@@ -6,16 +6,16 @@ ops.py joins them into the layer's forward and backward. No host sync anywhere.
 import contextlib
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
 
 import torch
-import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import gemm, passes, tuning
+from .arithmetic import cdiv, power_of_2
 from .glu import Glu
 from .routing import Routing, Tiles, list_tiles
 from .tuning import Config, Problem
@@ -40,8 +40,7 @@ def check_runnable(x: Tensor) -> None:
         )
 
 
-@dataclass(frozen=True)
-class Layer:
+class Layer(NamedTuple):
     """The kind and the size of an experts layer, read off its weights."""
 
     num_experts: int
@@ -91,9 +90,13 @@ def check_inputs(
         raise ValueError(f"scattermoe needs top_k_index in int32 or int64; found {index.dtype}.")
 
 
+_HERE = contextlib.nullcontext()
+
+
 def on_device(x: Tensor):
     """Triton launches on the current device, which need not be the tensors'."""
-    return torch.cuda.device(x.device) if x.device.type == "cuda" else contextlib.nullcontext()
+    here = x.device.type != "cuda" or torch.cuda.current_device() == x.device.index
+    return _HERE if here else torch.cuda.device(x.device)
 
 
 def precision(x: Tensor) -> str:
@@ -108,28 +111,43 @@ def _capability(device: torch.device) -> tuple[int, int]:
 
 def tuned(kernel: str, layer: Layer, rows: int, x: Tensor, launch: Callable[[Config], _Result]) -> _Result:
     """Launches one GEMM of the layer with the configuration that suits it; x only names dtype and device."""
+    return launch(tuning.choose(_problem(kernel, layer, rows, x), launch))
+
+
+def _problem(kernel: str, layer: Layer, rows: int, x: Tensor) -> Problem:
     capability = _capability(x.device)
-    problem = Problem(kernel, rows, layer.num_experts, layer.hidden, layer.intermediate, x.dtype, capability)
-    return launch(tuning.choose(problem, launch))
+    return Problem(kernel, rows, layer.num_experts, layer.hidden, layer.intermediate, x.dtype, capability)
+
+
+def likely_height(kernel: str, layer: Layer, rows: int, x: Tensor) -> int:
+    """The height of row tiles that `tuned` takes, as long as nothing is to be measured."""
+    return tuning.expected(_problem(kernel, layer, rows, x)).block_p
 
 
 def _tma_fits(*tensors: Tensor) -> bool:
     """Whether the chip has a copy engine and each tensor meets its rules: 16-byte aligned, innermost
     dimension contiguous.
     """
-    if _capability(tensors[0].device)[0] < 9:
+    return _capability(tensors[0].device)[0] >= 9 and all(map(_fits, tensors))
+
+
+def _fits(t: Tensor) -> bool:
+    *strides, last = t.stride()
+    if last != 1 or t.data_ptr() % 16 or not t.numel():
         return False
-    return all(
-        t.data_ptr() % 16 == 0
-        and t.numel() > 0
-        and t.stride(-1) == 1
-        and all(stride * t.element_size() % 16 == 0 for stride in t.stride()[:-1])
-        for t in tensors
-    )
+    size = t.element_size()
+    return all(stride * size % 16 == 0 for stride in strides)
 
 
-def _descriptor(t: Tensor, block: list[int]) -> TensorDescriptor:
-    return TensorDescriptor(t, list(t.shape), list(t.stride()), block)
+def _descriptor(
+    t: Tensor, block: list[int], shape: Sequence[int] = (), strides: Sequence[int] = ()
+) -> TensorDescriptor:
+    """For a tensor that `_tma_fits`. The class would check that again, at every launch. shape, strides: others than
+    the tensor's."""
+    made = object.__new__(TensorDescriptor)
+    made.base, made.block_shape = t, block  # pyright: ignore
+    made.shape, made.strides = shape or t.shape, strides or t.stride()  # pyright: ignore
+    return made
 
 
 PAD = 64  # rows; weight_grad's blocks must divide it
@@ -155,6 +173,10 @@ class Stores:
 
     h: bool
     a: bool
+
+
+# One object for each: a constant that is the same object is found again without comparing its fields.
+_loads, _stores = functools.lru_cache(256)(Loads), functools.lru_cache(4)(Stores)
 
 
 class Term(NamedTuple):
@@ -185,32 +207,42 @@ class Weight:
             return self.stored
         return _descriptor(self.stored, [1, block_n, block_k] if self.k_contiguous else [1, block_k, block_n])
 
-    @property
-    def gate_up(self) -> Tensor:
-        """The stored tensor with gate and up as a dimension of their own, so that one copy brings a tile of both."""
-        return self.stored.unflatten(1 if self.k_contiguous else 2, (2, -1))
-
     def gate_up_source(self, tma: bool, block_i: int, block_k: int):
-        """As source, of `gate_up`."""
+        """As source, with gate and up as a dimension of their own, so that one copy brings a tile of both."""
         if not tma:
             return self.stored
-        return _descriptor(self.gate_up, [1, 2, block_i, block_k] if self.k_contiguous else [1, block_k, 2, block_i])
+        (experts, rows, columns), (of_expert, of_row, _) = self.stored.shape, self.stored.stride()
+        if self.k_contiguous:
+            shape, strides = (experts, 2, rows // 2, columns), (of_expert, rows // 2 * of_row, of_row, 1)
+            return _descriptor(self.stored, [1, 2, block_i, block_k], shape, strides)
+        shape, strides = (experts, rows, 2, columns // 2), (of_expert, of_row, columns // 2, 1)
+        return _descriptor(self.stored, [1, block_k, 2, block_i], shape, strides)
+
+    def fits_tma(self, halves: bool) -> bool:
+        """Whether source, or gate_up_source if halves, can be a descriptor."""
+        half_row = self.stored.shape[2] // 2 * self.stored.element_size()
+        return _tma_fits(self.stored) and (not halves or self.k_contiguous or half_row % 16 == 0)
 
 
 class TileLists:
-    """Tile lists by height, built once per op call."""
+    """Tile lists by height, each made once per op call.
 
-    def __init__(self, routing: Routing):
-        self.routing, self.by_height = routing, {}
+    together: heights that are likely to be asked for; one launch then makes a first one and one of these.
+    """
+
+    def __init__(self, routing: Routing, made: Tiles | None = None, together: Iterable[int] = ()):
+        self.routing, self._together = routing, together
+        self._by_height = {} if made is None else {made.block_p: made}
 
     def __getitem__(self, block_p: int) -> Tiles:
-        if block_p not in self.by_height:
-            self.by_height[block_p] = list_tiles(self.routing, block_p)
-        return self.by_height[block_p]
+        if block_p not in self._by_height:
+            other = next((p for p in self._together if p != block_p and p not in self._by_height), 0)
+            tiles, others = list_tiles(self.routing, block_p, other)
+            self._by_height.update({tiles.block_p: tiles, others.block_p: others})
+        return self._by_height[block_p]
 
 
-@dataclass(frozen=True)
-class Padded:
+class Padded(NamedTuple):
     """x[token] by rows, each expert's padded with zero rows to a multiple of `tiles.block_p` (passes.gather_rows)."""
 
     data: Tensor  # [tiles.max_tiles * tiles.block_p, H]
@@ -235,7 +267,7 @@ def gather_rows(x: Tensor, routing: Routing, tiles: TileLists) -> Padded:
             routing.top_k,
             PAD=PAD,
             ROWS=rows,
-            BLOCK=min(triton.next_power_of_2(width), 512),
+            BLOCK=min(power_of_2(width), 512),
             num_warps=8,
         )
     return Padded(out, pad)
@@ -260,13 +292,13 @@ def up_projection(
     a = x.new_empty(routing.num_rows if activate else 0, intermediate)
     h = x.new_empty(h_rows, width)
     rows = tiles[config.block_p]
-    tma = _tma_fits(weight.gate_up if halves else weight.stored)
+    tma = weight.fits_tma(halves)
     gather = config.gather or not tma
     padded = None if gather else gather_rows(x, routing, tiles)
     source = weight.gate_up_source if halves else weight.source
     block_n = config.block_n * (2 if gate.interleaved else 1)
     even = hidden % config.block_k == 0 and (tma or intermediate % config.block_n == 0)
-    grid = (rows.max_tiles * triton.cdiv(intermediate, config.block_n),)
+    grid = (rows.max_tiles * cdiv(intermediate, config.block_n),)
     low_rank, factor, rank = _parts(term, x)
     if grid[0]:
         gemm.up_projection[grid](
@@ -287,8 +319,8 @@ def up_projection(
             x.stride(0),
             h_rows,
             GLU=gate,
-            STORES=Stores(h=h_rows > 0, a=activate),
-            LOADS=Loads(tma, even, weight.k_contiguous, precision(x), bias is not None, gather, rank=rank),
+            STORES=_stores(h_rows > 0, activate),
+            LOADS=_loads(tma, even, weight.k_contiguous, precision(x), bias is not None, gather, rank=rank),
             TILE=config,
             num_warps=config.num_warps,
             num_stages=config.num_stages,
@@ -311,7 +343,7 @@ def grouped_rows(
     rows = tiles[config.block_p]
     tma = _tma_fits(weight.stored, a)
     even = depth % config.block_k == 0 and (tma or width % config.block_n == 0)
-    grid = (rows.max_tiles * triton.cdiv(width, config.block_n),)
+    grid = (rows.max_tiles * cdiv(width, config.block_n),)
     low_rank, factor, rank = _parts(term, a)
     if grid[0]:
         gemm.grouped_rows[grid](
@@ -326,7 +358,7 @@ def grouped_rows(
             routing.expert_offsets,
             depth,
             width,
-            LOADS=Loads(tma, even, weight.k_contiguous, precision(a), bias is not None, rank=rank),
+            LOADS=_loads(tma, even, weight.k_contiguous, precision(a), bias is not None, rank=rank),
             TILE=config,
             num_warps=config.num_warps,
             num_stages=config.num_stages,
@@ -350,7 +382,7 @@ def down_backward(
     intermediate, hidden = weight.width, weight.depth
     num_rows = routing.num_rows
     dh, sa = torch.empty_like(h), h.new_empty(num_rows, intermediate)
-    parts = triton.cdiv(intermediate, config.block_n)
+    parts = cdiv(intermediate, config.block_n)
     ds = torch.empty(parts + extra_parts, num_rows, dtype=torch.float32, device=h.device)
     rows = tiles[config.block_p]
     tma = _tma_fits(weight.stored, dout.data)
@@ -376,7 +408,7 @@ def down_backward(
             hidden,
             intermediate,
             GLU=gate,
-            LOADS=Loads(tma, even, weight.k_contiguous, precision(h), rank=rank),
+            LOADS=_loads(tma, even, weight.k_contiguous, precision(h), rank=rank),
             TILE=config,
             num_warps=config.num_warps,
             num_stages=config.num_stages,
@@ -394,7 +426,7 @@ def weight_grad(
     dw = left_data.new_empty(routing.num_experts, m, n, dtype=dtype)
     tma = _tma_fits(left_data, right_data)
     block_m, block_n, block_p = config.block_k, config.block_n, config.block_p
-    grid = (routing.num_experts * triton.cdiv(m, block_m) * triton.cdiv(n, block_n),)
+    grid = (routing.num_experts * cdiv(m, block_m) * cdiv(n, block_n),)
     if grid[0]:
         gemm.weight_grad[grid](
             _descriptor(left_data, [block_p, block_m]) if tma else left_data,

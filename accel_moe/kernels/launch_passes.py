@@ -1,11 +1,11 @@
 """Launches of the passes that add (passes.py). One function per kernel, as in launch.py; no host sync."""
 
 import torch
-import triton
 from torch import Tensor
 
-from . import passes
-from .launch import INTERPRETED, PAD, TileLists
+from . import passes, sort
+from .arithmetic import cdiv, power_of_2
+from .launch import INTERPRETED, PAD, TileLists, on_device
 from .routing import Routing
 
 
@@ -13,9 +13,9 @@ def sum_slots(y: Tensor, routing: Routing, weights: Tensor | None, num_tokens: i
     """y [P, H] -> [T, H]: each token's rows, weighted or plain, k ascending."""
     hidden = y.shape[1]
     out = y.new_empty(num_tokens, hidden)
-    block = min(triton.next_power_of_2(hidden), 64 if INTERPRETED else 2048)
+    block = min(power_of_2(hidden), 64 if INTERPRETED else 2048)
     if out.numel():
-        passes.sum_slots[(num_tokens, triton.cdiv(hidden, block))](
+        passes.sum_slots[(num_tokens, cdiv(hidden, block))](
             y,
             routing.slot_row,
             y if weights is None else weights,
@@ -29,26 +29,30 @@ def sum_slots(y: Tensor, routing: Routing, weights: Tensor | None, num_tokens: i
     return out
 
 
-def zero_tail(first: Tensor, second: Tensor, routing: Routing, tail: int) -> None:
-    passes.zero_tail[(tail,)](
-        first,
-        second,
-        routing.expert_offsets,
-        routing.num_experts,
-        routing.num_rows,
-        first.shape[1],
-        second.shape[1],
-        BLOCK=1024,
-    )
-
-
-def routing_grad(ds: Tensor, routing: Routing, like: Tensor) -> Tensor:
-    """ds partials [parts, P] -> the gradient of top_k_weights [T, K], in its dtype."""
-    out, block = torch.empty_like(like, memory_format=torch.contiguous_format), 256
-    if out.numel():
-        grid = (triton.cdiv(out.numel(), block),)
-        slot_row, num_rows = routing.slot_row, routing.num_rows
-        passes.sum_routing_grad[grid](ds, slot_row, out, out.numel(), num_rows, ds.shape[0], BLOCK=block)
+def routing_grad(ds: Tensor, dh: Tensor, sa: Tensor, routing: Routing, like: Tensor, needed: bool, tail: int) -> Tensor:
+    """ds partials [parts, P] -> the gradient of top_k_weights [T, K], as `like`; no elements if it is not needed.
+    `tail` rows of dh and sa after the last used one become zeros."""
+    out = torch.empty_like(like, memory_format=torch.contiguous_format) if needed else like.new_empty(0)
+    slots, block = out.numel(), 256
+    slot_blocks = cdiv(slots, block)
+    if slot_blocks + tail:
+        passes.sum_routing_grad[(slot_blocks + tail,)](
+            ds,
+            routing.slot_row,
+            out,
+            dh,
+            sa,
+            routing.expert_offsets,
+            slots,
+            routing.num_rows,
+            slot_blocks,
+            ds.shape[0],
+            routing.num_experts,
+            dh.shape[1],
+            sa.shape[1],
+            BLOCK=block,
+            BLOCK_W=1024,
+        )
     return out
 
 
@@ -60,7 +64,7 @@ def bias_grad(
     """
     out = torch.empty_like(like, dtype=dtype, memory_format=torch.contiguous_format)
     width, block = like.shape[1], 128
-    passes.sum_expert_rows[(routing.num_experts, triton.cdiv(width, block))](
+    passes.sum_expert_rows[(routing.num_experts, cdiv(width, block))](
         src,
         src if weights is None else weights,
         out,
@@ -95,3 +99,12 @@ def dot_bias(dout: Tensor, bias: Tensor, ds: Tensor, routing: Routing, tiles: Ti
             BLOCK_P=PAD,
             BLOCK=64,
         )
+
+
+def add_counts(top_k_index: Tensor, total: Tensor) -> None:
+    """total [E] int64 grows by each expert's slots in top_k_index[T, K]."""
+    num_slots, num_experts, slots = top_k_index.numel(), total.numel(), 1024
+    if num_slots:
+        index, bins = top_k_index.contiguous(), power_of_2(num_experts + 1)
+        with on_device(index):
+            sort.add_counts[(cdiv(num_slots, slots),)](index, total, num_slots, num_experts, BINS=bins, SLOTS=slots)

@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .arithmetic import cdiv, power_of_2
 from .cached_launch import cached_launch
 from .launch import INTERPRETED, PAD, Term, TileLists, precision
 from .routing import Routing
@@ -182,7 +183,7 @@ def grad(
     rank, width = narrow.shape[1], wide.shape[1]
     out = wide.new_empty(routing.num_experts, rank, width)
     block = 16 if INTERPRETED else 128
-    grid = (routing.num_experts * triton.cdiv(width, block), rank // _block_r(rank))
+    grid = (routing.num_experts * cdiv(width, block), rank // _block_r(rank))
     if grid[0]:
         factor_grad[grid](
             narrow,
@@ -210,5 +211,5 @@ def grad(
 def padded(factor: Tensor) -> Tensor:
     """[E, r, width] -> [E, R, width] with zeros, R the next of 16, 32, 64, 128, 192, ...: tl.dot's. Differentiable."""
     rank = factor.shape[1]
-    to = max(16, triton.next_power_of_2(rank)) if rank <= 64 else triton.cdiv(rank, 64) * 64
+    to = max(16, power_of_2(rank)) if rank <= 64 else cdiv(rank, 64) * 64
     return factor if to == rank else torch.nn.functional.pad(factor, (0, 0, 0, to - rank))

@@ -24,7 +24,7 @@ from . import launch, launch_passes, low_rank
 from .glu import Glu
 from .launch import PAD, Layer, Term, TileLists, Weight
 from .low_rank import Change
-from .routing import Routing, sort_slots
+from .routing import Routing, sort_and_tile
 
 
 def _op(name: str, only_bypassed: str = "") -> Callable[[Callable[..., Any]], Any]:
@@ -97,8 +97,9 @@ def experts_forward(
         x, weights = launch.row_major(x), weights.contiguous()
         layer = Layer.of(w1, w2, gated, transposed)
         rows = _num_rows(index, num_pairs)
-        routing = sort_slots(index, layer.num_experts, rows)
-        tiles = TileLists(routing)
+        height = launch.likely_height(_up_kernel(layer), layer, likely, x)
+        routing, made = sort_and_tile(index, layer.num_experts, rows, height)
+        tiles = TileLists(routing, made)
         up, down = Weight(w1, depth_last=not transposed), Weight(w2, depth_last=not transposed)
         up_change, down_change = _changes(factors, scales)
         up_term = up_change and up_change.down(x, routing, tiles, gather=True)
@@ -172,7 +173,11 @@ def _up(
 ) -> tuple[Tensor, Tensor]:
     """launch.up_projection as it is tuned for `likely` rows in use."""
     run = lambda c: launch.up_projection(x, up, _dense(b1), routing, tiles, c, kind, h_rows, **options)  # noqa: E731
-    return launch.tuned("up" if layer.gated else "up_plain", layer, likely, x, run)
+    return launch.tuned(_up_kernel(layer), layer, likely, x, run)
+
+
+def _up_kernel(layer: Layer) -> str:
+    return "up" if layer.gated else "up_plain"
 
 
 @_op("experts_backward", only_bypassed="on_input_grads")
@@ -211,7 +216,9 @@ def experts_backward(
         dout, x, weights = launch.row_major(dout), launch.row_major(x), weights.contiguous()
         layer = Layer.of(w1, w2, gated, transposed)
         routing = Routing(row_slot, slot_row, expert_offsets, top_k=weights.shape[1])
-        tiles, rows = TileLists(routing), routing.num_rows
+        rows = routing.num_rows
+        heights = [launch.likely_height(kernel, layer, rows, x) for kernel in ("down_backward", "up_backward")]
+        tiles = TileLists(routing, together=heights)
         down, (up_change, down_change) = Weight(w2, depth_last=transposed), _changes(factors, scales)
         dout_rows, up_term = launch.gather_rows(dout, routing, tiles), None
         down_term = down_change and down_change.up(dout, routing, tiles, gather=True)
@@ -224,9 +231,8 @@ def experts_backward(
         )
         if b2 is not None:
             launch_passes.dot_bias(dout, b2.contiguous(), ds[-1], routing, tiles)
-        dweights = launch_passes.routing_grad(ds, routing, weights) if need_weights else weights.new_empty(0)
-        if (need_w1 or need_w2) and not filled:
-            launch_passes.zero_tail(dh, sa, routing, PAD)
+        tail = PAD if (need_w1 or need_w2) and not filled else 0
+        dweights = launch_passes.routing_grad(ds, dh, sa, routing, weights, need_weights, tail)
         if up_change is not None and (need_x or any(need_factors[:2])):
             up_term = up_change.up(dh, routing, tiles)
         dx = None

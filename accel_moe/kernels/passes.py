@@ -77,43 +77,49 @@ def sum_slots(
 
 
 @cached_launch
-@triton.jit(do_not_specialize=["num_slots", "num_rows"])
-def sum_routing_grad(ds_ptr, slot_row_ptr, out_ptr, num_slots, num_rows, num_parts, BLOCK: tl.constexpr):
-    """d top_k_weights[slot] = sum of the slot's ds partials, in order; exactly 0 for a sentinel."""
-    slot = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    row = tl.load(slot_row_ptr + slot, mask=slot < num_slots, other=-1)
-    acc = tl.zeros((BLOCK,), tl.float32)
-    for part in range(0, num_parts):
-        acc += tl.load(ds_ptr + tl.cast(part, tl.int64) * num_rows + row, mask=row >= 0, other=0.0)
-    tl.store(out_ptr + slot, acc.to(out_ptr.dtype.element_ty), mask=slot < num_slots)
-
-
-@cached_launch
-@triton.jit(do_not_specialize=["num_rows"])
-def zero_tail(
+@triton.jit(do_not_specialize=["num_slots", "num_rows", "slot_blocks"])
+def sum_routing_grad(
+    ds_ptr,
+    slot_row_ptr,
+    out_ptr,
     first_ptr,
     second_ptr,
     expert_offset_ptr,
-    num_experts,
+    num_slots,
     num_rows,
+    slot_blocks,
+    num_parts,
+    num_experts,
     first_width,
     second_width,
     BLOCK: tl.constexpr,
+    BLOCK_W: tl.constexpr,
 ):
-    """Zeroes the rows after the last used one, as many as programs, of two [num_rows, width] buffers; first
-    is the wider.
+    """Two small things after `down_backward`, in one launch; either may have no programs.
 
-    weight_grad reads whole blocks of rows and masks one operand to zero; the other must then be finite, for 0
-    * NaN is NaN.
+    Of the first slot_blocks programs, d top_k_weights[slot] = sum of the slot's ds partials, in order; exactly 0 for a
+    sentinel.
+
+    Each program after these zeroes one row of two [num_rows, width] buffers, from the last used one on; first is the
+    wider. weight_grad reads whole blocks of rows and masks one operand to zero; the other must then be finite, for 0 *
+    NaN is NaN.
     """
-    row = (tl.load(expert_offset_ptr + num_experts) + tl.program_id(0)).to(tl.int64)
-    if row >= num_rows:
-        return
-    for col in range(0, first_width, BLOCK):
-        cols = col + tl.arange(0, BLOCK)
-        zero = tl.zeros((BLOCK,), first_ptr.dtype.element_ty)
-        tl.store(first_ptr + row * first_width + cols, zero, mask=cols < first_width)
-        tl.store(second_ptr + row * second_width + cols, zero, mask=cols < second_width)
+    block = tl.program_id(0)
+    if block < slot_blocks:
+        slot = block * BLOCK + tl.arange(0, BLOCK)
+        row = tl.load(slot_row_ptr + slot, mask=slot < num_slots, other=-1)
+        acc = tl.zeros((BLOCK,), tl.float32)
+        for part in range(0, num_parts):
+            acc += tl.load(ds_ptr + tl.cast(part, tl.int64) * num_rows + row, mask=row >= 0, other=0.0)
+        tl.store(out_ptr + slot, acc.to(out_ptr.dtype.element_ty), mask=slot < num_slots)
+    else:
+        unused = (tl.load(expert_offset_ptr + num_experts) + block - slot_blocks).to(tl.int64)
+        if unused < num_rows:
+            for col in range(0, first_width, BLOCK_W):
+                cols = col + tl.arange(0, BLOCK_W)
+                zero = tl.zeros((BLOCK_W,), first_ptr.dtype.element_ty)
+                tl.store(first_ptr + unused * first_width + cols, zero, mask=cols < first_width)
+                tl.store(second_ptr + unused * second_width + cols, zero, mask=cols < second_width)
 
 
 @cached_launch

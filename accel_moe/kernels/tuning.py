@@ -22,7 +22,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 import triton
@@ -42,7 +42,7 @@ class Config:
 
     block_p cuts rows (the summed dimension of a weight gradient); block_n the output's columns (in `up` those of each
     half, gate and up); block_k the summed dimension (a weight gradient's other output dimension). group is how many
-    row tiles are walked before the next column tile.
+    row tiles are walked before the next column tile. A constant of the kernels.
     """
 
     block_p: int
@@ -55,8 +55,7 @@ class Config:
     chunks: int = 2  # `down_backward`: column parts of the epilogue, one after the other (1, 2 or 4)
 
 
-@dataclass(frozen=True)
-class Problem:
+class Problem(NamedTuple):
     """What a configuration is chosen by: one grouped GEMM of one layer."""
 
     kernel: str  # up | up_plain (not gated) | down | down_backward | down_weight_grad | up_weight_grad | up_backward
@@ -82,17 +81,31 @@ class Problem:
 
 def choose(problem: Problem, launch: Callable[[Config], _Result]) -> Config:
     """The configuration to launch `problem` with; may call launch, which runs the kernel, to find out."""
-    if _INTERPRETED:
-        # Small tiles: tests reach every edge of a tile with tensors that the interpreter can afford.
-        return Config(block_p=16, block_n=16, block_k=16, num_warps=1, num_stages=1, group=2)
-    known = _shipped().get(problem.key) or _measured.get(problem.key)
-    if known:
+    if known := _known(problem):
         return known
     if not _worth_measuring(problem):
         return rule(problem)
     config = _measure_or_wait(problem, launch)
-    _measured[problem.key] = config
+    _measured[_key(problem)] = config
     return config
+
+
+def expected(problem: Problem) -> Config:
+    """The configuration that `choose` gives, unless it measures first."""
+    return _known(problem) or rule(problem)
+
+
+def _known(problem: Problem) -> Config | None:
+    if _INTERPRETED:
+        # Small tiles: tests reach every edge of a tile with tensors that the interpreter can afford.
+        return Config(block_p=16, block_n=16, block_k=16, num_warps=1, num_stages=1, group=2)
+    key = _key(problem)
+    return _shipped().get(key) or _measured.get(key)
+
+
+@functools.lru_cache(1024)  # asked for at every launch of a GEMM
+def _key(problem: Problem) -> str:
+    return problem.key
 
 
 # ---- The table and the rule
@@ -104,6 +117,7 @@ def _shipped() -> dict[str, Config]:
     return {key: Config(**value) for key, value in json.loads(path.read_text()).items()}
 
 
+@functools.lru_cache(1024)
 def rule(problem: Problem) -> Config:
     """A safe choice: fits the shared memory of every chip since sm80, and wastes few rows when experts have few."""
     few, hopper = problem.rows_per_expert <= 128, problem.capability[0] >= 9

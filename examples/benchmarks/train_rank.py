@@ -43,7 +43,6 @@ KINDS = {
         "list_tiles",
         "gather_rows",
         "sum_",
-        "zero_tail",
         "dot_bias",
         "sort",
         "scatter",

@@ -12,6 +12,8 @@ import torch
 
 from accel_moe.kernels.deferred_count import DeferredCount
 from accel_moe.kernels.glu import Glu
+from accel_moe.kernels.launch_passes import add_counts
+from accel_moe.kernels.routing import list_tiles, sort_and_tile
 from tests.experts_layer import experts
 
 pytestmark = pytest.mark.gpu
@@ -189,6 +191,28 @@ def test_no_tokens():
     args = [args[0][:0], args[1], args[2], args[3][:0], args[4][:0]]
     out, _, dw1, dw2, _ = run(ours, args, args[0])
     assert out.shape == (0, 64) and not dw1.any() and not dw2.any()
+
+
+@pytest.mark.parametrize("tokens", [1, 512, 2048, 2049, 9000])  # with 8 slots each, 2048 are the most of one launch
+@pytest.mark.parametrize("block_p", [16, 64, 128])
+def test_slots_are_sorted_tiled_and_counted_alike_in_one_launch_and_in_several(tokens, block_p):
+    index = torch.randint(0, 129, (tokens, 8), device="cuda")
+    routing, made = sort_and_tile(index, 128, index.numel(), block_p)
+    assert (made is None) == (tokens > 2048)
+    counts = torch.bincount(index.flatten(), minlength=129)[:128]
+    used = int(counts.sum())
+    assert torch.equal(routing.row_slot[:used], torch.sort(index.flatten(), stable=True).indices[:used].int())
+    assert torch.equal(routing.expert_offsets.diff(), counts.int())
+    total = torch.zeros(128, dtype=torch.long, device="cuda")
+    add_counts(index, total)
+    add_counts(index, total)
+    assert torch.equal(total, 2 * counts)
+    for tiles in filter(None, (made, *list_tiles(routing, block_p, 32))):
+        per_expert = (counts + tiles.block_p - 1) // tiles.block_p
+        expected = torch.repeat_interleave(torch.arange(128, device="cuda"), per_expert).int()
+        assert torch.equal(tiles.tile_expert[: len(expected)], expected)
+        assert (tiles.tile_expert[len(expected) :] == -1).all()
+        assert torch.equal(tiles.tile_offsets.diff(), per_expert.int())
 
 
 def test_two_runs_give_the_same_bits():

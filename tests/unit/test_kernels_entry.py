@@ -4,8 +4,10 @@ import types
 
 import pytest
 import torch
+import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from accel_moe.kernels import cached_launch
 from accel_moe.kernels.cached_launch import CachedLaunch
 
 
@@ -30,17 +32,25 @@ class Jit:
 
 
 class Compiled:
+    function, packed_metadata = "function", "metadata"
+
     def __init__(self, jit, number):
         self.jit, self.number = jit, number
 
     def __getitem__(self, grid):
-        assert len(grid) == 3
-        return lambda *arguments: self.jit.launched.append((self.number, grid, arguments))
+        return lambda *arguments: self.jit.launched.append((self.number, grid, ("watched", *arguments)))
+
+    def run(self, x, y, z, stream, function, metadata, launch_metadata, enter, leave, *arguments):
+        assert (stream, function, metadata) == ("stream of 0", self.function, self.packed_metadata)
+        assert launch_metadata is enter is leave is None
+        self.jit.launched.append((self.number, (x, y, z), arguments))
 
 
 @pytest.fixture
 def kernel(monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    active = types.SimpleNamespace(get_current_stream=lambda device: f"stream of {device}")
+    monkeypatch.setattr(cached_launch, "driver", types.SimpleNamespace(active=active))
     return CachedLaunch(Jit())
 
 
@@ -56,7 +66,27 @@ def test_the_same_kind_of_arguments_launch_what_was_chosen_before_with_the_const
     assert kernel.fn.chosen == 1
     ((number, grid, arguments),) = kernel.fn.launched
     assert (number, grid) == (1, (3, 1, 1))
-    assert arguments[0] is other and arguments[1:] == (77, 16, 64, True)
+    assert arguments == (other.data_ptr(), 77, 16, 64, True)
+
+
+@pytest.mark.parametrize("name", ["launch_enter_hook", "launch_exit_hook"])
+def test_who_looks_on_sees_every_launch(kernel, name):
+    launch(kernel)
+    chain, seen = getattr(triton.knobs.runtime, name), lambda metadata: None
+    chain.add(seen)
+    try:
+        launch(kernel)
+    finally:
+        chain.remove(seen)
+    launch(kernel)
+    assert [arguments[0] == "watched" for *_, arguments in kernel.fn.launched] == [True, False]
+
+
+def test_a_descriptor_goes_as_it_is_and_a_scalar_of_any_value_decides_nothing(kernel):
+    descriptor = TensorDescriptor(torch.zeros(16, 16), [16, 16], [16, 1], [8, 8])
+    launch(kernel, descriptor)
+    launch(kernel, descriptor, n=6)
+    assert kernel.fn.chosen == 1 and kernel.fn.launched[0][2][:2] == (descriptor, 6)
 
 
 @pytest.mark.parametrize(

@@ -297,7 +297,9 @@ def test_operands_read_by_descriptor_give_the_same(shape, gate, monkeypatch, poi
     descriptors = []
     real = launch._descriptor
     monkeypatch.setattr(launch, "_capability", lambda device: (9, 0))
-    monkeypatch.setattr(launch, "_descriptor", lambda t, block: descriptors.append(block) or real(t, block))
+    monkeypatch.setattr(
+        launch, "_descriptor", lambda t, block, *layout: descriptors.append(block) or real(t, block, *layout)
+    )
     args = make(**shape)
     args[3][::3, 0] = args[1].shape[0]  # sentinels: rows at the end of the buffers that nobody wrote
     dout = torch.randn(args[0].shape, generator=torch.Generator().manual_seed(1))

@@ -2,7 +2,7 @@
 
 import json
 import threading
-from dataclasses import asdict, replace
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -82,7 +82,7 @@ def test_a_torn_or_foreign_entry_is_measured_again(cache):
 
 
 def test_nothing_is_measured_under_capture_for_few_rows_or_when_switched_off(cache, monkeypatch):
-    few = replace(PROBLEM, rows=8 * 8)
+    few = PROBLEM._replace(rows=8 * 8)
     assert tuning.choose(few, None) == tuning.rule(few)
     monkeypatch.setenv("SCATTERMOE_AUTOTUNE", "0")
     assert tuning.choose(PROBLEM, None) == tuning.rule(PROBLEM)

@@ -323,6 +323,10 @@ def test_wrong_usage_ends_with_one_line(folder, capsys, flags, expected):
             "found no experts layer",
         ),
         ("broken", "cannot be made from its config"),
+        (
+            {"model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 8, "num_hidden_layers": 1},
+            "has num_experts_per_tok=8, and 4 experts",
+        ),
     ],
 )
 def test_a_model_that_cannot_be_planned_for_is_refused_in_one_line(tmp_path, capsys, config, expected):

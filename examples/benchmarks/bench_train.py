@@ -254,22 +254,28 @@ def chart(rows: list[Row], path: Path) -> None:
         print("matplotlib is not installed: no chart")
         return
     groups = list(dict.fromkeys((row.scenario.name, row.gpus) for row in rows))
-    ways = list(dict.fromkeys(row.name for row in rows))
+    ways, bars = list(dict.fromkeys(row.way for row in rows)), list(dict.fromkeys(row.name for row in rows))
     rates = {
         (row.scenario.name, row.gpus, row.name): row.scenario.tokens / row.result["step_s"]
         for row in rows
         if "step_s" in row.result
     }
-    figure, axes = pyplot.subplots(figsize=(2 + 3 * len(groups), 4))
-    width = 0.8 / len(ways)
-    for i, way in enumerate(ways):
-        heights = [rates.get((*group, way), 0) for group in groups]
-        axes.bar([x + i * width for x in range(len(groups))], heights, width, label=way)
-    labels = [f"{name}\n{gpus} GPUs" for name, gpus in groups]
-    axes.set_xticks([x + 0.4 - width / 2 for x in range(len(groups))], labels, fontsize=7)
+    figure, axes = pyplot.subplots(figsize=(max(8, 2 + 3 * len(groups)), 4.5), layout="constrained")
+    width = 0.8 / len(bars)
+    for i, bar in enumerate(bars):
+        of = next(row for row in rows if row.name == bar)
+        look = {"color": f"C{ways.index(of.way)}", "alpha": 1.0 if of.compiled else 0.55}
+        places = [x + i * width for x in range(len(groups))]
+        axes.bar(places, [rates.get((*group, bar), 0) for group in groups], width, label=bar, **look)
+        for place, group in zip(places, groups):
+            if (*group, bar) not in rates:
+                axes.text(place, 0, " no run", rotation=90, ha="center", va="bottom", fontsize=7, color="0.4")
+    labels = [f"{name.replace('_layers_', '_layers' + chr(10))}, {gpus} GPUs" for name, gpus in groups]
+    axes.set_xticks([x + 0.4 - width / 2 for x in range(len(groups))], labels, fontsize=8)
+    axes.yaxis.set_major_formatter("{x:,.0f}")
     axes.set_ylabel("tokens/s/GPU")
-    axes.legend()
-    figure.tight_layout()
+    axes.set_title(f"a training step, {torch.cuda.get_device_name() if GPU else 'CPU'}")
+    figure.legend(loc="outside lower center", ncols=min(3, len(bars)))  # beside the bars, not on them
     figure.savefig(path, dpi=120)
 
 

@@ -135,7 +135,7 @@ def test_every_peak_of_results_is_among_the_measured_runs():
         (2, H100, f"{SIX}_large_batch", "yes"),  # transformers' EP ran out of memory there, and ours did not
     ],
 )
-def test_the_verdict_is_what_the_results_say_of_runs_that_were_not_begun(gpus, gib, scenario, verdict):
+def test_the_verdict_is_what_the_results_say_of_large_runs(gpus, gib, scenario, verdict):
     entry = SCENARIOS[scenario]
     model = meta(entry["model_type"], **entry["config"])
     shapes = shapes_of(model)

@@ -148,6 +148,23 @@ def test_a_folder_without_rename_is_a_cross(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+def test_an_output_inside_a_folder_that_may_not_be_read_is_a_cross(tmp_path, monkeypatch):
+    locked, stat, mkdir = str(tmp_path), os.stat, os.mkdir
+
+    def guarded(function):
+        def call(path, *args, **kwargs):
+            if isinstance(path, str | os.PathLike) and os.fspath(path).startswith(locked + os.sep):
+                raise PermissionError(errno.EACCES, "Permission denied", str(path))
+            return function(path, *args, **kwargs)
+
+        return call
+
+    monkeypatch.setattr(os, "stat", guarded(stat))
+    monkeypatch.setattr(os, "mkdir", guarded(mkdir))
+    text = crosses([disk.folder_line("checkpoint folder", tmp_path / "runs")])["checkpoint folder"]
+    assert f"{locked} cannot be written (Permission denied)" in text
+
+
 def test_a_rename_that_copies_is_a_cross(tmp_path, monkeypatch):
     monkeypatch.setattr(pathlib.Path, "rename", lambda self, target: shutil.copytree(self, target))
     text = crosses([disk.folder_line("checkpoint folder", tmp_path)])["checkpoint folder"]

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Sequence
@@ -25,7 +26,11 @@ _TOKENS, _LENGTH = 8192, 4096
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m accel_moe.plan", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m accel_moe.plan",
+        usage="%(prog)s MODEL --gpus N [flags; --help lists them]",
+        description=__doc__.splitlines()[0],
+    )
     add = parser.add_argument
     add("model", metavar="MODEL", help="a folder or a Hub id with a config.json")
     add("--gpus", type=int, required=True, metavar="N", help="GPUs of the whole job")
@@ -58,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (HubFormatError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
     except OSError as error:
-        print(f"error: {error}.", file=sys.stderr)
+        print(f"error: {error.filename} cannot be written: {error.strerror}.", file=sys.stderr)
     return 1
 
 
@@ -144,4 +149,5 @@ if __name__ == "__main__":
     # the process is ours; transformers' warnings about configs would stand above the table
     warnings.filterwarnings("ignore")
     logging.getLogger("transformers").setLevel(logging.ERROR)
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     sys.exit(main())

@@ -7,6 +7,7 @@ gets a sentence, `mend`, which ranks.describe puts behind it. For a full disk th
 from __future__ import annotations
 
 import errno
+import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
@@ -68,7 +69,7 @@ def mend(code: int | None, final: Path) -> str:
         have = "" if free is None else f" ({human(free)} free)"
         return f"The disk or quota of {final.parent} is full{have}. Free space, or save elsewhere.{_removable(final)}"
     if code in (errno.EACCES, errno.EPERM):
-        return f"Allow this user to write in {final if final.is_dir() else final.parent}, or save elsewhere."
+        return f"Allow this user to write in {final if os.path.isdir(final) else final.parent}, or save elsewhere."
     if code == errno.EROFS:
         return f"{final.parent} is mounted read-only: remount it, or save elsewhere."
     if code in (errno.EMFILE, errno.ENFILE):
@@ -117,7 +118,7 @@ def _size_bytes(folder: Path) -> int:
 
 
 def _free_bytes(path: Path) -> int | None:
-    while not path.exists() and path != path.parent:
+    while not os.path.exists(path) and path != path.parent:
         path = path.parent
     try:
         return shutil.disk_usage(path).free

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from torch import nn
 from torch.distributed.tensor import DTensor
 
 from accel_moe import ranks
@@ -22,7 +23,9 @@ from accel_moe.checkpoint import background, loading, resume, saving, transactio
 from accel_moe.checkpoint.adapter_run import adapters_of, without_base
 from accel_moe.checkpoint.background import ends_before_sigterm, wait_for_background
 from accel_moe.checkpoint.saving import Save, prepared_models
+from accel_moe.experts.state import prepared_state
 from accel_moe.patching import TRAINER, patch
+from accel_moe.weights.plan import pending
 from accel_moe.whereabouts import meet
 
 logger = logging.getLogger("accel_moe")
@@ -147,12 +150,13 @@ def get_last_checkpoint(original, folder):
 
 @patch(
     "transformers.Trainer.train",
-    why="All ranks resume from one checkpoint; and a save in the background ends, and its failure is raised, before "
-    "train returns.",
+    why="A second model that was not sharded (DPO's reference) is refused before the first step; all ranks resume from "
+    "one checkpoint; and a save in the background ends, and its failure is raised, before train returns.",
     tested=TRAINER,
 )
 def train(original, self, resume_from_checkpoint=None, trial=None, ignore_keys_for_eval=None):
     global _agreeing
+    _refuse_other_models_unsharded(self)
     if prepared_models([self.model]):
         _agreeing = resume.all_resume_newest(resume_from_checkpoint, Path(self.args.output_dir))
     try:
@@ -161,6 +165,26 @@ def train(original, self, resume_from_checkpoint=None, trial=None, ignore_keys_f
         _agreeing = False
     wait_for_background()
     return result
+
+
+def _refuse_other_models_unsharded(trainer: Any) -> None:
+    """Trainer prepares its own model; a second one, such as a reference, comes sharded.
+
+    Raises:
+        ValueError: a model of ours that is not: it would fail at its first forward.
+    """
+    own = prepared_state(trainer.model)
+    for name, model in vars(trainer).items():
+        if not isinstance(model, nn.Module) or model is trainer.model:
+            continue
+        state = prepared_state(model)
+        whole = state is not None and state is not own and state.config.moe_ep_degree > 1 and state.mesh_plan is None
+        if whole or (pending(model) is not None and pending(model) is not pending(trainer.model)):
+            raise ValueError(
+                f"{type(trainer).__name__}.{name} is a model of accel_moe that did not go through accelerator.prepare: "
+                "its experts are not sharded, or its weights are not read. Shard it before the trainer is made: "
+                f"`{name}, _ = Accelerator().prepare({name}, torch.optim.SGD({name}.parameters()))`."
+            )
 
 
 @patch(

@@ -86,7 +86,7 @@ def room_line(folder: Path, checkpoint_bytes: int) -> Line:
 
 def _existing(folder: Path) -> Path:
     above = folder.absolute()
-    while not above.exists() and above != above.parent:
+    while not os.path.exists(above) and above != above.parent:
         above = above.parent
     return above
 

@@ -63,7 +63,7 @@ def read(name: str) -> Model:
 
     try:
         config = AutoConfig.from_pretrained(name)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # transformers, the Hub's client and its checks of fields raise their own
         why = one_line(error).split(" You can update Transformers")[0]
         raise ValueError(
             f"{name} has no config that this transformers can read: {why} "
@@ -122,7 +122,7 @@ def _trained(request: training.Request, small: torch.nn.Module, device: str, fol
     else:
         yield resumed_line(torch.load(folder / "resumed.pt", weights_only=False))
     if (folder / "checkpoint").is_dir():
-        yield from _consolidated(run, small, folder, device)
+        yield from _consolidated(run, small, ranks, folder, device)
 
 
 def parity_lines(run: training.Run, oracle: training.Run, device: str) -> Iterator[Line]:
@@ -147,7 +147,7 @@ def resumed_line(found: list[tuple[list[str], list[str]]]) -> Line:
     return judged("save and resume", wrong, right, "Do not resume from checkpoints here before this is mended.")
 
 
-def _consolidated(run: training.Run, small: torch.nn.Module, folder: Path, device: str) -> Iterator[Line]:
+def _consolidated(run: training.Run, small: torch.nn.Module, ranks: int, folder: Path, device: str) -> Iterator[Line]:
     """Consolidates the checkpoint onto the small model as its base, and compares transformers' logits."""
     from accel_moe import consolidate
 
@@ -162,7 +162,8 @@ def _consolidated(run: training.Run, small: torch.nn.Module, folder: Path, devic
     try:
         model = type(small).from_pretrained(out, dtype=torch.float32, attn_implementation="eager").to(device).train()
         with torch.no_grad():
-            logits = training.logits_of(model, training.batch(0)).float().cpu()
+            parts = training.batch(0).chunk(ranks)  # a rank's own: jitter draws as many numbers as it has tokens
+            logits = torch.cat([training.logits_of(model, part).float().cpu() for part in parts])
     except Exception as error:  # whatever a family's loading raises
         yield failed("from_pretrained", one_line(error), "transformers cannot read the result back.")
         return

@@ -92,7 +92,9 @@ def _plan(content: dict[str, Any], ep_degree: int, ranks_here: int) -> MeshPlan:
         value = body.get(f"{PARALLELISM_PREFIX}{name}_size")
         return None if value is None else int(value)
 
-    ranks = int(content.get("num_processes") or ranks_here)
+    ranks = ranks_here if content.get("num_processes") is None else content["num_processes"]
+    if not isinstance(ranks, int) or ranks < 1:
+        raise ValueError(f"num_processes is {ranks!r}: expected a whole number above 0. Correct the file.")
     return plan_mesh(ranks, ep_degree, dp_replicate=size("dp_replicate") or 1, dp_shard=size("dp_shard"))
 
 

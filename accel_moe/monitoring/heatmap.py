@@ -97,7 +97,9 @@ class ExpertLoadHistory:
         if not self._rows:
             raise ValueError("ExpertLoadHistory has no measurement to draw. Call measure(model, step) first.")
         labels = list(layer_labels(self._rows[0]).values())
-        return _drawn(self.image(), labels, f"measured from step {self._begin} to {self.steps[-1]}")
+        several = self.steps[-1] != self._begin
+        when = f"from step {self._begin} to {self.steps[-1]}" if several else f"at step {self._begin}"
+        return _drawn(self.image(), labels, f"measured {when}")
 
     def write(self, path: str | os.PathLike) -> bool:
         """Draws the heatmap into a PNG, which appears whole or not at all, and makes its folder. One rank calls it.

@@ -114,7 +114,7 @@ def _from_hub(name: str) -> Path:
 
 
 def shapes_of(model: nn.Module) -> Shapes:
-    """Raises ValueError: the model has no experts, or K cannot be found in its config."""
+    """Raises ValueError: the model has no experts, or K cannot be found in its config, or is more than the experts."""
     found = find_experts(model)
     config = text_config(model)
     layouts: list[Any] = [as_interface(module) for module in found.values()]
@@ -132,7 +132,7 @@ def shapes_of(model: nn.Module) -> Shapes:
         layers=len(layers),
         moe_layers=len(found),
         experts=min(layout.num_experts for layout in layouts),
-        top_k=_top_k(config),
+        top_k=_top_k(config, min(layout.num_experts for layout in layouts)),
         hidden=config.hidden_size,
         vocabulary=config.vocab_size,
         width=max((2 if layout.has_gate else 1) * inner for layout in layouts),
@@ -204,9 +204,11 @@ def _field(config: Any, name: str) -> int:
     return value if isinstance(value, int) and value > 0 else 0
 
 
-def _top_k(config: Any) -> int:
+def _top_k(config: Any, experts: int) -> int:
     for name in TOP_K_NAMES:
         if value := _field(config, name):
+            if value > experts:
+                raise ValueError(f"The config of {config.model_type} has {name}={value}, and {experts} experts.")
             return value
     raise ValueError(
         f"The config of {config.model_type} has none of {', '.join(TOP_K_NAMES)}: the number of experts that a token "

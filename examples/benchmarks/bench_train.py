@@ -1,4 +1,5 @@
 """One training step of the same model, three ways: our EP, accelerate FSDP2 with grouped_mm, transformers' own EP.
+A fourth, which --ways names, is transformers' EP with our exchange.
 
     python examples/benchmarks/bench_train.py --gpus "1 2"                    # the scenarios in scenarios.yaml
     python examples/benchmarks/bench_train.py --only mixtral_8x7b_2_layers --results examples/benchmarks/RESULTS.md
@@ -45,6 +46,7 @@ from train_rank import (
     FSDP2,
     GPU,
     KINDS,
+    OUR_EXCHANGE,
     OURS,
     TRANSFORMERS_EP,
     Scenario,
@@ -55,6 +57,7 @@ from train_rank import (
 
 HERE = Path(__file__).resolve().parent
 CONSOLIDATE_WORKERS = 8
+PEERS = FSDP2, TRANSFORMERS_EP
 
 
 @dataclass(frozen=True)
@@ -81,7 +84,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--gpus", default="2", help='numbers of GPUs to run on, such as "1 2" (default: %(default)s)')
     parser.add_argument("--only", nargs="+", metavar="SCENARIO", help="some of the scenarios")
-    parser.add_argument("--ways", nargs="+", default=[OURS, FSDP2, TRANSFORMERS_EP], metavar="WAY")
+    ways = [OURS, *PEERS, OUR_EXCHANGE]
+    parser.add_argument("--ways", nargs="+", choices=ways, default=[OURS, *PEERS], metavar="WAY", help=f"of {ways}")
     parser.add_argument("--folder", type=Path, help="keep the checkpoints that are trained here, or find them")
     parser.add_argument("--results", type=Path, metavar="MARKDOWN", help="file to write the section into")
     add_arguments(parser)
@@ -112,9 +116,10 @@ def run_way(args: argparse.Namespace, way: str, scenario: Scenario, gpus: int, f
     {"why_not": …} for a measurement that failed."""
     if gpus < scenario.least_gpus:
         return {"eager": {"why_not": f"needs {scenario.least_gpus} GPUs"}}
-    if way == TRANSFORMERS_EP and (why := no_transformers_ep(gpus)):
+    transformers_ep = way in (TRANSFORMERS_EP, OUR_EXCHANGE)
+    if transformers_ep and (why := no_transformers_ep(gpus, "ep_size" if way in PEERS else "ep_implementation")):
         return {"eager": {"why_not": why}}
-    if way == TRANSFORMERS_EP and scenario.lora_rank:
+    if transformers_ep and scenario.lora_rank:
         return {"eager": {"why_not": "it shards while it loads, before there are adapters"}}
     result = folder / "result.json"
     result.unlink(missing_ok=True)
@@ -124,7 +129,7 @@ def run_way(args: argparse.Namespace, way: str, scenario: Scenario, gpus: int, f
     saved = Path(tempfile.mkdtemp(prefix="bench_train_", dir=args.save)) if args.save and way == OURS else None
     if saved is not None:
         rank += ["--save", str(saved)]
-    reads = way == TRANSFORMERS_EP or scenario.from_files or args.save is not None  # the first trains what it loads
+    reads = transformers_ep or scenario.from_files or args.save is not None  # the first trains what it loads
     if reads and not checkpoint_of(scenario, folder).exists():
         if subprocess.run([sys.executable, rank[0], "write", *rank[2:]]).returncode:
             return {"eager": {"why_not": "its checkpoint could not be written"}}
@@ -144,14 +149,15 @@ def run_way(args: argparse.Namespace, way: str, scenario: Scenario, gpus: int, f
     return results
 
 
-def no_transformers_ep(gpus: int) -> str | None:
+def no_transformers_ep(gpus: int, field: str) -> str | None:
+    """Why transformers' expert parallelism cannot run with this field of its DistributedConfig, or None."""
     if gpus == 1:
         return "needs 2 GPUs"
     try:
         from transformers.distributed import DistributedConfig
     except ImportError:
         return "not in this transformers"
-    return None if "ep_size" in DistributedConfig.__dataclass_fields__ else "not in this transformers"
+    return None if field in DistributedConfig.__dataclass_fields__ else "not in this transformers"
 
 
 def consolidate(folder: Path, base: Path) -> dict[str, Any]:
@@ -203,7 +209,7 @@ def report(rows: list[Row], command: str, checkpoints: list[str]) -> str:
     ]
     peers: dict[tuple[str, int, bool], dict[str, Any]] = {}
     for row in rows:
-        if row.way != OURS and "step_s" in row.result:
+        if row.way in PEERS and "step_s" in row.result:
             best = peers.get(row.rivals, row.result)
             peers[row.rivals] = min(best, row.result, key=lambda r: r["step_s"])
     for row in rows:
@@ -248,22 +254,28 @@ def chart(rows: list[Row], path: Path) -> None:
         print("matplotlib is not installed: no chart")
         return
     groups = list(dict.fromkeys((row.scenario.name, row.gpus) for row in rows))
-    ways = list(dict.fromkeys(row.name for row in rows))
+    ways, bars = list(dict.fromkeys(row.way for row in rows)), list(dict.fromkeys(row.name for row in rows))
     rates = {
         (row.scenario.name, row.gpus, row.name): row.scenario.tokens / row.result["step_s"]
         for row in rows
         if "step_s" in row.result
     }
-    figure, axes = pyplot.subplots(figsize=(2 + 3 * len(groups), 4))
-    width = 0.8 / len(ways)
-    for i, way in enumerate(ways):
-        heights = [rates.get((*group, way), 0) for group in groups]
-        axes.bar([x + i * width for x in range(len(groups))], heights, width, label=way)
-    labels = [f"{name}\n{gpus} GPUs" for name, gpus in groups]
-    axes.set_xticks([x + 0.4 - width / 2 for x in range(len(groups))], labels, fontsize=7)
+    figure, axes = pyplot.subplots(figsize=(max(8, 2 + 3 * len(groups)), 4.5), layout="constrained")
+    width = 0.8 / len(bars)
+    for i, bar in enumerate(bars):
+        of = next(row for row in rows if row.name == bar)
+        look = {"color": f"C{ways.index(of.way)}", "alpha": 1.0 if of.compiled else 0.55}
+        places = [x + i * width for x in range(len(groups))]
+        axes.bar(places, [rates.get((*group, bar), 0) for group in groups], width, label=bar, **look)
+        for place, group in zip(places, groups):
+            if (*group, bar) not in rates:
+                axes.text(place, 0, " no run", rotation=90, ha="center", va="bottom", fontsize=7, color="0.4")
+    labels = [f"{name.replace('_layers_', '_layers' + chr(10))}, {gpus} GPUs" for name, gpus in groups]
+    axes.set_xticks([x + 0.4 - width / 2 for x in range(len(groups))], labels, fontsize=8)
+    axes.yaxis.set_major_formatter("{x:,.0f}")
     axes.set_ylabel("tokens/s/GPU")
-    axes.legend()
-    figure.tight_layout()
+    axes.set_title(f"a training step, {torch.cuda.get_device_name() if GPU else 'CPU'}")
+    figure.legend(loc="outside lower center", ncols=min(3, len(bars)))  # beside the bars, not on them
     figure.savefig(path, dpi=120)
 
 

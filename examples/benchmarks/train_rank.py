@@ -26,6 +26,7 @@ from common import gpu_profile, write_random_checkpoint
 
 WARMUP_STEPS = 4
 OURS, FSDP2, TRANSFORMERS_EP = "accel_moe", "FSDP2 + grouped_mm", "transformers EP"
+OUR_EXCHANGE = "transformers EP, accel_moe exchange"
 GPU = torch.cuda.is_available()
 BUSY = "busy"
 KINDS = {
@@ -147,8 +148,8 @@ def main() -> None:
 def work(way: str, scenario: Scenario, args: argparse.Namespace) -> None:
     """Run one way on this rank; rank 0 writes {"eager": …, "compiled": …, "checkpoint": …}, each when it is known."""
     checkpoint = checkpoint_of(scenario, args.folder)
-    if way == TRANSFORMERS_EP:
-        trained = build_transformers_ep(scenario, checkpoint)
+    if way in (TRANSFORMERS_EP, OUR_EXCHANGE):
+        trained = build_transformers_ep(scenario, checkpoint, ours=way == OUR_EXCHANGE)
     else:
         trained = build_with_accelerate(scenario, checkpoint, ours=way == OURS)
     results: dict[str, Any] = {}
@@ -213,10 +214,14 @@ def build_with_accelerate(scenario: Scenario, checkpoint: Path, ours: bool) -> T
     return Trained(model, optimizer, accelerator.backward, accelerator.device, accelerator)
 
 
-def build_transformers_ep(scenario: Scenario, checkpoint: Path) -> Trained:
+def build_transformers_ep(scenario: Scenario, checkpoint: Path, ours: bool) -> Trained:
+    """transformers' own expert parallelism, with its exchange or with ours."""
     from transformers import AutoModelForCausalLM
     from transformers.distributed import DistributedConfig
 
+    import accel_moe  # noqa: F401  # registers ep_implementation="accel_moe"
+
+    exchange = {"ep_implementation": "accel_moe"} if ours else {}  # older versions have no such field
     world, rank = int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_RANK"])
     device = torch.device("cuda", rank) if GPU else torch.device("cpu")
     if GPU:
@@ -228,7 +233,7 @@ def build_transformers_ep(scenario: Scenario, checkpoint: Path) -> Trained:
         dtype=scenario.dtype,
         attn_implementation="sdpa",
         experts_implementation="grouped_mm",
-        distributed_config=DistributedConfig(ep_size=world, fsdp_size=world, fsdp_mixed_precision=mixed),
+        distributed_config=DistributedConfig(ep_size=world, fsdp_size=world, fsdp_mixed_precision=mixed, **exchange),
     )
     model.train()
     if scenario.activation_checkpointing:

@@ -67,6 +67,7 @@ def test_a_right_file_has_no_cross_and_gives_the_mesh(tmp_path):
         ("  moe_ep_degree: 2", "  moe_ep_degree: 3", "Use one of 1, 2"),
         ("num_processes: 2", "num_processes: 4", "Make the product equal to num_processes"),
         ("num_processes: 2", "num_processes: 2\nnum_procs: 2", "num_procs"),
+        ("num_processes: 2", "num_processes: -2", "expected a whole number above 0"),
     ],
 )
 def test_a_trap_of_the_file_is_a_cross_with_its_mend(tmp_path, right, wrong, told):
@@ -99,6 +100,8 @@ def test_an_ep_degree_that_does_not_divide_the_experts_is_a_cross():
 def folder_of(tmp_path, kind: str) -> list[str]:
     if kind == "dense":
         transformers.LlamaConfig(num_hidden_layers=2, architectures=["LlamaForCausalLM"]).save_pretrained(tmp_path)
+    elif kind == "a size that is no number":
+        (tmp_path / "config.json").write_text('{"model_type": "qwen3_moe", "hidden_size": "large"}')
     elif kind == "unknown family":
         (tmp_path / "config.json").write_text('{"model_type": "no_such"}')
     elif kind == "broken YAML":
@@ -114,6 +117,7 @@ def folder_of(tmp_path, kind: str) -> list[str]:
     [
         ("dense", "found no experts layer in LlamaForCausalLM"),
         ("unknown family", "no_such"),
+        ("a size that is no number", "'hidden_size'"),
         ("empty folder", "Give a folder with a config.json"),
         ("broken YAML", "broken.yaml"),
         ("no YAML", "is no file"),
@@ -142,6 +146,23 @@ def test_a_folder_without_rename_is_a_cross(tmp_path, monkeypatch):
     text = crosses([disk.folder_line("checkpoint folder", tmp_path)])["checkpoint folder"]
     assert "Operation not permitted" in text and "save elsewhere" in text
     assert not list(tmp_path.iterdir())
+
+
+def test_an_output_inside_a_folder_that_may_not_be_read_is_a_cross(tmp_path, monkeypatch):
+    locked, stat, mkdir = str(tmp_path), os.stat, os.mkdir
+
+    def guarded(function):
+        def call(path, *args, **kwargs):
+            if isinstance(path, str | os.PathLike) and os.fspath(path).startswith(locked + os.sep):
+                raise PermissionError(errno.EACCES, "Permission denied", str(path))
+            return function(path, *args, **kwargs)
+
+        return call
+
+    monkeypatch.setattr(os, "stat", guarded(stat))
+    monkeypatch.setattr(os, "mkdir", guarded(mkdir))
+    text = crosses([disk.folder_line("checkpoint folder", tmp_path / "runs")])["checkpoint folder"]
+    assert f"{locked} cannot be written (Permission denied)" in text
 
 
 def test_a_rename_that_copies_is_a_cross(tmp_path, monkeypatch):

@@ -274,3 +274,25 @@ def test_a_trl_trainer_over_ranks_equals_one_process(train, tmp_path):
             for name, gradient in gradients.items():
                 gap = (found.gradients[step][name] - gradient).abs().max().item()
                 assert gap <= relative * gradient.abs().max().item() + 1e-6, (step, name, gap)
+
+
+def dpo_with_a_reference_left_whole(case: Case, folder: str, how: str) -> str:
+    """The error of train()."""
+    import accel_moe
+
+    reference = accel_moe.from_pretrained(folder, dtype="float32", attn_implementation="eager")
+    if how == "prepared":
+        reference = prepared(case, folder, deferred=False)
+    model = prepared(case, folder, deferred=True)
+    with pytest.raises(ValueError) as refused:
+        run_dpo(case, folder, model, ref_model=reference)
+    return str(refused.value)
+
+
+@pytest.mark.parametrize("how", ["prepared", "read by from_pretrained alone"])
+def test_a_reference_that_was_not_sharded_is_refused_before_the_first_step(how, tmp_path):
+    pytest.importorskip("trl")
+    tiny_model(num_experts=8).save_pretrained(tmp_path)
+    tokenizer().save_pretrained(tmp_path)
+    told = run_ranks(dpo_with_a_reference_left_whole, 2, RANKS, str(tmp_path), how)
+    assert all("ref_model is a model of accel_moe that did not go through accelerator.prepare" in text for text in told)

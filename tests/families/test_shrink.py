@@ -6,8 +6,10 @@ import pytest
 import torch
 
 from accel_moe import catalogue
-from accel_moe.diagnosis import shrink
+from accel_moe.config import MoEConfig
+from accel_moe.diagnosis import model, report, settings, shrink
 from accel_moe.experts.recognise import find_experts
+from accel_moe.mesh import plan_mesh
 from tests.families import tiny_families
 
 FLAGS = {
@@ -20,6 +22,8 @@ FLAGS = {
         "indexer_budget": 2048,
         "indexer_compress_ratio": 16,
     },
+    "deepseek_ocr2": {"mlp_layer_types": ["dense"] + ["sparse"] * 31},
+    "step3p7": {"swiglu_limits": [None] * 43 + [7.0] * 2},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 16},
 }
 """What a published config says, and its class's defaults do not."""
@@ -103,3 +107,17 @@ def test_the_same_numbers_come_in_every_process():
     config = shrink.shrunk(Qwen3MoeConfig())
     first, second = (dict(shrink.small_model(config).named_parameters()) for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+# jitter; hashed routing; a dense layer beside experts; state-space layers; identity experts; layer lists
+UNUSUAL = [("phimoe", 2), ("deepseek_v4", 2), ("gemma4", 2), ("nemotron_h", 2), ("longcat_flash", 1), ("step3p7", 2)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family, ep", UNUSUAL)
+def test_the_doctor_has_no_cross_for_an_unusual_family(family, ep, tmp_path):
+    of_family(family).save_pretrained(tmp_path)
+    in_force = settings.Settings(MoEConfig(moe_ep_degree=ep), plan_mesh(2, ep), False)
+    lines = list(model.lines(model.read(str(tmp_path)), in_force))
+    assert [line.subject for line in lines][-1] == "from_pretrained"
+    assert not [line for line in lines if line.mark == report.FAILED]

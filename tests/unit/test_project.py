@@ -139,6 +139,12 @@ def commands_of(page):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_script_and_config_that_a_page_names_exists(page):
+    named = re.findall(r"(?:examples|accelerate_configs)/[\w/]+\.(?:py|sh|yaml)", page.read_text())
+    assert not [path for path in named if not (REPOSITORY / path).is_file()]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_command_of_a_page_exists_with_its_flags(page):
     wrong = []
     for path, flags in commands_of(page):

@@ -119,7 +119,7 @@ class Rows:
 
 def use_of(shapes: Shapes, run: Training, mesh: MeshPlan) -> Use:
     """The memory of the rank of `mesh` that the routing loads most."""
-    weights, gradients, optimizer = _persistent(shapes, run, mesh.dp_shard)
+    weights, gradients, optimizer = _persistent(shapes, run, mesh.fsdp_ranks)
     all_gather = takes_all_gather(shapes, run, mesh.ep)
     results = []
     for imbalance in (1.0, 2.0, INFINITE):
@@ -128,7 +128,7 @@ def use_of(shapes: Shapes, run: Training, mesh: MeshPlan) -> Use:
     loss = LOSS_COPIES * FP32 * run.tokens * shapes.vocabulary
     head = BF16 * (shapes.head or shapes.embedding) if mesh.world_size > 1 or _trained_bytes(run) != BF16 else 0
     # the gradient, the input of its reduce-scatter and its output: these explain the measured peak at 1 x 2048 tokens
-    embedding = 0 if run.lora else (2 + 1 / mesh.dp_shard) * BF16 * shapes.embedding
+    embedding = 0 if run.lora else (2 + 1 / mesh.fsdp_ranks) * BF16 * shapes.embedding
     peaks = []
     for kept, forward, backward, rows in results:
         made_again = _made_again(shapes, run, rows)
@@ -163,16 +163,16 @@ def _trained_bytes(run: Training) -> int:
     return BF16 if run.bf16_weights else FP32
 
 
-def _persistent(shapes: Shapes, run: Training, dp_shard: int) -> tuple[float, float, float]:
+def _persistent(shapes: Shapes, run: Training, fsdp_ranks: int) -> tuple[float, float, float]:
     """Weights, gradients and moments. FSDP reduces gradients in bf16 and keeps them in the weights' dtype."""
     each = _trained_bytes(run)
     if not run.lora:
-        own = shapes.parameters / dp_shard
+        own = shapes.parameters / fsdp_ranks
         return each * own, each * own, 2 * each * own
     frozen = run.base_bytes * (shapes.parameters - shapes.routed)
     frozen += run.base_bytes * shapes.routed if run.quantize == "none" else shapes.packed_bytes(run.quantize)
-    adapters = shapes.adapters(run.lora, run.lora_experts) / dp_shard
-    return frozen / dp_shard + FP32 * adapters, FP32 * adapters, 2 * FP32 * adapters
+    adapters = shapes.adapters(run.lora, run.lora_experts) / fsdp_ranks
+    return frozen / fsdp_ranks + FP32 * adapters, FP32 * adapters, 2 * FP32 * adapters
 
 
 def takes_all_gather(shapes: Shapes, run: Training, ep: int) -> bool | None:

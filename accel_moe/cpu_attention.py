@@ -7,9 +7,6 @@ keys and values: for laptops, tutorials and tests.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -25,21 +22,10 @@ def positions_of(rank: int, size: int, tokens: int, device: torch.device | str =
     return torch.cat([rank * half + steps, (2 * size - 1 - rank) * half + steps])
 
 
-@contextmanager
-def in_use(group: dist.ProcessGroup) -> Iterator[None]:
-    """Within it, torch's scaled_dot_product_attention is causal over the sequence that the ranks of `group` share."""
-    before = functional.scaled_dot_product_attention
-    functional.scaled_dot_product_attention = functools.partial(_attention, group)
-    try:
-        yield
-    finally:
-        functional.scaled_dot_product_attention = before
-
-
 _of_torch = functional.scaled_dot_product_attention
 
 
-def _attention(
+def attention(
     group: dist.ProcessGroup, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **options: Any
 ) -> Tensor:
     """[B, heads, T, D] each, of this rank's T tokens; the same of its output. A collective over `group`."""

@@ -155,6 +155,11 @@ def _check_accelerator(accelerator, state: PreparedState) -> None:
     dynamo = accelerator.state.dynamo_plugin
     if dynamo.backend.value == "NO" or not dynamo.fullgraph:
         return
+    if plan.cp > 1:
+        raise ValueError(
+            f"{found} with dynamo_use_fullgraph: true is not supported with cp_size={plan.cp}: torch's ring attention "
+            "breaks the graph. Set dynamo_config.dynamo_use_fullgraph: false."
+        )
     if not shard.fsdp_ignores_experts(plan, accelerator.state.fsdp_plugin.cpu_offload):
         raise ValueError(
             f"{found} with dynamo_use_fullgraph: true is not supported over {plan.describe()}: FSDP gathers the "

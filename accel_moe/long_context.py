@@ -14,9 +14,10 @@ all. Parts are therefore no prefix and no contiguous run of a sequence.
 
 from __future__ import annotations
 
+import functools
 import sys
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +25,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from accel_moe import cpu_attention, patching
 from accel_moe.patching import ACCELERATE, TRAINER, TRANSFORMERS, Patch, patch
@@ -44,6 +47,10 @@ class Split:
 
 _running: Split | None = None
 """Not by thread: backward runs checkpointed forwards again in autograd's threads."""
+_sdpa: Callable[..., Tensor] | None = None
+"""The attention of the context that is open now."""
+FUSED = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
+"""The kernels of sdpa that torch's ring has a form of."""
 _compared: weakref.WeakSet[Any] = weakref.WeakSet()
 """The Accelerators whose cp ranks were seen to hold the same batch."""
 
@@ -217,9 +224,35 @@ def maybe_context_parallel(original, self, buffers=None, buffer_seq_dims=None, n
     mesh = self.torch_device_mesh["cp"]
     split = Split(mesh.get_group(), size, mesh.get_local_rank())
     _compare(self, buffers[0], split)
-    attention = cpu_attention.in_use(split.group) if self.device.type == "cpu" else nullcontext()
-    with original(self, buffers, buffer_seq_dims, no_restore_buffers), attention, _as_running(split):
-        yield
+    with original(self, buffers, buffer_seq_dims, no_restore_buffers), _attention_of(split, self.device):
+        with _as_running(split):
+            yield
+
+
+@contextmanager
+def _attention_of(split: Split, device: torch.device) -> Iterator[None]:
+    """Within torch's context: the ring runs with fused kernels only, and under torch.compile it is one function.
+
+    Without that, sdpa takes its plain form where no fused kernel fits (fp32 with grouped heads, say): products of
+    DTensors, causal in the order of the parts instead of the sequence's, and wrong without a word.
+    """
+    global _sdpa
+    outside, before = functional.scaled_dot_product_attention, _sdpa
+    on_cpu = device.type == "cpu"
+    _sdpa = functools.partial(cpu_attention.attention, split.group) if on_cpu else outside
+    functional.scaled_dot_product_attention = _attention
+    try:
+        with nullcontext() if on_cpu else sdpa_kernel(FUSED):
+            yield
+    finally:
+        functional.scaled_dot_product_attention, _sdpa = outside, before  # torch looks for its own, and takes it back
+
+
+@torch.compiler.disable
+def _attention(*args: Any, **options: Any) -> Tensor:
+    """One object for all steps: torch makes a function for each context, and torch.compile would compile anew."""
+    assert _sdpa is not None
+    return _sdpa(*args, **options)
 
 
 @contextmanager
@@ -283,6 +316,8 @@ def watch(model: nn.Module) -> None:
 
 
 def _same_attention_again(module: nn.Module, args: Any) -> None:
+    if torch.compiler.is_compiling():
+        return
     if torch._C._current_graph_task_id() == -1:  # a forward, and not one that backward runs again
         module._accel_moe_split = _running is not None  # pyright: ignore[reportArgumentType]
     elif _running is None and getattr(module, "_accel_moe_split", False):

@@ -75,6 +75,8 @@ class Run:
 
 def build(case: Case):
     more = dict(router_aux_loss_coef=case.aux, output_router_logits=True) if case.aux else {}
+    if case.cp > 1 and torch.cuda.is_available():
+        more["num_key_value_heads"] = 4  # no fused kernel of sdpa takes grouped heads in fp32
     model = tiny_model(case.family, num_experts=case.num_experts, tie=case.tie, num_hidden_layers=case.layers, **more)
     if case.cp > 1:
         model.set_attn_implementation("sdpa")

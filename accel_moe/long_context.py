@@ -5,7 +5,7 @@ accelerate splits a batch's sequences and replaces the attention by torch's ring
 
     before the split    check_batch: lengths, padding and packed sequences that the ring cannot take
     the split           maybe_context_parallel: cp ranks must hold the same batch; on the CPU another attention
-    the model           positions are given, not counted from 0 on each rank; one load-balancing loss for whole sequences
+    the model           positions are given, not counted from 0 on each rank; one load-balancing loss for all parts
     the loss            context_parallel: labels are shifted before the split, and every token counts alike
 
 torch gives rank r of cp the chunks r and 2 cp - 1 - r of 2 cp equal chunks, so that causal attention is equal work for
@@ -143,8 +143,8 @@ def check_model(model: nn.Module, size: int) -> None:
         )
     if not any(name.endswith("self_attn") for name, _ in model.named_modules()):
         raise ValueError(
-            f"parallelism_config_cp_size={size}: {type(model).__name__} has no module named self_attn. accelerate finds "
-            "attention by that name, to leave out its mask. Set parallelism_config_cp_size: 1."
+            f"parallelism_config_cp_size={size}: {type(model).__name__} has no module named self_attn. By that name "
+            "accelerate finds attention, to leave out its mask. Set parallelism_config_cp_size: 1."
         )
 
 

@@ -40,6 +40,9 @@ OF_MEMORY = 1 / 16
 """As dispatch/automatic.py: the share of a GPU that an all-gather's buffers may take."""
 NEEDED = 0.75
 """As dispatch/automatic.py: the share of rows that an even routing must need for an all-gather."""
+RING_COPIES = 3
+"""fp32 tensors [tokens, attention] that torch's ring attention adds up partial results in. Read in its code (the sum,
+the part, the new sum), and not measured."""
 INFINITE = float("inf")
 
 
@@ -48,6 +51,8 @@ class Training:
     """What a run is asked to do, on each GPU.
 
     Attributes:
+        sequences, length: the batch of cp GPUs that share it; of one GPU at cp 1.
+        cp: GPUs that share each sequence.
         saved_bytes: kept for backward outside the experts, of all layers: trace.Traced.
         lora, lora_experts: the rank of adapters on attention, and whether the experts have some; 0 trains all weights.
         base_bytes: of a frozen weight of the base.
@@ -57,6 +62,7 @@ class Training:
     saved_bytes: int
     sequences: int = 1
     length: int = 4096
+    cp: int = 1
     memory_bytes: float = 80 * GIB
     gpus_per_node: int = 8
     lora: int = 0
@@ -71,7 +77,8 @@ class Training:
 
     @property
     def tokens(self) -> int:
-        return self.sequences * self.length
+        """Of a GPU and step."""
+        return self.sequences * self.length // self.cp
 
 
 @dataclass(frozen=True)
@@ -129,16 +136,17 @@ def use_of(shapes: Shapes, run: Training, mesh: MeshPlan) -> Use:
     head = BF16 * (shapes.head or shapes.embedding) if mesh.world_size > 1 or _trained_bytes(run) != BF16 else 0
     # the gradient, the input of its reduce-scatter and its output: these explain the measured peak at 1 x 2048 tokens
     embedding = 0 if run.lora else (2 + 1 / mesh.fsdp_ranks) * BF16 * shapes.embedding
+    ring = RING_COPIES * FP32 * run.tokens * shapes.attention if run.cp > 1 else 0
     peaks = []
     for kept, forward, backward, rows in results:
         made_again = _made_again(shapes, run, rows)
         moments = {
             "loss": kept + loss + head,
-            "layer, forward": kept + forward + _gathered(shapes, run, mesh, backward=False),
+            "layer, forward": kept + max(forward, ring) + _gathered(shapes, run, mesh, backward=False),
             "layer, backward": gradients
             + kept / shapes.layers
             + made_again
-            + backward
+            + max(backward, ring)
             + _gathered(shapes, run, mesh, backward=True),
             "embedding": gradients + embedding,
             "last layer, backward": kept + made_again + backward + _gathered(shapes, run, mesh, backward=True) + head,

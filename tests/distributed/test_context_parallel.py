@@ -10,7 +10,6 @@ import functools
 import pytest
 import torch
 
-import accel_moe
 from tests.distributed.parity import Case, clean, whole
 from tests.distributed.test_parity import check, run_case
 from tests.ranks import run_ranks

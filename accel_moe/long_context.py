@@ -120,7 +120,9 @@ def _arguments(batch: Mapping[str, Tensor], device: torch.device) -> dict[str, T
     if labels is not None and "shift_labels" not in part:
         part["shift_labels"] = nn.functional.pad(labels, (0, 1), value=IGNORED)[:, 1:].contiguous()
     ids = part["input_ids"]
-    part.setdefault("position_ids", torch.arange(ids.shape[1], device=device).repeat(ids.shape[0], 1))
+    if "position_ids" not in part:
+        part["position_ids"] = torch.arange(ids.shape[1], device=device).repeat(ids.shape[0], 1)
+        part["position_ids"]._accel_moe_counted = True  # pyright: ignore[reportAttributeAccessIssue]
     if "attention_mask" in part and bool((part["attention_mask"] == 1).all()):
         del part["attention_mask"]
     return part
@@ -154,7 +156,8 @@ def check_batch(batch: Mapping[str, Any], size: int) -> None:
         return
     check_length(batch["input_ids"].shape[1], size)
     positions, mask = batch.get("position_ids"), batch.get("attention_mask")
-    if positions is not None and bool((positions.diff(dim=-1) != 1).any()):
+    counted = positions is None or hasattr(positions, "_accel_moe_counted")
+    if not counted and bool((positions.diff(dim=-1) != 1).any()):
         _refuse_packed(size)
     if mask is not None and (mask.dim() != 2 or bool((mask.diff(dim=-1) > 0).any())):
         raise ValueError(
@@ -180,14 +183,17 @@ def _refuse_packed(size: int) -> None:
     )
 
 
-def check_part(position_ids: Tensor) -> None:
-    """`check_batch` for the positions [B, T] of a part, which a rank sees in the model. Rank 0 of cp has the last
-    tokens, whose positions tell of every new beginning before them."""
-    split, length = _running, position_ids.shape[-1]
-    assert split is not None
-    expected = cpu_attention.positions_of(split.rank, split.size, length, position_ids.device)
-    if bool(((position_ids - expected).diff(dim=-1) != 0).any()):
-        _refuse_packed(split.size)
+def _check_buffers(buffers: Sequence[Tensor], size: int) -> None:
+    """The same for tensors without a name: one that starts at 0 and mostly counts on by 1 holds positions.
+
+    Asks the GPU, unless context_parallel() counted the positions."""
+    whole = [b for b in buffers if b.dim() == 2 and not b.is_floating_point() and b.shape[1] > 1]
+    if not whole or any(hasattr(buffer, "_accel_moe_counted") for buffer in buffers):
+        return
+    steps = [buffer.diff(dim=1) == 1 for buffer in whole]
+    packed = [(buffer[:, 0] == 0).all() & (on.double().mean() > 0.5) & ~on.all() for buffer, on in zip(whole, steps)]
+    if bool(torch.stack(packed).any()):
+        _refuse_packed(size)
 
 
 def check_positions_given(arguments: Mapping[str, Any]) -> None:
@@ -221,6 +227,7 @@ def maybe_context_parallel(original, self, buffers=None, buffer_seq_dims=None, n
             "one length. Give input_ids, shift_labels and position_ids [B, L]."
         )
     check_length(lengths.pop(), size)
+    _check_buffers(buffers, size)
     mesh = self.torch_device_mesh["cp"]
     split = Split(mesh.get_group(), size, mesh.get_local_rank())
     _compare(self, buffers[0], split)

@@ -92,8 +92,7 @@ def _leave(*_: Any) -> None:
     tested=TRANSFORMERS,
 )
 def find_packed_sequence_indices(original, position_ids):
-    if long_context.running() is not None:  # a part of a sequence has two chunks, and is no packed sequence
-        long_context.check_part(position_ids)
+    if long_context.running() is not None:  # a part of a sequence has two chunks; packed ones were refused before
         return None
     plain = None if torch.compiler.is_compiling() else _running.plain
     if plain is None:

@@ -12,6 +12,7 @@ import torch
 
 from tests.distributed.parity import Case, clean, whole
 from tests.distributed.test_parity import check, run_case
+from tests.distributed.trainer_parity import train_with_trainer
 from tests.ranks import run_ranks
 from tests.tiny import batches, decoder_layer_names, tiny_model
 
@@ -33,6 +34,12 @@ TABLE = [
 @pytest.mark.parametrize("case", TABLE, ids=lambda case: getattr(case, "name", None))
 def test_training_equals_one_process_on_whole_sequences(case):
     check(run_case(case), case)
+
+
+@pytest.mark.core
+def test_training_with_trainer_equals_one_process_on_whole_sequences():
+    case = Case(2, 2, cp=2, lengths=EIGHT, masked=True)
+    check(run_case(case, train_with_trainer), case)
 
 
 LENGTH = 2048

@@ -277,8 +277,8 @@ def _compare(accelerator: Any, buffer: Tensor, split: Split) -> None:
     if accelerator in _compared:
         return
     _compared.add(accelerator)
-    flat = buffer.flatten().double()
-    weights = torch.arange(1, len(flat) + 1, device=buffer.device, dtype=torch.double)
+    flat = buffer.flatten().to(accelerator.device, torch.double)
+    weights = torch.arange(1, len(flat) + 1, device=flat.device, dtype=torch.double)
     own = torch.stack([flat @ weights, weights[-1]])
     sums = own.new_empty(split.size, 2)
     dist.all_gather(list(sums.unbind()), own, group=split.group)

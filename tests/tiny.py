@@ -28,7 +28,7 @@ def tiny_config(family: str, *, num_experts: int = 8, top_k: int = 2, tie: bool 
         Qwen3MoeConfig,
     )
 
-    common = {**COMMON, "tie_word_embeddings": tie, **more}
+    common: dict = {**COMMON, "tie_word_embeddings": tie, **more}
     if family == "qwen3_moe":
         common.setdefault("head_dim", 8)
         return Qwen3MoeConfig(

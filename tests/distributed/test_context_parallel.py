@@ -10,6 +10,7 @@ import functools
 import pytest
 import torch
 
+from tests.adapters import EXPERTS, randomised
 from tests.distributed.parity import Case, clean, whole
 from tests.distributed.test_parity import check, run_case
 from tests.distributed.trainer_parity import train_with_trainer
@@ -40,6 +41,51 @@ def test_training_equals_one_process_on_whole_sequences(case):
 def test_training_with_trainer_equals_one_process_on_whole_sequences():
     case = Case(2, 2, cp=2, lengths=EIGHT, masked=True)
     check(run_case(case, train_with_trainer), case)
+
+
+def adapter_on_rank(cp: int, scheme: str) -> dict[str, torch.Tensor]:
+    """Gradients of a LoRA adapter on attention and packed experts, and the loss, of two sequences on two ranks."""
+    from accelerate import Accelerator
+    from accelerate.parallelism_config import ParallelismConfig
+    from accelerate.utils import FullyShardedDataParallelPlugin
+    from peft import LoraConfig, get_peft_model
+
+    import accel_moe.cpu
+
+    accel_moe.cpu.enable()
+    model = tiny_model(num_key_value_heads=4, attn_implementation="sdpa")
+    layers = decoder_layer_names(model)
+    lora = LoraConfig(r=4, lora_alpha=12, target_modules=["q_proj"], target_parameters=EXPERTS)
+    model = randomised(get_peft_model(model, lora))
+    accel_moe.prepare(model, moe_ep_degree=2, moe_quantize_experts=scheme)
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2, auto_wrap_policy="transformer_based_wrap", transformer_cls_names_to_wrap=layers
+    )
+    accelerator = Accelerator(
+        fsdp_plugin=plugin, parallelism_config=ParallelismConfig(cp_size=cp, dp_shard_size=2 // cp)
+    )
+    trained = [p for p in model.parameters() if p.requires_grad]
+    model, _ = accelerator.prepare(model, torch.optim.SGD(trained))
+    ids = batches(1, sequences=2, length=8)[0].chunk(2 // cp)[accelerator.process_index // cp]
+    with accel_moe.context_parallel(accelerator, {"input_ids": ids, "labels": ids}) as part:
+        loss = model(**part).loss
+        accelerator.backward(loss)
+    found = {clean(n): whole(p.grad) for n, p in model.named_parameters() if p.requires_grad}
+    return {**found, "loss": accelerator.reduce(loss.detach(), "mean").cpu()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scheme", ["none", "nf4"])
+def test_an_adapter_on_split_sequences_has_the_gradients_of_whole_ones(scheme):
+    """Whole sequences on ranks are compared with one process in tests/families and test_quantised.py."""
+    pytest.importorskip("peft")
+    if scheme != "none":
+        pytest.importorskip("bitsandbytes")
+    split, unsplit = (run_ranks(adapter_on_rank, 2, cp, scheme)[0] for cp in (2, 1))
+    assert any("experts" in name for name in split) and split.keys() == unsplit.keys()
+    for name, expected in unsplit.items():
+        # fp32, sums in another order: test_parity.py's tolerance
+        torch.testing.assert_close(split[name], expected, rtol=0, atol=1e-4 * expected.abs().max().item(), msg=name)
 
 
 LENGTH = 2048

@@ -92,8 +92,8 @@ def context_parallel(
     Raises:
         ValueError: the batch cannot be split; on every rank that shares it, before any collective.
     """
-    part = _arguments(batch, accelerator.device)
     size = cp_size(accelerator)
+    part = _arguments(batch, accelerator.device, size)
     check_batch(part, size)
     buffers = list(part.values())
     split = accelerator.maybe_context_parallel(buffers, [1] * len(buffers), set(buffers)) if size > 1 else nullcontext()
@@ -105,9 +105,8 @@ def context_parallel(
         yield {**part, "labels": part["shift_labels"], "num_items_in_batch": num_items_in_batch}  # pyright: ignore
 
 
-def _arguments(batch: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-    """Copies (the split is in place) of what is split: labels shifted, positions counted, a mask without holes left
-    out."""
+def _arguments(batch: Mapping[str, Tensor], device: torch.device, size: int) -> dict[str, Tensor]:
+    """Copies, for the split is in place: labels are shifted, positions counted, a mask without zeros is dropped."""
     if unknown := sorted(set(batch) - set(ARGUMENTS)):
         raise ValueError(
             f"context_parallel() got a batch with {', '.join(unknown)}, and splits only {', '.join(ARGUMENTS)}. Leave "
@@ -120,7 +119,7 @@ def _arguments(batch: Mapping[str, Tensor], device: torch.device) -> dict[str, T
     if labels is not None and "shift_labels" not in part:
         part["shift_labels"] = nn.functional.pad(labels, (0, 1), value=IGNORED)[:, 1:].contiguous()
     ids = part["input_ids"]
-    if "position_ids" not in part:
+    if size > 1 and "position_ids" not in part:  # else the model counts them itself
         part["position_ids"] = torch.arange(ids.shape[1], device=device).repeat(ids.shape[0], 1)
         part["position_ids"]._accel_moe_counted = True  # pyright: ignore[reportAttributeAccessIssue]
     if "attention_mask" in part and bool((part["attention_mask"] == 1).all()):
@@ -159,7 +158,7 @@ def check_batch(batch: Mapping[str, Any], size: int) -> None:
     counted = positions is None or hasattr(positions, "_accel_moe_counted")
     if not counted and bool((positions.diff(dim=-1) != 1).any()):
         _refuse_packed(size)
-    if mask is not None and (mask.dim() != 2 or bool((mask.diff(dim=-1) > 0).any())):
+    if mask is not None and (mask.dim() != 2 or bool((mask.long().diff(dim=-1) > 0).any())):
         raise ValueError(
             f"The attention_mask {list(mask.shape)} has padding before a token, or more than one number for a token. "
             f"Ring attention over cp_size={size} is causal over the whole sequence, without a mask. Pad on the right "

@@ -63,6 +63,14 @@ def tensor_parallel() -> str:
     return parallel(4, tp_size=2, dp_shard_size=2)
 
 
+def sequence_parallel() -> str:
+    return parallel(4, sp_size=2, dp_shard_size=2)
+
+
+def fullgraph_with_context_parallel() -> str:
+    return message_of(lambda: prepared(Case(2, 2, cp=2, compiled="fullgraph")))
+
+
 def fp16() -> str:
     from accelerate.utils import FullyShardedDataParallelPlugin
 
@@ -124,6 +132,8 @@ def prepared_too_late() -> str:
         (fsdp1, 2, ["needs FSDP2", "FSDP version 1"]),
         (attention_that_is_no_ring, 2, ["cp_size=2 needs attn_implementation='sdpa'", "'eager'", "cp_size: 1"]),
         (tensor_parallel, 4, ["tp_size=2 is not supported"]),
+        (sequence_parallel, 4, ["sp_size=2 is not supported"]),
+        (fullgraph_with_context_parallel, 2, ["dynamo_use_fullgraph: true is not supported with cp_size=2"]),
         (fp16, 2, ["mixed_precision: fp16 is not supported", "bf16"]),
         (fullgraph_over_efsdp, 4, ["dynamo_use_fullgraph: true is not supported", "dynamo_use_fullgraph: false"]),
         (fullgraph_of_the_whole_model, 4, ["dynamo_use_fullgraph: true needs dynamo_use_regional_compilation: true"]),

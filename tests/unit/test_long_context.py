@@ -52,6 +52,7 @@ def test_attention_that_has_no_ring_is_refused():
 def test_masks_that_pad_on_the_right_and_counted_positions_pass():
     ids = torch.zeros(2, 8, dtype=torch.long)
     mask, positions = torch.tensor([[1] * 8, [1] * 5 + [0] * 3]), torch.arange(3, 11).repeat(2, 1)
-    long_context.check_batch({"input_ids": ids, "attention_mask": mask, "position_ids": positions}, 4)
+    for given in (mask, mask.bool()):
+        long_context.check_batch({"input_ids": ids, "attention_mask": given, "position_ids": positions}, 4)
     with pytest.raises(ValueError, match="must be a multiple of 2 x cp_size = 6"):
         long_context.check_batch({"input_ids": ids}, 3)

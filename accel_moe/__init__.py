@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from accel_moe.checkpoint.preemption import Preemption, PreemptionCallback
     from accel_moe.config import MoEConfig
     from accel_moe.experts.expert_counts import expert_load, tokens_per_expert
+    from accel_moe.long_context import context_parallel
     from accel_moe.monitoring.callback import ExpertLoadCallback
     from accel_moe.monitoring.heatmap import ExpertLoadHistory
     from accel_moe.monitoring.statistics import expert_load_metrics
@@ -33,6 +34,7 @@ __all__ = [
     "Preemption",
     "PreemptionCallback",
     "__version__",
+    "context_parallel",
     "expert_load",
     "expert_load_metrics",
     "from_pretrained",
@@ -46,6 +48,7 @@ _MODULE_OF = {
     "MoEConfig": "accel_moe.config",
     "Preemption": "accel_moe.checkpoint.preemption",
     "PreemptionCallback": "accel_moe.checkpoint.preemption",
+    "context_parallel": "accel_moe.long_context",
     "expert_load": "accel_moe.experts.expert_counts",
     "expert_load_metrics": "accel_moe.monitoring.statistics",
     "from_pretrained": "accel_moe.api",

@@ -14,6 +14,7 @@ import time
 
 import torch
 
+from accel_moe import long_context
 from accel_moe.patching import ACCELERATE, install, patch, patches_of
 
 
@@ -32,7 +33,7 @@ def enable() -> bool:
     if has_accelerator() or int(os.environ.get("LOCAL_RANK", -1)) == -1:
         return False
     os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
-    install(patches_of(_prepare_backend))
+    install(patches_of(_prepare_backend, long_context.maybe_context_parallel))
     # gloo's threads drop the last collective's tensors a moment after it returned, and abort the process if the
     # interpreter is already shutting down (https://github.com/pytorch/pytorch/pull/179291), so exit waits a moment
     atexit.register(time.sleep, 0.1)

@@ -15,6 +15,7 @@ from accel_moe import (
     cpu,
     dtype_units,
     in_accelerator,
+    long_context,
     patching,
     positions,
     ranks,
@@ -32,7 +33,7 @@ from accel_moe.weights import adapters_on_meta, plan
 logger = logging.getLogger("accel_moe")
 
 TABLE = (
-    *patches_of(in_accelerator, dtype_units, shard, recompute, positions, whereabouts),
+    *patches_of(in_accelerator, dtype_units, shard, recompute, positions, whereabouts, long_context),
     *patches_of(for_accelerate, background, for_trainer, callback),
 )
 PEFT_TABLE = patches_of(adapters)
@@ -74,7 +75,7 @@ def planning_loads() -> Iterator[None]:
 
 def uninstall() -> None:
     """Undo every patch, newest first."""
-    patching.uninstall(_ALL)
+    patching.uninstall((*_ALL, *long_context.BALANCING.values()))
 
 
 def installed() -> list[str]:

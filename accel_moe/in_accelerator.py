@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
 
-from accel_moe import mesh, positions, ranks, recompute, shard, whereabouts
+from accel_moe import long_context, mesh, positions, ranks, recompute, shard, whereabouts
 from accel_moe.agreement import compare_ranks
 from accel_moe.experts import forwards
 from accel_moe.experts.adapters import adopt_adapters, patch_peft
@@ -48,6 +48,8 @@ def prepare(original, self, *args, device_placement=None):
     for model in args:
         if isinstance(model, nn.Module) and (state := prepared_state(model)) is not None:
             compare_ranks(model, state)
+            if (size := long_context.cp_size(self)) > 1:
+                long_context.check_model(model, size)
             look = partial(forwards.take_back, model)
             ranks.run_or_raise_everywhere("accelerator.prepare", look, ValueError, over=dist.group.WORLD)
             if state.config.moe_ep_degree > 1:
@@ -137,7 +139,7 @@ def _check_accelerator(accelerator, state: PreparedState) -> None:
             "fsdp_config.fsdp_version: 2 in the accelerate config, or remove moe_ep_degree."
         )
     parallelism = accelerator.parallelism_config
-    for axis in ("tp", "cp", "sp"):
+    for axis in ("tp", "sp"):
         size = getattr(parallelism, f"{axis}_size", 1) or 1 if parallelism is not None else 1
         if size > 1:
             raise ValueError(
@@ -153,6 +155,11 @@ def _check_accelerator(accelerator, state: PreparedState) -> None:
     dynamo = accelerator.state.dynamo_plugin
     if dynamo.backend.value == "NO" or not dynamo.fullgraph:
         return
+    if plan.cp > 1:
+        raise ValueError(
+            f"{found} with dynamo_use_fullgraph: true is not supported with cp_size={plan.cp}: torch's ring attention "
+            "breaks the graph. Set dynamo_config.dynamo_use_fullgraph: false."
+        )
     if not shard.fsdp_ignores_experts(plan, accelerator.state.fsdp_plugin.cpu_offload):
         raise ValueError(
             f"{found} with dynamo_use_fullgraph: true is not supported over {plan.describe()}: FSDP gathers the "
@@ -201,6 +208,7 @@ def _plan(accelerator, state: PreparedState) -> mesh.MeshPlan:
         state.config.moe_ep_degree,
         dp_replicate=(parallelism.dp_replicate_size or 1) if has_mesh else 1,
         dp_shard=(parallelism.dp_shard_size or 1) if has_mesh else None,
+        cp=long_context.cp_size(accelerator),
     )
 
 
@@ -268,6 +276,8 @@ def _shard(accelerator, model: nn.Module, state: PreparedState) -> list[nn.Modul
     if state.config.moe_keep_exchanged:
         recompute.keep_exchanges(model)
     positions.trust_own_positions(model)
+    if plan.cp > 1:
+        long_context.watch(model)
     settings = shard.FsdpSettings(
         mp_policy=plugin.mixed_precision_policy or MixedPrecisionPolicy(),
         offload_policy=plugin.cpu_offload,

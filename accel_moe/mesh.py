@@ -2,15 +2,17 @@
 
 A job of `world` ranks is cut three ways, outermost first:
 
-    (dp_replicate, efsdp, ep)        dp_shard = efsdp x ep
+    (dp_replicate, efsdp, ep)        efsdp x ep = dp_shard x cp
 
 * `dp_replicate`: whole copies of the model (HSDP); 1 without HSDP.
 * `ep`: the ranks that share one set of experts. Each holds `num_experts / ep` whole experts, and tokens travel between
   them. It is the innermost axis: an ep group has neighbouring ranks, which a launcher places on one node first.
 * `efsdp`: the ranks that hold the same experts and shard them as FSDP does.
 
-accelerate shards dense weights over all of `dp_shard`. Both meshes number the ranks alike (accelerate puts dp_replicate
-outside dp_shard, PyTorch numbers row-major), so one gradient norm can be taken over both.
+accelerate shards dense weights over all ranks of one copy: `dp_shard`, joined with the `cp` ranks that share a sequence
+under context parallelism. Experts see tokens and no sequences, so an ep group crosses both. All meshes number the ranks
+alike (accelerate puts dp_replicate outside dp_shard and cp inside, PyTorch numbers row-major), so one gradient norm can
+be taken over all.
 
 `plan_mesh` is pure and runs on a laptop. `build_mesh` is a collective.
 
@@ -20,6 +22,7 @@ Source of the axes' names and order: torchtitan, distributed/parallel_dims.py.
 from __future__ import annotations
 
 import datetime
+import math
 import weakref
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -33,15 +36,26 @@ MESH_DIM_NAMES = ("dp_replicate", "efsdp", "ep")
 
 @dataclass(frozen=True)
 class MeshPlan:
-    """The sizes of the three axes, checked by `plan_mesh`. Build it only there."""
+    """The sizes of the three axes, checked by `plan_mesh`. Build it only there.
+
+    Attributes:
+        cp: how many neighbouring ranks share each sequence. It is no axis of its own: it lies across efsdp and ep.
+    """
 
     dp_replicate: int
     efsdp: int
     ep: int
+    cp: int = 1
+
+    @property
+    def fsdp_ranks(self) -> int:
+        """The ranks that share one copy of the weights: dp_shard x cp."""
+        return self.efsdp * self.ep
 
     @property
     def dp_shard(self) -> int:
-        return self.efsdp * self.ep
+        """accelerate's dp_shard_size: the batches that one copy of the weights trains on at a time."""
+        return self.fsdp_ranks // self.cp
 
     @property
     def world_size(self) -> int:
@@ -60,37 +74,46 @@ class MeshPlan:
         )
 
     def describe(self) -> str:
-        return f"dp_replicate {self.dp_replicate} x efsdp {self.efsdp} x ep {self.ep} = {self.world_size} ranks"
+        axes = f"dp_replicate {self.dp_replicate} x efsdp {self.efsdp} x ep {self.ep} = {self.world_size} ranks"
+        return axes if self.cp == 1 else f"{axes}, a sequence over cp {self.cp} of them"
 
 
 def divisors(number: int) -> list[int]:
     return [d for d in range(1, number + 1) if number % d == 0]
 
 
-def plan_mesh(world_size: int, ep_degree: int, *, dp_replicate: int = 1, dp_shard: int | None = None) -> MeshPlan:
+def plan_mesh(
+    world_size: int, ep_degree: int, *, dp_replicate: int = 1, dp_shard: int | None = None, cp: int = 1
+) -> MeshPlan:
     """Cut `world_size` ranks into (dp_replicate, efsdp, ep).
 
     Args:
         dp_shard: accelerate's `parallelism_config_dp_shard_size`. None if accelerate built no mesh: FSDP then shards
             over every rank (`world_size / dp_replicate`).
+        cp: accelerate's `parallelism_config_cp_size`.
 
     Raises:
-        ValueError: the degrees do not multiply up to the world, or ep does not divide dp_shard.
+        ValueError: the degrees do not multiply up to the world, or ep does not divide the ranks that FSDP shards over.
     """
-    source = "dp_shard_size"
+    factors = {"dp_replicate_size": dp_replicate, "dp_shard_size": dp_shard, "cp_size": cp}
     if dp_shard is None:
-        dp_shard, source = world_size // dp_replicate, "the number of ranks that FSDP shards over"
-    if dp_replicate * dp_shard != world_size:
+        fsdp_ranks, source = world_size // dp_replicate, "the number of ranks that FSDP shards over"
+        factors["dp_shard_size"] = fsdp_ranks // cp
+    else:
+        fsdp_ranks, source = dp_shard * cp, "dp_shard_size" if cp == 1 else f"dp_shard_size={dp_shard} x cp_size={cp}"
+    product = math.prod(size for size in factors.values() if size is not None)
+    if product != world_size:
+        named = " x ".join(f"{name}={size}" for name, size in factors.items() if name != "cp_size" or cp > 1)
         raise ValueError(
-            f"dp_replicate_size={dp_replicate} x dp_shard_size={dp_shard} is {dp_replicate * dp_shard}, but the job "
-            f"has {world_size} ranks. Make the product equal to num_processes in the accelerate config."
+            f"{named} is {product}, but the job has {world_size} ranks. Make the product equal to num_processes in the "
+            "accelerate config."
         )
-    if dp_shard % ep_degree:
+    if fsdp_ranks % ep_degree:
         raise ValueError(
-            f"moe_ep_degree={ep_degree} does not divide {source}={dp_shard} ({world_size} ranks). "
-            f"Use one of {', '.join(map(str, divisors(dp_shard)))}, or change the number of processes."
+            f"moe_ep_degree={ep_degree} does not divide {source}={fsdp_ranks} ({world_size} ranks). "
+            f"Use one of {', '.join(map(str, divisors(fsdp_ranks)))}, or change the number of processes."
         )
-    return MeshPlan(dp_replicate=dp_replicate, efsdp=dp_shard // ep_degree, ep=ep_degree)
+    return MeshPlan(dp_replicate=dp_replicate, efsdp=fsdp_ranks // ep_degree, ep=ep_degree, cp=cp)
 
 
 def build_mesh(plan: MeshPlan, device_type: str) -> DeviceMesh:

@@ -2,6 +2,7 @@
 
     python -m accel_moe.plan Qwen/Qwen3-30B-A3B --gpus 8
     python -m accel_moe.plan my_model --gpus 8 --activation-checkpointing --write ep8.yaml
+    python -m accel_moe.plan my_model --gpus 8 --cp 4 --seq-len 131072 --sequences 1
     python -m accel_moe.plan my_model --gpus 1 --lora 16 --lora-experts --quantize nf4
 
 MODEL is a folder or a Hub id with a config.json. No GPU is needed, and no weight is read.
@@ -37,7 +38,13 @@ def build_parser() -> argparse.ArgumentParser:
     add("--gpus-per-node", type=int, default=8, metavar="N", help="default: %(default)s")
     add("--memory", type=float, default=80, metavar="GIB", help="of each GPU (default: %(default)s)")
     add("--tokens", type=int, metavar="T", help=f"a GPU and step: sequences x their length (default: {_TOKENS})")
-    add("--sequences", type=int, metavar="N", help="a GPU and step, instead of --tokens")
+    add(
+        "--sequences",
+        type=int,
+        metavar="N",
+        help="a GPU and step (with --cp: of the GPUs that share them), instead of --tokens",
+    )
+    add("--cp", type=int, default=1, metavar="N", help="GPUs that share each sequence (default: %(default)s)")
     add("--seq-len", type=int, default=_LENGTH, metavar="L", help="tokens of a sequence (default: %(default)s)")
     add("--lora", type=int, default=0, metavar="RANK", help="train a LoRA adapter of this rank on the attention")
     add("--lora-experts", action="store_true", help="adapt the experts, too (with --lora)")
@@ -69,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _wrong_usage(args: argparse.Namespace) -> str | None:
     """The first flag that cannot be honoured, in words; sets `sequences`."""
-    for name in ("gpus", "gpus_per_node", "memory", "tokens", "sequences", "seq_len"):
+    for name in ("gpus", "gpus_per_node", "memory", "tokens", "sequences", "seq_len", "cp"):
         value = getattr(args, name)
         if value is not None and not value > 0:
             return f"--{name.replace('_', '-')} {value}: expected more than 0"
@@ -88,17 +95,23 @@ def _wrong_usage(args: argparse.Namespace) -> str | None:
         return "--exchange-again is about the forward that runs again: give --activation-checkpointing, too"
     if args.gpus > args.gpus_per_node and args.gpus % args.gpus_per_node:
         return f"--gpus {args.gpus} is not a whole number of nodes of {args.gpus_per_node}: change --gpus-per-node"
+    if args.gpus % args.cp:
+        return f"--cp {args.cp} does not divide --gpus {args.gpus}: change one of them"
+    if args.cp > 1 and args.seq_len % (2 * args.cp):
+        return f"--seq-len {args.seq_len} is not a multiple of 2 x --cp = {2 * args.cp}: ring attention cannot split it"
     return _wrong_tokens(args)
 
 
 def _wrong_tokens(args: argparse.Namespace) -> str | None:
+    part = args.seq_len // args.cp
+    named = f"--seq-len {args.seq_len}" if args.cp == 1 else f"--seq-len {args.seq_len} / --cp {args.cp}"
     if args.sequences is None:
-        tokens = args.tokens or max(_TOKENS // args.seq_len, 1) * args.seq_len
-        if tokens % args.seq_len:
-            return f"--tokens {tokens} is not a multiple of --seq-len {args.seq_len}: change one of them"
-        args.sequences = tokens // args.seq_len
-    elif args.tokens is not None and args.tokens != args.sequences * args.seq_len:
-        return f"--tokens {args.tokens} is not --sequences {args.sequences} x --seq-len {args.seq_len}: leave one out"
+        tokens = args.tokens or max(_TOKENS // part, 1) * part
+        if tokens % part:
+            return f"--tokens {tokens} is not a multiple of {named}: change one of them"
+        args.sequences = tokens // part
+    elif args.tokens is not None and args.tokens != args.sequences * part:
+        return f"--tokens {args.tokens} is not --sequences {args.sequences} x {named}: leave one out"
     return None
 
 
@@ -109,9 +122,9 @@ def _plan(args: argparse.Namespace, command: list[str]) -> int:
     if args.write is not None and args.write.exists():
         raise ValueError(f"{args.write} exists already. Give the name of a new file, or remove it.")
     model = shapes.open_model(args.model)
-    legal, limited = meshes.legal_meshes(model, args.gpus)
+    legal, limited = meshes.legal_meshes(model, args.gpus, args.cp)
     sizes = shapes.shapes_of(model)
-    traced = trace.saved_outside_experts(model, sizes, args.sequences, args.seq_len, args.lora)
+    traced = trace.saved_outside_experts(model, sizes, args.sequences, args.seq_len // args.cp, args.lora)
     run = _training(args, traced.saved_bytes)
     plans = meshes.plans_of(sizes, run, legal)
     print(report.report(args.model, sizes, run, traced, plans, limited))
@@ -131,6 +144,7 @@ def _training(args: argparse.Namespace, saved_bytes: int) -> Any:
         saved_bytes=saved_bytes,
         sequences=args.sequences,
         length=args.seq_len,
+        cp=args.cp,
         memory_bytes=args.memory * GIB,
         gpus_per_node=args.gpus_per_node,
         lora=args.lora,

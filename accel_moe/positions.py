@@ -19,6 +19,7 @@ import torch
 import transformers
 from torch import nn
 
+from accel_moe import long_context
 from accel_moe.experts.state import holds_experts
 from accel_moe.patching import TRANSFORMERS, patch
 
@@ -58,6 +59,7 @@ def _that_count_positions(model: nn.Module) -> Iterator[nn.Module]:
 def _enter(plain: set[torch.Size], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     if torch.compiler.is_compiling():
         return
+    long_context.check_positions_given(kwargs if len(args) < 3 else {"position_ids": args[2]})
     given = (kwargs.get(name) is not None for name in ("attention_mask", "position_ids", "cache_position"))
     # a later hook, or a forward of the user's, may give what the caller did not
     last = next(reversed(module._forward_pre_hooks)) == module._accel_moe_positions_hook
@@ -90,6 +92,8 @@ def _leave(*_: Any) -> None:
     tested=TRANSFORMERS,
 )
 def find_packed_sequence_indices(original, position_ids):
+    if long_context.running() is not None:  # a part of a sequence has two chunks; packed ones were refused before
+        return None
     plain = None if torch.compiler.is_compiling() else _running.plain
     if plain is None:
         return original(position_ids)

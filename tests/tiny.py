@@ -28,15 +28,15 @@ def tiny_config(family: str, *, num_experts: int = 8, top_k: int = 2, tie: bool 
         Qwen3MoeConfig,
     )
 
-    common = {**COMMON, "tie_word_embeddings": tie, **more}
+    common: dict = {**COMMON, "tie_word_embeddings": tie, **more}
     if family == "qwen3_moe":
+        common.setdefault("head_dim", 8)
         return Qwen3MoeConfig(
             **common,
             intermediate_size=48,
             moe_intermediate_size=24,
             num_experts=num_experts,
             num_experts_per_tok=top_k,
-            head_dim=8,
         )
     if family == "mixtral":
         return MixtralConfig(**common, intermediate_size=24, num_local_experts=num_experts, num_experts_per_tok=top_k)

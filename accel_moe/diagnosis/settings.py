@@ -6,7 +6,7 @@ The rules are config.py's, mesh.py's and accelerate's own. Here their errors bec
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -95,14 +95,19 @@ def _plan(content: dict[str, Any], ep_degree: int, ranks_here: int) -> MeshPlan:
     ranks = ranks_here if content.get("num_processes") is None else content["num_processes"]
     if not isinstance(ranks, int) or ranks < 1:
         raise ValueError(f"num_processes is {ranks!r}: expected a whole number above 0. Correct the file.")
-    return plan_mesh(ranks, ep_degree, dp_replicate=size("dp_replicate") or 1, dp_shard=size("dp_shard"))
+    return plan_mesh(
+        ranks, ep_degree, dp_replicate=size("dp_replicate") or 1, dp_shard=size("dp_shard"), cp=size("cp") or 1
+    )
 
 
 def on_this_machine(settings: Settings, device: str) -> tuple[Settings, list[str]]:
     """The settings of at most MOST_RANKS ranks that train the small model, and how they differ from the user's."""
     plan, changes = cut(settings.plan), []
     if plan != settings.plan:
-        changes.append(f"{settings.plan.world_size} ranks are cut to {plan.world_size}: {plan.describe()}")
+        if settings.plan.world_size > plan.world_size:
+            changes.append(f"{settings.plan.world_size} ranks are cut to {plan.world_size}: {plan.describe()}")
+        if settings.plan.cp > 1:
+            changes.append(f"cp_size {settings.plan.cp} is left out: each rank trains on whole sequences")
     options = {**vars(settings.options), "moe_ep_degree": plan.ep}
     if device == "cpu" and options["moe_kernel"] not in (*WITHOUT_GPU, "auto"):
         changes.append(f"moe_kernel {options['moe_kernel']} needs a GPU for each rank: auto is trained")
@@ -116,7 +121,8 @@ def on_this_machine(settings: Settings, device: str) -> tuple[Settings, list[str
 
 
 def cut(plan: MeshPlan) -> MeshPlan:
-    """A mesh of at most MOST_RANKS ranks with the same axes above 1, as far as they fit."""
+    """A mesh of at most MOST_RANKS ranks with the same axes above 1, as far as they fit, and with whole sequences."""
+    plan = replace(plan, cp=1)
     if plan.world_size <= MOST_RANKS:
         return plan
     replicate = 2 if plan.dp_replicate > 1 else 1

@@ -40,6 +40,9 @@ OF_MEMORY = 1 / 16
 """As dispatch/automatic.py: the share of a GPU that an all-gather's buffers may take."""
 NEEDED = 0.75
 """As dispatch/automatic.py: the share of rows that an even routing must need for an all-gather."""
+RING_COPIES = 3
+"""fp32 tensors [tokens, attention] that torch's ring attention adds up partial results in. Read in its code (the sum,
+the part, the new sum), and not measured."""
 INFINITE = float("inf")
 
 
@@ -48,6 +51,8 @@ class Training:
     """What a run is asked to do, on each GPU.
 
     Attributes:
+        sequences, length: the batch of cp GPUs that share it; of one GPU at cp 1.
+        cp: GPUs that share each sequence.
         saved_bytes: kept for backward outside the experts, of all layers: trace.Traced.
         lora, lora_experts: the rank of adapters on attention, and whether the experts have some; 0 trains all weights.
         base_bytes: of a frozen weight of the base.
@@ -57,6 +62,7 @@ class Training:
     saved_bytes: int
     sequences: int = 1
     length: int = 4096
+    cp: int = 1
     memory_bytes: float = 80 * GIB
     gpus_per_node: int = 8
     lora: int = 0
@@ -71,7 +77,8 @@ class Training:
 
     @property
     def tokens(self) -> int:
-        return self.sequences * self.length
+        """Of a GPU and step."""
+        return self.sequences * self.length // self.cp
 
 
 @dataclass(frozen=True)
@@ -119,7 +126,7 @@ class Rows:
 
 def use_of(shapes: Shapes, run: Training, mesh: MeshPlan) -> Use:
     """The memory of the rank of `mesh` that the routing loads most."""
-    weights, gradients, optimizer = _persistent(shapes, run, mesh.dp_shard)
+    weights, gradients, optimizer = _persistent(shapes, run, mesh.fsdp_ranks)
     all_gather = takes_all_gather(shapes, run, mesh.ep)
     results = []
     for imbalance in (1.0, 2.0, INFINITE):
@@ -128,17 +135,18 @@ def use_of(shapes: Shapes, run: Training, mesh: MeshPlan) -> Use:
     loss = LOSS_COPIES * FP32 * run.tokens * shapes.vocabulary
     head = BF16 * (shapes.head or shapes.embedding) if mesh.world_size > 1 or _trained_bytes(run) != BF16 else 0
     # the gradient, the input of its reduce-scatter and its output: these explain the measured peak at 1 x 2048 tokens
-    embedding = 0 if run.lora else (2 + 1 / mesh.dp_shard) * BF16 * shapes.embedding
+    embedding = 0 if run.lora else (2 + 1 / mesh.fsdp_ranks) * BF16 * shapes.embedding
+    ring = RING_COPIES * FP32 * run.tokens * shapes.attention if run.cp > 1 else 0
     peaks = []
     for kept, forward, backward, rows in results:
         made_again = _made_again(shapes, run, rows)
         moments = {
             "loss": kept + loss + head,
-            "layer, forward": kept + forward + _gathered(shapes, run, mesh, backward=False),
+            "layer, forward": kept + max(forward, ring) + _gathered(shapes, run, mesh, backward=False),
             "layer, backward": gradients
             + kept / shapes.layers
             + made_again
-            + backward
+            + max(backward, ring)
             + _gathered(shapes, run, mesh, backward=True),
             "embedding": gradients + embedding,
             "last layer, backward": kept + made_again + backward + _gathered(shapes, run, mesh, backward=True) + head,
@@ -163,16 +171,16 @@ def _trained_bytes(run: Training) -> int:
     return BF16 if run.bf16_weights else FP32
 
 
-def _persistent(shapes: Shapes, run: Training, dp_shard: int) -> tuple[float, float, float]:
+def _persistent(shapes: Shapes, run: Training, fsdp_ranks: int) -> tuple[float, float, float]:
     """Weights, gradients and moments. FSDP reduces gradients in bf16 and keeps them in the weights' dtype."""
     each = _trained_bytes(run)
     if not run.lora:
-        own = shapes.parameters / dp_shard
+        own = shapes.parameters / fsdp_ranks
         return each * own, each * own, 2 * each * own
     frozen = run.base_bytes * (shapes.parameters - shapes.routed)
     frozen += run.base_bytes * shapes.routed if run.quantize == "none" else shapes.packed_bytes(run.quantize)
-    adapters = shapes.adapters(run.lora, run.lora_experts) / dp_shard
-    return frozen / dp_shard + FP32 * adapters, FP32 * adapters, 2 * FP32 * adapters
+    adapters = shapes.adapters(run.lora, run.lora_experts) / fsdp_ranks
+    return frozen / fsdp_ranks + FP32 * adapters, FP32 * adapters, 2 * FP32 * adapters
 
 
 def takes_all_gather(shapes: Shapes, run: Training, ep: int) -> bool | None:

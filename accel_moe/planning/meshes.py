@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
@@ -43,8 +44,11 @@ class Plan:
         return max(self.gpu_ms[0], self.host_ms), max(self.gpu_ms[1], self.host_ms)
 
 
-def legal_meshes(model: nn.Module, gpus: int) -> tuple[list[MeshPlan], str]:
+def legal_meshes(model: nn.Module, gpus: int, cp: int = 1) -> tuple[list[MeshPlan], str]:
     """The meshes that `prepare()` accepts, and why no degree above 1 is among them ("" if one is).
+
+    Args:
+        cp: GPUs that share each sequence; divides `gpus`.
 
     Raises:
         ValueError: the experts cannot be run at any degree, or gpus > 1 and no degree above 1 divides both the GPUs and
@@ -68,10 +72,13 @@ def legal_meshes(model: nn.Module, gpus: int) -> tuple[list[MeshPlan], str]:
             f"Use a number of GPUs that has one of the factors {', '.join(map(str, divisors(experts)[1:]))}."
         )
     meshes = [
-        plan_mesh(gpus, ep, dp_replicate=replicas)
+        plan_mesh(gpus, ep, dp_replicate=replicas, cp=cp)
         for replicas in divisors(gpus)
         for ep in reversed(degrees)
-        if (gpus // replicas) % ep == 0 and (gpus == 1 or gpus // replicas > 1)  # one rank a copy is DDP
+        if (gpus // replicas) % math.lcm(ep, cp) == 0
+        and (
+            gpus == 1 or replicas == 1 or gpus // replicas > cp
+        )  # dp_shard 1: a copy a rank is DDP, not with cp either
     ]
     return meshes, limited
 

@@ -36,12 +36,18 @@ def report(name: str, shapes: Shapes, run: Training, traced: Traced, plans: list
         f"{name} ({shapes.model_type}): {shapes.parameters / 1e9:.2f} B parameters, {shapes.routed / 1e9:.2f} B of "
         f"them in experts; {shapes.layers} layers, {shapes.experts} experts, top {shapes.top_k}.",
         f"{gpus} GPU(s) of {run.memory_bytes / GIB:g} GiB, {min(gpus, run.gpus_per_node)} on a node; "
-        f"{run.sequences} x {run.length} tokens a GPU and step; {', '.join(_settings(shapes, run))}.",
+        f"{_batch(run)} and step; {', '.join(_settings(shapes, run))}.",
     ]
     if limited:
         parts.append(f"Expert parallelism is not possible: {limited}.")
     table = ["GiB of one rank; mesh = dp_replicate x efsdp x ep", "", *_table(plans)]
     return "\n".join([*map(_wrapped, parts), "", *table, "", *_advice(shapes, run, plans), "", *_legend(traced)])
+
+
+def _batch(run: Training) -> str:
+    if run.cp == 1:
+        return f"{run.sequences} x {run.length} tokens a GPU"
+    return f"{run.sequences} x {run.length} tokens over cp {run.cp}, {run.tokens} a GPU"
 
 
 def _wrapped(text: str, indent: str = "") -> str:
@@ -184,7 +190,8 @@ def _legend(traced: Traced) -> list[str]:
         "Other GPUs and other models are not known. Unpacking quantised weights is not counted.",
         "not known fragmentation; outputs that a script keeps; optimizers other than fused AdamW; gradient "
         "accumulation, which keeps gradients during the loss; losses other than transformers' own; fused kernels of "
-        "linear attention, counted as transformers' own code in torch.",
+        "linear attention, counted as transformers' own code in torch; the time that the ring of --cp takes to "
+        "pass keys and values on.",
     ]
     return [_wrapped(line, " " * 10) for line in lines]
 
@@ -197,8 +204,7 @@ def accelerate_yaml(shapes: Shapes, run: Training, plan: Plan, command: str) -> 
     lines = [
         f"# {command}",
         f"# {mesh.describe()}. {shapes.experts} experts: {shapes.experts // mesh.ep} on each rank of ep.",
-        f"# Expected: {_gib(plan.use.peak[0])} of {run.memory_bytes / GIB:g} GiB at the peak, with {run.sequences} x "
-        f"{run.length} tokens a GPU.",
+        f"# Expected: {_gib(plan.use.peak[0])} of {run.memory_bytes / GIB:g} GiB at the peak, with {_batch(run)}.",
         *([f"# Load the model with dtype=torch.{dtype}."] if run.bf16_weights or run.lora else []),
         "distributed_type: FSDP",
         f"num_machines: {machines}",
@@ -216,6 +222,7 @@ def accelerate_yaml(shapes: Shapes, run: Training, plan: Plan, command: str) -> 
         "parallelism_config:",
         *([f"  parallelism_config_dp_replicate_size: {mesh.dp_replicate}"] if mesh.dp_replicate > 1 else []),
         f"  parallelism_config_dp_shard_size: {mesh.dp_shard}",
+        *([f"  parallelism_config_cp_size: {mesh.cp}"] if mesh.cp > 1 else []),
         f"  moe_ep_degree: {mesh.ep}",
         *(["  moe_keep_exchanged: false"] if run.checkpointing and not run.keep_exchanged else []),
         *(["  moe_recompute_up_projection: true"] if run.recompute_up else []),

@@ -121,6 +121,8 @@ def run_way(args: argparse.Namespace, way: str, scenario: Scenario, gpus: int, f
         return {"eager": {"why_not": why}}
     if transformers_ep and scenario.lora_rank:
         return {"eager": {"why_not": "it shards while it loads, before there are adapters"}}
+    if way == TRANSFORMERS_EP and scenario.cp > 1:
+        return {"eager": {"why_not": "it has no context parallelism"}}
     result = folder / "result.json"
     result.unlink(missing_ok=True)
     rank = [str(HERE / "train_rank.py"), way, scenario.name, str(folder)]
@@ -214,7 +216,7 @@ def report(rows: list[Row], command: str, checkpoints: list[str]) -> str:
             peers[row.rivals] = min(best, row.result, key=lambda r: r["step_s"])
     for row in rows:
         scenario, result = row.scenario, row.result
-        cells = [scenario.name, f"{scenario.batch_size} x {scenario.seq_len}", str(row.gpus), row.name]
+        cells = [scenario.name, tokens_a_gpu(scenario), str(row.gpus), row.name]
         if "why_not" in result:
             cells += [result["why_not"], "", "", "", "", "", ""]
         else:
@@ -237,6 +239,11 @@ def report(rows: list[Row], command: str, checkpoints: list[str]) -> str:
         head = "scenario | GPUs | GiB stored | save s | load s (cached) | GiB written | consolidate s | base's names"
         lines += ["", table_head(head), *checkpoints]
     return "\n".join(lines)
+
+
+def tokens_a_gpu(scenario: Scenario) -> str:
+    whole = f"{scenario.batch_size} x {scenario.seq_len}"
+    return whole if scenario.cp == 1 else f"{whole} / cp {scenario.cp}"
 
 
 def table_head(cells: str) -> str:

@@ -16,6 +16,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -86,6 +87,8 @@ class Scenario:
     """The base in bf16, which PEFT's users freeze; their adapters stay in fp32."""
     quantize: str = "none"
     """moe_quantize_experts, of ours; the rest of the base is in bf16."""
+    cp: int = 1
+    """How many neighbouring GPUs share each sequence (context parallelism)."""
 
     def model_config(self):
         from transformers import AutoConfig
@@ -99,7 +102,8 @@ class Scenario:
 
     @property
     def tokens(self) -> int:
-        return self.batch_size * self.seq_len
+        """Of a GPU and step."""
+        return self.batch_size * self.seq_len // self.cp
 
 
 def read_scenarios(path: Path) -> dict[str, Scenario]:
@@ -185,6 +189,7 @@ class Trained:
 
 def build_with_accelerate(scenario: Scenario, checkpoint: Path, ours: bool) -> Trained:
     from accelerate import Accelerator
+    from accelerate.parallelism_config import ParallelismConfig
     from accelerate.utils import FullyShardedDataParallelPlugin
 
     import accel_moe
@@ -198,7 +203,12 @@ def build_with_accelerate(scenario: Scenario, checkpoint: Path, ours: bool) -> T
         activation_checkpointing=scenario.activation_checkpointing,
         state_dict_type="SHARDED_STATE_DICT",
     )
-    accelerator = Accelerator(mixed_precision="no" if scenario.bf16_weights else "bf16", fsdp_plugin=plugin)
+    mesh = ParallelismConfig(cp_size=scenario.cp, dp_shard_size=int(os.environ["WORLD_SIZE"]) // scenario.cp)
+    accelerator = Accelerator(
+        mixed_precision="no" if scenario.bf16_weights else "bf16",
+        fsdp_plugin=plugin,
+        parallelism_config=mesh if scenario.cp > 1 else None,
+    )
     if scenario.from_files:
         model = accel_moe.from_pretrained(checkpoint, dtype=scenario.dtype, attn_implementation="sdpa")
         model = with_adapter(scenario, model).train()
@@ -293,16 +303,17 @@ def compile_layers(model: torch.nn.Module) -> None:
 def measured(trained: Trained, scenario: Scenario, steps: int) -> dict[str, Any]:
     """One way's step, as all ranks see it: the slowest rank's times, the greatest peak, the mean loss."""
     device, world = trained.device, torch.distributed.get_world_size()
-    generator = torch.Generator().manual_seed(torch.distributed.get_rank())
+    generator = torch.Generator().manual_seed(torch.distributed.get_rank() // scenario.cp)
     vocabulary, shape = scenario.config["vocab_size"], (scenario.batch_size, scenario.seq_len)
     batches = [torch.randint(vocabulary, shape, generator=generator).to(device) for _ in range(4)]
 
     def train(step: int) -> tuple[torch.Tensor, list[Any]]:
         batch = batches[step % len(batches)]
-        loss = trained.model(input_ids=batch, labels=batch, use_cache=False).loss
-        marks = [mark()]
-        trained.backward(loss)
-        marks.append(mark())
+        with sequences(trained, scenario, batch) as part:
+            loss = trained.model(**part, use_cache=False).loss
+            marks = [mark()]
+            trained.backward(loss)
+            marks.append(mark())
         trained.optimizer.step()
         trained.optimizer.zero_grad()
         return loss, [*marks, mark()]
@@ -334,6 +345,14 @@ def measured(trained: Trained, scenario: Scenario, steps: int) -> dict[str, Any]
         "loss": loss.item() / world,
         "split_ms": split_ms,
     }
+
+
+def sequences(trained: Trained, scenario: Scenario, batch: torch.Tensor) -> AbstractContextManager[dict[str, Any]]:
+    """The model's arguments for a batch: all of it, or this rank's part of its sequences."""
+    import accel_moe
+
+    whole = {"input_ids": batch, "labels": batch}
+    return nullcontext(whole) if scenario.cp == 1 else accel_moe.context_parallel(trained.accelerator, whole)
 
 
 def profiled(step: Callable[[], Any]) -> dict[str, float]:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
+import accel_moe
 from tests.tiny import all_to_first_experts, batches, decoder_layer_names, tiny_model
 
 STEPS = 3
@@ -46,6 +47,12 @@ class Case:
     """False: accelerate FSDP2 alone, the yardstick for the weights."""
     interpret: bool = False
     sabotage: str = ""
+    cp: int = 1
+    """Ranks that share a sequence. Above 1 attention is sdpa, and the oracle's, too."""
+    masked: bool = False
+    """Leave out the labels of some tokens: no two ranks then have the same number of labels."""
+    aux: float = 0.0
+    """The load-balancing loss's factor."""
     options: tuple[tuple[str, object], ...] = ()
 
     @property
@@ -67,7 +74,12 @@ class Run:
 
 
 def build(case: Case):
-    model = tiny_model(case.family, num_experts=case.num_experts, tie=case.tie, num_hidden_layers=case.layers)
+    more = dict(router_aux_loss_coef=case.aux, output_router_logits=True) if case.aux else {}
+    if case.cp > 1 and torch.cuda.is_available():
+        more["num_key_value_heads"] = 4  # no fused kernel of sdpa takes grouped heads in fp32
+    model = tiny_model(case.family, num_experts=case.num_experts, tie=case.tie, num_hidden_layers=case.layers, **more)
+    if case.cp > 1:
+        model.set_attn_implementation("sdpa")
     if case.nothing_received:
         all_to_first_experts(model)
     return model
@@ -86,6 +98,14 @@ def batches_of(case: Case) -> list[torch.Tensor]:
     return [batches(STEPS, length=length)[step] for step, length in enumerate(case.lengths)]
 
 
+def labels_of(case: Case, batch: torch.Tensor) -> torch.Tensor:
+    """[N, L]: the tokens, or with `masked` only those behind the row's first third, and of every other row all."""
+    labels = batch.clone()
+    if case.masked:
+        labels[::2, : batch.shape[1] // 3] = -100
+    return labels
+
+
 def train_on_one_process(case: Case) -> Run:
     """The oracle."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -95,7 +115,7 @@ def train_on_one_process(case: Case) -> Run:
     optimizer = optimizer_of(model, case)
     losses, norms, gradients = [], [], {}
     for step, batch in enumerate(batches_of(case)):
-        loss = model(input_ids=batch.to(device), labels=batch.to(device)).loss
+        loss = model(input_ids=batch.to(device), labels=labels_of(case, batch).to(device)).loss
         loss.backward()
         if step == 0:
             gradients = {n: p.grad.cpu().clone() for n, p in model.named_parameters()}
@@ -129,7 +149,8 @@ def accelerator_for(case: Case, model):
         )
     mesh = None
     if case.mesh and case.world > 1:
-        mesh = ParallelismConfig(dp_replicate_size=case.dp_replicate, dp_shard_size=case.world // case.dp_replicate)
+        shard = case.world // case.dp_replicate // case.cp
+        mesh = ParallelismConfig(dp_replicate_size=case.dp_replicate, dp_shard_size=shard, cp_size=case.cp)
     accelerator = Accelerator(
         fsdp_plugin=plugin,
         parallelism_config=mesh,
@@ -142,7 +163,6 @@ def accelerator_for(case: Case, model):
 
 def prepared(case: Case):
     """(accelerator, model, optimizer) of a case, on this rank, after accelerator.prepare."""
-    import accel_moe
     import accel_moe.cpu
 
     accel_moe.cpu.enable()
@@ -182,13 +202,14 @@ def train_on_rank(case: Case) -> Run | None:
     start = {clean(n): whole(p) for n, p in model.named_parameters()}
     losses, norms, gradients = [], [], {}
     for step, batch in enumerate(batches_of(case)):
-        own = batch.chunk(world)[rank].to(device)
+        labels = labels_of(case, batch)
+        items = (labels[:, 1:] != -100).sum().item() / world / case.accumulation
+        groups = world // case.cp
+        own, own_labels = (whole.chunk(groups)[rank // case.cp].to(device) for whole in (batch, labels))
         total = 0.0
-        for part in own.chunk(case.accumulation):
+        for part, part_labels in zip(own.chunk(case.accumulation), own_labels.chunk(case.accumulation)):
             with accelerator.accumulate(model):
-                loss = model(input_ids=part, labels=part).loss
-                accelerator.backward(loss)
-                total += loss.item() / case.accumulation
+                total += backward(case, accelerator, model, part, part_labels, items) / case.accumulation
                 if accelerator.sync_gradients:
                     if step == 0:
                         gradients = {clean(n): whole(p.grad) for n, p in model.named_parameters()}
@@ -207,6 +228,19 @@ def train_on_rank(case: Case) -> Run | None:
         torch.distributed.all_gather_object(same_on_every_rank, norms)
         assert all(n == norms for n in same_on_every_rank), same_on_every_rank
     return Run(losses, norms, gradients, weights, start) if rank == 0 else None
+
+
+def backward(case: Case, accelerator, model, ids: torch.Tensor, labels: torch.Tensor, items: float) -> float:
+    """Forward and backward of this rank's sequences [n, L], or of its part of them; its loss."""
+    if case.cp == 1:
+        loss = model(input_ids=ids, labels=labels).loss
+        accelerator.backward(loss)
+        return loss.item()
+    batch, given = {"input_ids": ids, "labels": labels}, items if case.accumulation > 1 else None
+    with accel_moe.context_parallel(accelerator, batch, given) as part:
+        loss = model(**part).loss
+        accelerator.backward(loss)
+    return loss.item()
 
 
 def check_compiled(case: Case) -> None:

@@ -55,12 +55,20 @@ def parallel(world: int, **sizes) -> str:
     )
 
 
-def context_parallel() -> str:
+def attention_that_is_no_ring() -> str:
     return parallel(2, cp_size=2)
 
 
 def tensor_parallel() -> str:
     return parallel(4, tp_size=2, dp_shard_size=2)
+
+
+def sequence_parallel() -> str:
+    return parallel(4, sp_size=2, dp_shard_size=2)
+
+
+def fullgraph_with_context_parallel() -> str:
+    return message_of(lambda: prepared(Case(2, 2, cp=2, compiled="fullgraph")))
 
 
 def fp16() -> str:
@@ -91,6 +99,10 @@ def degree_that_does_not_divide_the_ranks() -> str:
     return message_of(lambda: prepared(Case(4, 8, mesh=False)))
 
 
+def degree_that_does_not_divide_dp_shard_x_cp() -> str:
+    return message_of(lambda: prepared(Case(4, 8, cp=2)))
+
+
 def degree_that_does_not_divide_dp_shard() -> str:
     return message_of(lambda: prepared(Case(4, 4, dp_replicate=2)))
 
@@ -118,12 +130,15 @@ def prepared_too_late() -> str:
     [
         (ddp, 2, ["moe_ep_degree=2 (argument to prepare())", "needs FSDP2", "MULTI_", "fsdp_version: 2"]),
         (fsdp1, 2, ["needs FSDP2", "FSDP version 1"]),
-        (context_parallel, 2, ["cp_size=2 is not supported", "parallelism_config_cp_size: 1"]),
+        (attention_that_is_no_ring, 2, ["cp_size=2 needs attn_implementation='sdpa'", "'eager'", "cp_size: 1"]),
         (tensor_parallel, 4, ["tp_size=2 is not supported"]),
+        (sequence_parallel, 4, ["sp_size=2 is not supported"]),
+        (fullgraph_with_context_parallel, 2, ["dynamo_use_fullgraph: true is not supported with cp_size=2"]),
         (fp16, 2, ["mixed_precision: fp16 is not supported", "bf16"]),
         (fullgraph_over_efsdp, 4, ["dynamo_use_fullgraph: true is not supported", "dynamo_use_fullgraph: false"]),
         (fullgraph_of_the_whole_model, 4, ["dynamo_use_fullgraph: true needs dynamo_use_regional_compilation: true"]),
         (degree_that_does_not_divide_the_ranks, 4, ["moe_ep_degree=8 does not divide", "(4 ranks)", "1, 2, 4"]),
+        (degree_that_does_not_divide_dp_shard_x_cp, 4, ["=8 does not divide dp_shard_size=2 x cp_size=2=4", "1, 2, 4"]),
         (degree_that_does_not_divide_dp_shard, 4, ["moe_ep_degree=4 does not divide dp_shard_size=2", "1, 2"]),
         (different_degrees, 2, ["moe_ep_degree", "1", "2"]),
         (prepared_too_late, 2, ["has been through accelerator.prepare()", "accel_moe.prepare(model) first"]),

@@ -33,6 +33,7 @@ LAYOUTS = {
     "w2 ep2": Case(2, 2),
     "w2 ep1": Case(2, 1),
     "hsdp 2x2 ep2": Case(4, 2, dp_replicate=2),
+    "w4 ep4 cp2": Case(4, 4, cp=2),
     "one process": Case(1, 1),
     "w3 without us": Case(3, 1, ours=False),
 }

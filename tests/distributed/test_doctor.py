@@ -58,6 +58,14 @@ def test_a_right_file_has_no_cross_and_gives_the_mesh(tmp_path):
     assert not crosses(lines) and in_force.plan == plan_mesh(2, 2) and in_force.options.moe_ep_degree == 2
 
 
+def test_context_parallelism_is_in_the_mesh_and_left_out_of_the_training(tmp_path):
+    cp = "parallelism_config_dp_shard_size: 1\n  parallelism_config_cp_size: 2"
+    lines, in_force = settings_of(tmp_path, YAML.replace("parallelism_config_dp_shard_size: 2", cp))
+    assert not crosses(lines) and in_force.plan == plan_mesh(2, 2, dp_shard=1, cp=2)
+    small, changes = settings.on_this_machine(in_force, "cpu")
+    assert small.plan == plan_mesh(2, 2) and changes == ["cp_size 2 is left out: each rank trains on whole sequences"]
+
+
 @pytest.mark.parametrize(
     "right, wrong, told",
     [

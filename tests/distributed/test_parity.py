@@ -100,6 +100,7 @@ def oracle(case: Case):
         Case(
             1, 1, family=case.family, num_experts=case.num_experts, tie=case.tie,
             nothing_received=case.nothing_received, two_groups=case.two_groups, lengths=case.lengths,
+            cp=case.cp, masked=case.masked, aux=case.aux,
         )
     )  # fmt: skip
 

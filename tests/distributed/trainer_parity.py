@@ -12,8 +12,10 @@ from tests.distributed.parity import (
     STEPS,
     Case,
     Run,
+    batches_of,
     build,
     clean,
+    labels_of,
     optimizer_of,
     whole,
 )
@@ -23,21 +25,23 @@ from tests.tiny import batches, decoder_layer_names
 class InOrder(torch.utils.data.Dataset):
     """The rows of all batches, one after the other."""
 
-    def __init__(self):
-        self.rows = torch.cat(batches(STEPS))
+    def __init__(self, case: Case | None = None):
+        case = case or Case(1, 1)
+        self.rows = torch.cat(batches_of(case))
+        self.labels = torch.cat([labels_of(case, batch) for batch in batches_of(case)])
 
     def __len__(self):
         return len(self.rows)
 
     def __getitem__(self, i):
-        return {"input_ids": self.rows[i], "labels": self.rows[i]}
+        return {"input_ids": self.rows[i], "labels": self.labels[i]}
 
 
 def trainer_arguments(case: Case, folder: str, model, **more):
     from accelerate.parallelism_config import ParallelismConfig
     from transformers import TrainingArguments
 
-    batch = len(batches(1)[0]) // case.world
+    batch = len(batches(1)[0]) // (case.world // case.cp)
     return TrainingArguments(
         output_dir=folder,
         per_device_train_batch_size=batch,
@@ -53,7 +57,7 @@ def trainer_arguments(case: Case, folder: str, model, **more):
             "cpu_ram_efficient_loading": case.ram_efficient,
             "state_dict_type": "SHARDED_STATE_DICT",
         },
-        parallelism_config=ParallelismConfig(dp_shard_size=case.world),
+        parallelism_config=ParallelismConfig(dp_shard_size=case.world // case.cp, cp_size=case.cp),
         **{"max_steps": STEPS, "logging_steps": 1, "save_strategy": "no", **more},
     )
 
@@ -94,7 +98,7 @@ def train_with_trainer(case: Case) -> Run | None:
         trainer = InOrderTrainer(
             model=model,
             args=trainer_arguments(case, folder, model),
-            train_dataset=InOrder(),
+            train_dataset=InOrder(case),
             callbacks=[Watch()],
         )
         trainer.train()

@@ -144,3 +144,12 @@ def test_train_trl_trains_and_saves(base, tmp_path, name):
 def test_quickstart_learns_and_consolidates_what_it_trained(tmp_path):
     output = python("examples/quickstart.py", "--output", tmp_path / "quickstart")
     assert "held-out loss of the reloaded model" in output
+
+
+def test_train_long_context_splits_its_sequences_and_saves(base, tmp_path):
+    launch = [*LAUNCH[:-1], "accelerate_configs/ep2_cp2_cpu.yaml"]
+    script = ["examples/train_long_context.py", "--model", base, "--output", tmp_path, "--max-megabytes", "0.2"]
+    output = python(*launch, *script, "--steps", "6", "--lr", "3e-3", "--gradient-accumulation", "2")
+    losses = [json.loads(line)["loss"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert len(losses) == 6 and losses[-1] < losses[0] - 0.1, losses
+    assert (tmp_path / "checkpoint-6" / "accel_moe_manifest.json").exists(), output

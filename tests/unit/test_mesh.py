@@ -41,6 +41,25 @@ def test_degrees_that_do_not_multiply_up_to_the_world_are_refused():
         plan_mesh(8, 2, dp_replicate=2, dp_shard=2)
 
 
+def test_ep_groups_lie_over_the_joined_ranks_of_dp_shard_and_cp():
+    plan = plan_mesh(8, 4, dp_replicate=2, dp_shard=2, cp=2)
+    assert (plan.dp_replicate, plan.efsdp, plan.ep, plan.cp) == (2, 1, 4, 2)
+    assert (plan.dp_shard, plan.fsdp_ranks, plan.world_size) == (2, 4, 8)
+    assert plan.ep_group_of(5) == (4, 5, 6, 7)
+    assert "a sequence over cp 2 of them" in plan.describe()
+
+
+def test_a_degree_that_does_not_divide_dp_shard_x_cp_is_refused_with_both_sizes():
+    with pytest.raises(ValueError, match=r"ep_degree=3 does not divide dp_shard_size=2 x cp_size=4=8.*1, 2, 4, 8"):
+        plan_mesh(8, 3, dp_shard=2, cp=4)
+
+
+@pytest.mark.parametrize("dp_shard", [None, 2])
+def test_a_cp_size_that_does_not_divide_the_ranks_is_refused(dp_shard):
+    with pytest.raises(ValueError, match=r"dp_shard_size=2 x cp_size=3 is 6, but the job has 8 ranks"):
+        plan_mesh(8, 1, dp_shard=dp_shard, cp=3)
+
+
 def test_an_ep_group_inside_a_node_touches_one_node_and_a_wide_one_touches_more():
     assert plan_mesh(16, 8).nodes_per_ep_group(8) == 1
     assert plan_mesh(16, 16).nodes_per_ep_group(8) == 2

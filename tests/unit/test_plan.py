@@ -76,6 +76,7 @@ def training_of(scenario, saved_bytes, memory_gib, options):
         saved_bytes=saved_bytes,
         sequences=scenario["batch_size"],
         length=scenario["seq_len"],
+        cp=scenario.get("cp", 1),
         memory_bytes=memory_gib * GIB,
         lora=scenario.get("lora_rank", 0),
         lora_experts=scenario.get("lora_experts", False),
@@ -92,12 +93,11 @@ def test_the_peak_and_the_verdict_are_those_of_a_measured_run(run):
     scenario = SCENARIOS[run.scenario]
     model = meta(scenario["model_type"], **scenario["config"])
     shapes = shapes_of(model)
-    traced = saved_outside_experts(
-        model, shapes, scenario["batch_size"], scenario["seq_len"], scenario.get("lora_rank", 0)
-    )
-    assert traced.tokens == scenario["batch_size"] * scenario["seq_len"], traced.why
+    part = scenario["seq_len"] // scenario.get("cp", 1)
+    traced = saved_outside_experts(model, shapes, scenario["batch_size"], part, scenario.get("lora_rank", 0))
+    assert traced.tokens == scenario["batch_size"] * part, traced.why
     training = training_of(scenario, traced.saved_bytes, run.memory, run.options)
-    (found,) = meshes.plans_of(shapes, training, [plan_mesh(run.gpus, run.gpus)])
+    (found,) = meshes.plans_of(shapes, training, [plan_mesh(run.gpus, run.gpus, cp=training.cp)])
     # a tenth: what the planner promises. The worst is off by 2%: room for what fits a GPU by a hair
     assert found.use.peak[0] / GIB == pytest.approx(run.peak, rel=0.1)
     assert found.verdict == "yes", "it ran"
@@ -361,3 +361,41 @@ def test_the_report_tells_the_traced_from_the_guessed():
     shapes, run = shapes_of(tiny()), Training(0)
     plans = meshes.plans_of(shapes, run, [plan_mesh(2, 2)])
     assert "counted: a forward of 32 tokens" in report.report("m", shapes, run, Traced(0, 32), plans, "")
+
+
+def test_with_cp_a_gpu_has_a_part_of_each_sequence():
+    model = tiny()
+    legal, _ = meshes.legal_meshes(model, 8, cp=2)
+    assert {(m.dp_replicate, m.cp) for m in legal} == {(1, 2), (2, 2)}, (
+        "one sequence at a time in each of 4 copies is DDP"
+    )
+    assert {m.ep for m in legal} == {1, 2, 4, 8} and all(m.fsdp_ranks == m.dp_shard * 2 for m in legal)
+    shapes = shapes_of(model)
+    short, split = (
+        memory.use_of(shapes, Training(0, 1, length, cp=cp), plan_mesh(8, 2, cp=cp))
+        for length, cp in ((64, 1), (128, 2))
+    )
+    assert (short.loss, short.activations, short.weights) == (split.loss, split.activations, split.weights)
+
+
+def test_a_plan_with_cp_says_so_and_writes_it(tmp_path, capsys):
+    tiny().config.save_pretrained(tmp_path / "model")
+    argv = [str(tmp_path / "model"), "--gpus", "4", "--cp", "2", "--seq-len", "64", "--sequences", "1"]
+    assert plan.main([*argv, "--write", str(tmp_path / "cp.yaml")]) == 0
+    assert "1 x 64 tokens over cp 2, 32 a GPU" in capsys.readouterr().out
+    body = yaml.safe_load((tmp_path / "cp.yaml").read_text())["parallelism_config"]
+    assert body["parallelism_config_cp_size"] == 2 and body["parallelism_config_dp_shard_size"] == 2
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--gpus", "4", "--cp", "3"], "--cp 3 does not divide --gpus 4"),
+        (["--gpus", "4", "--cp", "2", "--seq-len", "30"], "not a multiple of 2 x --cp = 4"),
+        (["--gpus", "4", "--cp", "2", "--seq-len", "64", "--tokens", "48"], "--seq-len 64 / --cp 2"),
+    ],
+)
+def test_a_cp_that_cannot_be_is_a_wrong_usage(flags, words, capsys):
+    with pytest.raises(SystemExit):
+        plan.main(["no_model", *flags])
+    assert words in capsys.readouterr().err

@@ -1,0 +1,111 @@
+"""Batches that context parallelism cannot take: said on every rank that shares them, before a collective can hang."""
+
+import pytest
+import torch
+
+import accel_moe
+from tests.distributed.parity import Case, prepared
+from tests.distributed.test_bad_input import message_of
+from tests.ranks import run_ranks
+from tests.tiny import batches
+
+CASE = Case(2, 2, cp=2, lengths=(8,) * 3)
+
+
+def ids(length: int = 8) -> torch.Tensor:
+    return batches(1, sequences=2, length=length)[0]
+
+
+def packed() -> dict[str, torch.Tensor]:
+    return {"input_ids": ids(), "labels": ids(), "position_ids": torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4]] * 2)}
+
+
+def padded_on_the_left() -> dict[str, torch.Tensor]:
+    return {"input_ids": ids(), "labels": ids(), "attention_mask": torch.tensor([[0, 0] + [1] * 6] * 2)}
+
+
+BATCHES = {
+    "a length": (lambda: {"input_ids": ids(6), "labels": ids(6)}, "6 tokens cannot be split over cp_size=2"),
+    "packed": (packed, "position_ids start again"),
+    "left": (padded_on_the_left, "padding before a token"),
+    "unknown": (lambda: {"input_ids": ids(), "labels": ids(), "pixel_values": ids()}, "a batch with pixel_values"),
+    "no labels": (lambda: {"input_ids": ids()}, "needs input_ids and labels"),
+}
+
+
+def one_batch_after_the_other() -> dict[str, str]:
+    accelerator, _, _ = prepared(CASE)
+
+    def enter(make):
+        with accel_moe.context_parallel(accelerator, make()):
+            pass
+
+    return {name: message_of(lambda make=make: enter(make)) for name, (make, _) in BATCHES.items()}
+
+
+def test_a_batch_that_cannot_be_split_is_refused_on_every_rank():
+    first, second = run_ranks(one_batch_after_the_other, 2, timeout_s=60)
+    assert first == second
+    for name, (_, words) in BATCHES.items():
+        assert words in first[name], first[name]
+
+
+def buffers_by_hand() -> list[str]:
+    """accelerate's own context, which a script opens by itself."""
+    accelerator, model, _ = prepared(CASE)
+
+    def split(position_ids: bool = True, rank: int = 0, packs: bool = False):
+        whole = {"input_ids": ids() + rank, "labels": ids()}
+        if position_ids:
+            whole["position_ids"] = packed()["position_ids"] if packs else torch.arange(8).repeat(2, 1)
+        buffers = list(whole.values())
+        with accelerator.maybe_context_parallel(buffers, [1] * len(buffers), set(buffers)):
+            model(**whole)
+
+    def uneven():
+        with accelerator.maybe_context_parallel([ids(), ids(12)], [1, 1]):
+            pass
+
+    messages = [message_of(lambda: split(rank=accelerator.process_index)), message_of(uneven)]
+    return [*messages, message_of(lambda: split(position_ids=False)), message_of(lambda: split(packs=True))]
+
+
+def test_buffers_that_a_script_splits_itself_are_looked_at_too():
+    first, second = run_ranks(buffers_by_hand, 2, timeout_s=60)
+    assert first == second
+    for message, words in zip(
+        first, ["hold different batches", "have [8, 12] tokens", "no position_ids under cp_size=2", "start again"]
+    ):
+        assert words in message, message
+
+
+def backward_outside() -> str:
+    from dataclasses import replace
+
+    accelerator, model, _ = prepared(replace(CASE, checkpointing=True))
+    tokens = ids(256 if torch.cuda.is_available() else 8)
+    with accel_moe.context_parallel(accelerator, {"input_ids": tokens, "labels": tokens}) as part:
+        loss = model(**part).loss
+    with pytest.raises(RuntimeError) as caught:
+        accelerator.backward(loss)
+    return str(caught.value)
+
+
+def test_a_checkpointed_backward_outside_of_the_context_is_refused():
+    for message in run_ranks(backward_outside, 2, timeout_s=60):
+        assert "Call accelerator.backward(loss) inside" in message
+
+
+def trainer_with_packed_rows() -> str:
+    from accelerate.parallelism_config import ParallelismConfig
+    from transformers import Trainer
+
+    _, model, _ = prepared(CASE)
+    trainer = Trainer.__new__(Trainer)
+    trainer.accelerator = type("A", (), {"parallelism_config": ParallelismConfig(cp_size=2)})()
+    return message_of(lambda: Trainer._prepare_context_parallel_inputs(trainer, model, packed()))
+
+
+def test_trainer_refuses_packed_rows():
+    for message in run_ranks(trainer_with_packed_rows, 2, timeout_s=60):
+        assert "position_ids start again" in message

@@ -211,7 +211,7 @@ class TileLists:
 
 @dataclass(frozen=True)
 class Padded:
-    """x[token] by rows, each expert's padded with zero rows to a multiple of `tiles.block_p` (passes.gather_rows)."""
+    """x[token] by rows, each expert's padded with zero rows to a multiple of `tiles.block_p` (gather_rows)."""
 
     data: Tensor  # [tiles.max_tiles * tiles.block_p, H]
     tiles: Tiles
@@ -221,22 +221,31 @@ def gather_rows(x: Tensor, routing: Routing, tiles: TileLists) -> Padded:
     """x [T, H] -> each row's token, padded per expert."""
     pad, width = tiles[PAD], x.shape[1]
     out = x.new_empty(pad.max_tiles * PAD, width)
-    rows = 16 if not INTERPRETED else PAD
+    place = torch.empty_like(routing.slot_row)
+    block = min(triton.next_power_of_2(width), 64 if INTERPRETED else 2048)
     if out.numel():
-        passes.gather_rows[(pad.max_tiles, PAD // rows)](
-            x,
+        passes.place_rows[(pad.max_tiles,)](
             out,
+            place,
             routing.row_slot,
             pad.tile_expert,
             pad.tile_offsets,
             routing.expert_offsets,
             width,
-            x.stride(0),
-            routing.top_k,
             PAD=PAD,
-            ROWS=rows,
-            BLOCK=min(triton.next_power_of_2(width), 512),
-            num_warps=8,
+            BLOCK=block,
+            num_warps=4,
+        )
+        passes.spread_rows[(x.shape[0], triton.cdiv(width, block))](
+            x,
+            out,
+            routing.slot_row,
+            place,
+            width,
+            x.stride(0),
+            TOP_K=routing.top_k,
+            BLOCK=block,
+            num_warps=4,
         )
     return Padded(out, pad)
 

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 _INT32 = range(-(2**31), 2**31)
 
@@ -51,11 +50,10 @@ class CachedLaunch:
         for argument, any_value in zip(arguments, self._any_value, strict=True):
             if isinstance(argument, Tensor):
                 found += argument.dtype, argument.data_ptr() % 16 == 0
-            elif isinstance(argument, TensorDescriptor):
-                found += argument.base.dtype, *argument.block_shape
-            else:
-                assert type(argument) is int or type(argument) is float, argument
+            elif type(argument) is int or type(argument) is float:
                 found += type(argument), argument in _INT32 if any_value else argument
+            else:  # a TensorDescriptor, Triton's or Gluon's
+                found += argument.base.dtype, *argument.block_shape
         return found
 
 

@@ -5,10 +5,11 @@ ops.py joins them into the layer's forward and backward. No host sync anywhere.
 
 import contextlib
 import functools
+import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import triton
@@ -19,6 +20,8 @@ from . import gemm, passes, tuning
 from .glu import Glu
 from .routing import Routing, Tiles, list_tiles
 from .tuning import Config, Problem
+
+logger = logging.getLogger(__name__)
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -106,10 +109,52 @@ def _capability(device: torch.device) -> tuple[int, int]:
     return (0, 0) if INTERPRETED else torch.cuda.get_device_capability(device)
 
 
-def tuned(kernel: str, layer: Layer, rows: int, x: Tensor, launch: Callable[[Config], _Result]) -> _Result:
-    """Launches one GEMM of the layer with the configuration that suits it; x only names dtype and device."""
+@functools.cache
+def gluon_road() -> Any:
+    """The module launch_hopper. None: not asked for by SCATTERMOE_GLUON=1, or Gluon is not here as it is used there."""
+    if INTERPRETED or os.environ.get("SCATTERMOE_GLUON", "0") != "1":
+        return None
+    try:
+        from . import launch_hopper
+    except Exception as error:  # an experimental interface: names move between Triton's versions
+        logger.info("Gluon's kernels are not used: %s", error)
+        return None
+    return launch_hopper
+
+
+_did_not_compile: set[str] = set()  # kernels of hopper.py
+
+
+def _on_hopper(kernel: str, config: Config, runs: bool, *arguments: Any) -> bool:
+    """The choice between the two roads: launches hopper.py's kernel if `config` is one of its and it `runs` with these
+    operands. Whether it did."""
+    road = gluon_road() if config.gluon and runs and kernel not in _did_not_compile else None
+    if road is None:
+        return False
+    try:
+        getattr(road, kernel)(*arguments, config)
+    except Exception as error:
+        logger.info("Gluon's %s does not compile here; Triton's is used: %s", kernel, error)
+        _did_not_compile.add(kernel)
+        return False
+    return True
+
+
+def tuned(
+    kernel: str, layer: Layer, rows: int, x: Tensor, launch: Callable[[Config], _Result], term: "Term | None" = None
+) -> _Result:
+    """Launches one GEMM of the layer with the configuration that suits it; x only names dtype and device. term: the
+    GEMM's, which only gemm.py's kernels add."""
     capability = _capability(x.device)
-    problem = Problem(kernel, rows, layer.num_experts, layer.hidden, layer.intermediate, x.dtype, capability)
+    gluon = (
+        kernel != "down_backward"
+        and term is None
+        and capability[0] == 9
+        and x.dtype != torch.float32
+        and layer.hidden % 8 == layer.intermediate % 8 == 0
+        and gluon_road() is not None
+    )
+    problem = Problem(kernel, rows, layer.num_experts, layer.hidden, layer.intermediate, x.dtype, capability, gluon)
     return launch(tuning.choose(problem, launch))
 
 
@@ -275,8 +320,16 @@ def up_projection(
     source = weight.gate_up_source if halves else weight.source
     block_n = config.block_n * (2 if gate.interleaved else 1)
     even = hidden % config.block_k == 0 and (tma or intermediate % config.block_n == 0)
-    grid = (rows.max_tiles * triton.cdiv(intermediate, config.block_n),)
     low_rank, factor, rank = _parts(term, x)
+    stores = Stores(h=h_rows > 0, a=activate)
+    loads = Loads(tma, even, weight.k_contiguous, precision(x), bias is not None, gather, rank=rank)
+    fits = even and x.stride(0) % 16 == 0 and _tma_fits(x) if gather else True  # whole copies of 16 bytes
+    runs = tma and rank == 0 and rows.max_tiles > 0 and fits and (weight.k_contiguous or not halves)
+    on_rows = x, padded, weight, bias, h, a, routing, rows, gate, stores, loads
+    if _on_hopper("up_projection", config, runs, *on_rows):
+        return h, a
+    config = config.plain
+    grid = (rows.max_tiles * triton.cdiv(intermediate, config.block_n),)
     if grid[0]:
         gemm.up_projection[grid](
             _descriptor(padded.data, [config.block_p, config.block_k]) if padded else x,
@@ -296,8 +349,8 @@ def up_projection(
             x.stride(0),
             h_rows,
             GLU=gate,
-            STORES=Stores(h=h_rows > 0, a=activate),
-            LOADS=Loads(tma, even, weight.k_contiguous, precision(x), bias is not None, gather, rank=rank),
+            STORES=stores,
+            LOADS=loads,
             TILE=config,
             num_warps=config.num_warps,
             num_stages=config.num_stages,
@@ -320,8 +373,13 @@ def grouped_rows(
     rows = tiles[config.block_p]
     tma = _tma_fits(weight.stored, a)
     even = depth % config.block_k == 0 and (tma or width % config.block_n == 0)
-    grid = (rows.max_tiles * triton.cdiv(width, config.block_n),)
     low_rank, factor, rank = _parts(term, a)
+    loads = Loads(tma, even, weight.k_contiguous, precision(a), bias is not None, rank=rank)
+    runs = tma and rank == 0 and rows.max_tiles > 0
+    if _on_hopper("grouped_rows", config, runs, a, weight, bias, y, routing, rows, loads):
+        return y
+    config = config.plain
+    grid = (rows.max_tiles * triton.cdiv(width, config.block_n),)
     if grid[0]:
         gemm.grouped_rows[grid](
             _descriptor(a, [config.block_p, config.block_k]) if tma else a,
@@ -335,7 +393,7 @@ def grouped_rows(
             routing.expert_offsets,
             depth,
             width,
-            LOADS=Loads(tma, even, weight.k_contiguous, precision(a), bias is not None, rank=rank),
+            LOADS=loads,
             TILE=config,
             num_warps=config.num_warps,
             num_stages=config.num_stages,
@@ -402,6 +460,10 @@ def weight_grad(
     m, n = left_data.shape[1], right_data.shape[1]
     dw = left_data.new_empty(routing.num_experts, m, n, dtype=dtype)
     tma = _tma_fits(left_data, right_data)
+    operands = left_data, right_data, dw, routing, padded, padded is left, float(scale)
+    if _on_hopper("weight_grad", config, tma and _tma_fits(dw), *operands):
+        return dw
+    config = config.plain
     block_m, block_n, block_p = config.block_k, config.block_n, config.block_p
     grid = (routing.num_experts * triton.cdiv(m, block_m) * triton.cdiv(n, block_n),)
     if grid[0]:

@@ -22,9 +22,9 @@ def place_rows(
     PAD: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """slot_place[slot] = the slot's row in out [max_tiles * PAD, width], where each expert's rows are padded to a multiple
-    of PAD: row tile i of height PAD becomes rows i * PAD .. (i + 1) * PAD. Writes the padding: zeros, which let
-    weight_grad sum whole blocks with no mask.
+    """slot_place[slot] = the slot's row in out [max_tiles * PAD, width], where each expert's rows are padded to a
+    multiple of PAD: row tile i of height PAD becomes rows i * PAD .. (i + 1) * PAD. Writes the padding: zeros, which
+    let weight_grad sum whole blocks with no mask.
     """
     tile = tl.program_id(0)
     expert = tl.load(tile_expert_ptr + tile)
@@ -47,8 +47,8 @@ def place_rows(
 def spread_rows(
     x_ptr, out_ptr, slot_row_ptr, slot_place_ptr, width, stride_xt, TOP_K: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """out[slot_place[t, k]] = x[t] for each slot that has a row. Each token is read once and written K times: reading it
-    once per row took half as long again.
+    """out[slot_place[t, k]] = x[t] for each slot that has a row. Each token is read once and written K times: reading
+    it once per row took half as long again.
     """
     t = tl.program_id(0).to(tl.int64)
     cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)

@@ -99,6 +99,27 @@ def test_kernels_compile_for_hopper_and_fit():
     assert done.stdout.split("\n")[:-1] == list(KERNELS)
 
 
+# ---- Rows that end at any row
+
+
+def test_clipped_rows_are_those_of_the_tensor_and_end_where_they_are_told(monkeypatch):
+    """By the copy engine's own arithmetic: coordinates times strides modulo 2**64, written while within the shape."""
+    road = pytest.importorskip("accel_moe.kernels.launch_hopper", exc_type=ImportError)
+    for t in (torch.empty(1000, 64, dtype=torch.bfloat16), torch.empty(1000, 2, 64, dtype=torch.bfloat16)):
+        many, place = 2**30, (7,) if t.ndim == 2 else (1, 7)
+        described = road._clipped(t, 128, *(1 for _ in t.shape[2:]), 64)
+        assert road.hopper.MANY.value == many and described.block_shape[:3] == [1, 1, 128]
+        assert all(stride * t.element_size() < 2**40 for stride in described.strides)  # the copy engine's limit
+        for row0, end in ((0, 128), (300, 333), (872, 1000), (500, 500), (500, 490)):
+            for lane in range(128):
+                coordinates = (many, end, many - (end - row0) + lane, *place)  # those of hopper._rows
+                written = all(c < size for c, size in zip(coordinates, described.shape, strict=True))
+                assert written == (row0 + lane < end)
+                if written:
+                    offset = sum(c * s for c, s in zip(coordinates, described.strides, strict=True))
+                    assert offset * 2 % 2**64 == t[(row0 + lane, *place)].storage_offset() * 2
+
+
 # ---- The choice between the roads
 
 
@@ -165,9 +186,12 @@ def test_a_kernel_that_does_not_compile_is_tried_once_and_in_silence(monkeypatch
 
 
 def test_the_road_is_not_taken_unasked(monkeypatch):
-    monkeypatch.delenv("SCATTERMOE_GLUON", raising=False)
-    launch.gluon_road.cache_clear()
-    assert launch.gluon_road() is None
+    pytest.importorskip("triton.experimental.gluon")
+    monkeypatch.setattr(launch, "INTERPRETED", False)
+    for asked in (None, "1"):
+        launch.gluon_road.cache_clear()
+        monkeypatch.setenv("SCATTERMOE_GLUON", asked) if asked else monkeypatch.delenv("SCATTERMOE_GLUON", False)
+        assert (launch.gluon_road() is not None) == bool(asked)
     launch.gluon_road.cache_clear()
 
 

@@ -18,6 +18,9 @@ launch_hopper.py launches these kernels. Letters, terms and the order of every s
 `walk` is a kernel's tiles: tile_expert, tile_offsets, expert_offsets, the number of column tiles, and of all tiles.
 """
 
+# pyright: reportAssignmentType=false
+# In a kernel, `gl.constexpr` after a name says that it is a constant, not which type it has.
+
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -55,7 +58,7 @@ def _barriers(STAGES: gl.constexpr, ARRIVALS: gl.constexpr):
     """-> ready, which waits for as many arrivals, and free."""
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(STAGES):
+    for i in gl.static_range(STAGES):  # pyright: ignore
         mbarrier.init(ready.index(i), count=ARRIVALS)
         mbarrier.init(free.index(i), count=1)
     fence_async_shared()  # the copy engine counts on these barriers

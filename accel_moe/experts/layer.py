@@ -57,7 +57,8 @@ class ScatterMoE(nn.Module):
     def extra_repr(self) -> str:
         layer = self._accel_moe_layer
         own = super().extra_repr()
-        kernel = road_of(next(self.parameters()).device) if layer.kernel == "scattermoe" else layer.kernel
+        held = next(self.parameters(), None)
+        kernel = road_of(held.device) if layer.kernel == "scattermoe" and held is not None else layer.kernel
         text = f"experts={layer.num_experts}, local={layer.num_local_experts}, ep={layer.ep}, kernel={kernel}"
         text += f", weights={layer.prepared.quantize}" if layer.packed else ""
         return f"{own}, {text}" if own else text

@@ -15,6 +15,7 @@ import torch
 from accel_moe.kernels import launch, tuning
 from accel_moe.kernels.glu import Glu
 from accel_moe.kernels.launch import Layer, Loads, Stores
+from accel_moe.kernels.scattermoe import road_of
 from accel_moe.kernels.tuning import Config, Problem
 
 WIDE, TALL = Config(128, 256, 64, 8, 4, gluon=True), Config(256, 128, 64, 8, 4, gluon=True)
@@ -193,6 +194,17 @@ def test_the_road_is_not_taken_unasked(monkeypatch):
         monkeypatch.setenv("SCATTERMOE_GLUON", asked) if asked else monkeypatch.delenv("SCATTERMOE_GLUON", False)
         assert (launch.gluon_road() is not None) == bool(asked)
     launch.gluon_road.cache_clear()
+
+
+@pytest.mark.parametrize(
+    "capability, road, text",
+    [((9, 0), object(), "scattermoe (Gluon)"), ((9, 0), None, "scattermoe"), ((8, 0), object(), "scattermoe")],
+)
+def test_a_model_says_which_road_runs(monkeypatch, capability, road, text):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(launch, "gluon_road", lambda: road)
+    assert road_of(torch.device("cuda")) == text
+    assert road_of(torch.device("cpu")) == "scattermoe"
 
 
 def test_a_configuration_of_one_road_has_its_like_on_the_other():

@@ -20,6 +20,7 @@ from accel_moe.experts import in_graph
 from accel_moe.experts.state import LayerState
 from accel_moe.experts.view import SHIMS, is_decorated
 from accel_moe.experts.work import LayerWork, compute_dtype
+from accel_moe.kernels.scattermoe import road_of
 
 
 class ScatterMoE(nn.Module):
@@ -57,7 +58,9 @@ class ScatterMoE(nn.Module):
     def extra_repr(self) -> str:
         layer = self._accel_moe_layer
         own = super().extra_repr()
-        text = f"experts={layer.num_experts}, local={layer.num_local_experts}, ep={layer.ep}, kernel={layer.kernel}"
+        held = next(self.parameters(), None)
+        kernel = road_of(held.device) if layer.kernel == "scattermoe" and held is not None else layer.kernel
+        text = f"experts={layer.num_experts}, local={layer.num_local_experts}, ep={layer.ep}, kernel={kernel}"
         text += f", weights={layer.prepared.quantize}" if layer.packed else ""
         return f"{own}, {text}" if own else text
 

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 from triton import knobs
 from triton.runtime import driver
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 _INT32 = range(-(2**31), 2**31)
 
@@ -58,14 +57,13 @@ class CachedLaunch:
             kind = type(argument)
             if kind is int:
                 deciding.append(argument in _INT32 if any_value else argument)
-            elif kind is TensorDescriptor:
-                deciding.append((argument.base.dtype, *argument.block_shape))
-            elif kind is float:
-                deciding.append((float, any_value or argument))
-            else:
-                assert isinstance(argument, Tensor), argument
+            elif isinstance(argument, Tensor):
                 dtype, argument = argument.dtype, argument.data_ptr()
                 deciding.append((dtype,) if argument % 16 else dtype)
+            elif kind is float:
+                deciding.append((float, any_value or argument))
+            else:  # a TensorDescriptor, Triton's or Gluon's
+                deciding.append((argument.base.dtype, *argument.block_shape))
             passed.append(argument)
         return deciding, passed
 

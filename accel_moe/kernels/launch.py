@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from . import gemm, passes, tuning
+from . import gemm, passes, roads, tuning
 from .arithmetic import cdiv, power_of_2
 from .glu import Glu
 from .routing import Routing, Tiles, list_tiles
@@ -109,19 +109,30 @@ def _capability(device: torch.device) -> tuple[int, int]:
     return (0, 0) if INTERPRETED else torch.cuda.get_device_capability(device)
 
 
-def tuned(kernel: str, layer: Layer, rows: int, x: Tensor, launch: Callable[[Config], _Result]) -> _Result:
-    """Launches one GEMM of the layer with the configuration that suits it; x only names dtype and device."""
-    return launch(tuning.choose(_problem(kernel, layer, rows, x), launch))
-
-
-def _problem(kernel: str, layer: Layer, rows: int, x: Tensor) -> Problem:
-    capability = _capability(x.device)
-    return Problem(kernel, rows, layer.num_experts, layer.hidden, layer.intermediate, x.dtype, capability)
+def tuned(
+    kernel: str, layer: Layer, rows: int, x: Tensor, launch: Callable[[Config], _Result], term: "Term | None" = None
+) -> _Result:
+    """Launches one GEMM of the layer with the configuration that suits it; x only names dtype and device. term: the
+    GEMM's, which only gemm.py's kernels add."""
+    return launch(tuning.choose(_problem(kernel, layer, rows, x, term), launch))
 
 
 def likely_height(kernel: str, layer: Layer, rows: int, x: Tensor) -> int:
     """The height of row tiles that `tuned` takes, as long as nothing is to be measured."""
     return tuning.expected(_problem(kernel, layer, rows, x)).block_p
+
+
+def _problem(kernel: str, layer: Layer, rows: int, x: Tensor, term: "Term | None" = None) -> Problem:
+    capability = _capability(x.device)
+    gluon = (
+        kernel != "down_backward"
+        and term is None
+        and capability[0] == 9
+        and x.dtype != torch.float32
+        and layer.hidden % 8 == layer.intermediate % 8 == 0
+        and roads.gluon_road() is not None
+    )
+    return Problem(kernel, rows, layer.num_experts, layer.hidden, layer.intermediate, x.dtype, capability, gluon)
 
 
 def _tma_fits(*tensors: Tensor) -> bool:
@@ -253,22 +264,31 @@ def gather_rows(x: Tensor, routing: Routing, tiles: TileLists) -> Padded:
     """x [T, H] -> each row's token, padded per expert."""
     pad, width = tiles[PAD], x.shape[1]
     out = x.new_empty(pad.max_tiles * PAD, width)
-    rows = 16 if not INTERPRETED else PAD
+    place = torch.empty_like(routing.slot_row)
+    block = min(power_of_2(width), 64 if INTERPRETED else 2048)
     if out.numel():
-        passes.gather_rows[(pad.max_tiles, PAD // rows)](
-            x,
+        passes.place_rows[(pad.max_tiles,)](
             out,
+            place,
             routing.row_slot,
             pad.tile_expert,
             pad.tile_offsets,
             routing.expert_offsets,
             width,
-            x.stride(0),
-            routing.top_k,
             PAD=PAD,
-            ROWS=rows,
-            BLOCK=min(power_of_2(width), 512),
-            num_warps=8,
+            BLOCK=block,
+            num_warps=4,
+        )
+        passes.spread_rows[(x.shape[0], cdiv(width, block))](
+            x,
+            out,
+            routing.slot_row,
+            place,
+            width,
+            x.stride(0),
+            TOP_K=routing.top_k,
+            BLOCK=block,
+            num_warps=4,
         )
     return Padded(out, pad)
 
@@ -298,8 +318,16 @@ def up_projection(
     source = weight.gate_up_source if halves else weight.source
     block_n = config.block_n * (2 if gate.interleaved else 1)
     even = hidden % config.block_k == 0 and (tma or intermediate % config.block_n == 0)
-    grid = (rows.max_tiles * cdiv(intermediate, config.block_n),)
     low_rank, factor, rank = _parts(term, x)
+    stores = _stores(h_rows > 0, activate)
+    loads = _loads(tma, even, weight.k_contiguous, precision(x), bias is not None, gather, rank=rank)
+    fits = even and x.stride(0) % 16 == 0 and _tma_fits(x) if gather else True  # whole copies of 16 bytes
+    runs = tma and rank == 0 and rows.max_tiles > 0 and fits and (weight.k_contiguous or not halves)
+    on_rows = x, padded, weight, bias, h, a, routing, rows, gate, stores, loads
+    if roads.on_hopper("up_projection", config, runs, *on_rows):
+        return h, a
+    config = config.plain
+    grid = (rows.max_tiles * cdiv(intermediate, config.block_n),)
     if grid[0]:
         gemm.up_projection[grid](
             _descriptor(padded.data, [config.block_p, config.block_k]) if padded else x,
@@ -319,8 +347,8 @@ def up_projection(
             x.stride(0),
             h_rows,
             GLU=gate,
-            STORES=_stores(h_rows > 0, activate),
-            LOADS=_loads(tma, even, weight.k_contiguous, precision(x), bias is not None, gather, rank=rank),
+            STORES=stores,
+            LOADS=loads,
             TILE=config,
             num_warps=config.num_warps,
             num_stages=config.num_stages,
@@ -343,8 +371,13 @@ def grouped_rows(
     rows = tiles[config.block_p]
     tma = _tma_fits(weight.stored, a)
     even = depth % config.block_k == 0 and (tma or width % config.block_n == 0)
-    grid = (rows.max_tiles * cdiv(width, config.block_n),)
     low_rank, factor, rank = _parts(term, a)
+    loads = _loads(tma, even, weight.k_contiguous, precision(a), bias is not None, rank=rank)
+    runs = tma and rank == 0 and rows.max_tiles > 0
+    if roads.on_hopper("grouped_rows", config, runs, a, weight, bias, y, routing, rows, loads):
+        return y
+    config = config.plain
+    grid = (rows.max_tiles * cdiv(width, config.block_n),)
     if grid[0]:
         gemm.grouped_rows[grid](
             _descriptor(a, [config.block_p, config.block_k]) if tma else a,
@@ -358,7 +391,7 @@ def grouped_rows(
             routing.expert_offsets,
             depth,
             width,
-            LOADS=_loads(tma, even, weight.k_contiguous, precision(a), bias is not None, rank=rank),
+            LOADS=loads,
             TILE=config,
             num_warps=config.num_warps,
             num_stages=config.num_stages,
@@ -425,6 +458,10 @@ def weight_grad(
     m, n = left_data.shape[1], right_data.shape[1]
     dw = left_data.new_empty(routing.num_experts, m, n, dtype=dtype)
     tma = _tma_fits(left_data, right_data)
+    operands = left_data, right_data, dw, routing, padded, padded is left, float(scale)
+    if roads.on_hopper("weight_grad", config, tma and _tma_fits(dw), *operands):
+        return dw
+    config = config.plain
     block_m, block_n, block_p = config.block_k, config.block_n, config.block_p
     grid = (routing.num_experts * cdiv(m, block_m) * cdiv(n, block_n),)
     if grid[0]:

@@ -106,7 +106,7 @@ def experts_forward(
         h, a = _up(layer, x, up, b1, routing, tiles, kind, likely, h_rows, term=up_term)
         down_term = down_change and down_change.down(a, routing, tiles)
         run = lambda c: launch.grouped_rows(a, down, _dense(b2), routing, tiles, c, down_term)  # noqa: E731
-        y = launch.tuned("down", layer, likely, x, run)
+        y = launch.tuned("down", layer, likely, x, run, down_term)
         out = launch_passes.sum_slots(y, routing, weights, x.shape[0])
         up_narrow, down_narrow = (x.new_empty(0) if term is None else term.rows for term in (up_term, down_term))
     return out, h, up_narrow, down_narrow, routing.row_slot, routing.slot_row, routing.expert_offsets
@@ -173,7 +173,7 @@ def _up(
 ) -> tuple[Tensor, Tensor]:
     """launch.up_projection as it is tuned for `likely` rows in use."""
     run = lambda c: launch.up_projection(x, up, _dense(b1), routing, tiles, c, kind, h_rows, **options)  # noqa: E731
-    return launch.tuned(_up_kernel(layer), layer, likely, x, run)
+    return launch.tuned(_up_kernel(layer), layer, likely, x, run, options.get("term"))
 
 
 def _up_kernel(layer: Layer) -> str:
@@ -308,5 +308,5 @@ def _input_grad(
         return x.new_empty(0)
     up = Weight(w1, depth_last=layer.transposed)
     run = lambda c: launch.grouped_rows(dh, up, None, routing, tiles, c, term)  # noqa: E731
-    dx_rows = launch.tuned("up_backward", layer, routing.num_rows, x, run)
+    dx_rows = launch.tuned("up_backward", layer, routing.num_rows, x, run, term)
     return launch_passes.sum_slots(dx_rows, routing, None, x.shape[0])

@@ -11,38 +11,52 @@ from .cached_launch import cached_launch
 
 @cached_launch
 @triton.jit
-def gather_rows(
-    x_ptr,
+def place_rows(
     out_ptr,
+    slot_place_ptr,
     row_slot_ptr,
     tile_expert_ptr,
     tile_offset_ptr,
     expert_offset_ptr,
     width,
-    stride_xt,
-    top_k,
     PAD: tl.constexpr,
-    ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """out = x[token] by rows, each expert's rows padded with zeros to a multiple of PAD: row tile i of height PAD
-    becomes out[i * PAD : (i + 1) * PAD]. The zeros let weight_grad sum whole blocks with no mask.
+    """slot_place[slot] = the slot's row in out [max_tiles * PAD, width], where each expert's rows are padded to a
+    multiple of PAD: row tile i of height PAD becomes rows i * PAD .. (i + 1) * PAD. Writes the padding: zeros, which
+    let weight_grad sum whole blocks with no mask.
     """
     tile = tl.program_id(0)
     expert = tl.load(tile_expert_ptr + tile)
     if expert < 0:
         return
     first = tl.load(expert_offset_ptr + expert) + (tile - tl.load(tile_offset_ptr + expert)) * PAD
-    end = tl.load(expert_offset_ptr + expert + 1)
-    lane = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
-    used = first + lane < end
-    token = tl.load(row_slot_ptr + first + lane, mask=used, other=0) // top_k
-    source = x_ptr + token.to(tl.int64)[:, None] * stride_xt
-    target = out_ptr + (tile * PAD + lane).to(tl.int64)[:, None] * width
-    for col in range(0, width, BLOCK):
-        cols = (col + tl.arange(0, BLOCK))[None, :]
-        value = tl.load(source + cols, mask=used[:, None] & (cols < width), other=0.0)
-        tl.store(target + cols, value, mask=cols < width)
+    used = tl.minimum(tl.load(expert_offset_ptr + expert + 1) - first, PAD)
+    lane = tl.arange(0, PAD)
+    slot = tl.load(row_slot_ptr + first + lane, mask=lane < used, other=0)
+    tl.store(slot_place_ptr + slot, tile * PAD + lane, mask=lane < used)
+    zero = tl.zeros((BLOCK,), out_ptr.dtype.element_ty)
+    for row in range(tile * PAD + used, (tile + 1) * PAD):
+        for col in range(0, width, BLOCK):
+            cols = col + tl.arange(0, BLOCK)
+            tl.store(out_ptr + tl.cast(row, tl.int64) * width + cols, zero, mask=cols < width)
+
+
+@cached_launch
+@triton.jit
+def spread_rows(
+    x_ptr, out_ptr, slot_row_ptr, slot_place_ptr, width, stride_xt, TOP_K: tl.constexpr, BLOCK: tl.constexpr
+):
+    """out[slot_place[t, k]] = x[t] for each slot that has a row. Each token is read once and written K times: reading
+    it once per row took half as long again.
+    """
+    t = tl.program_id(0).to(tl.int64)
+    cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    value = tl.load(x_ptr + t * stride_xt + cols, mask=cols < width, other=0.0)
+    for k in tl.static_range(TOP_K):  # pyright: ignore
+        if tl.load(slot_row_ptr + t * TOP_K + k) >= 0:
+            place = tl.load(slot_place_ptr + t * TOP_K + k).to(tl.int64)
+            tl.store(out_ptr + place * width + cols, value, mask=cols < width)
 
 
 @cached_launch

@@ -39,6 +39,16 @@ def unsupported_reason(module) -> str | None:
     return None
 
 
+def road_of(device: torch.device) -> str:
+    """Which kernels compute on this device, for a table: "scattermoe", or with Gluon's among them."""
+    if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9:
+        from .roads import gluon_road
+
+        if gluon_road() is not None:
+            return "scattermoe (Gluon)"
+    return "scattermoe"
+
+
 def parameter_names(module) -> list[str]:
     """What an experts module computes with: up-projection, down-projection, and their biases if it has any."""
     up = "gate_up_proj" if module.has_gate else "up_proj"

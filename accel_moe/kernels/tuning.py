@@ -6,7 +6,8 @@ needs one (a kernel only writes its outputs, so running it again is harmless and
 for a layer's six GEMMs, once. Ranks share the cache: the first to need a shape locks it and measures, the others wait
 for the result, never longer than WAIT_S, since a rank that waits may hold up a collective that the measuring one is
 queued behind. Measuring is left out under CUDA graph capture, for shapes of few rows, and with SCATTERMOE_AUTOTUNE=0.
-SCATTERMOE_CACHE names the cache's folder.
+SCATTERMOE_CACHE names the cache's folder. With SCATTERMOE_GLUON=1 the kernels of hopper.py are candidates, too; shapes
+measured so have keys of their own.
 
 A configuration changes no result beyond the order in which fp32 partial sums are added.
 """
@@ -30,7 +31,7 @@ import triton
 logger = logging.getLogger(__name__)
 
 WAIT_S = 20.0
-MEASURE_S = 6.0  # for one GEMM's candidates, compiling included; the one under way is finished
+MEASURE_S = 8.0  # for one GEMM's candidates, compiling included; the one under way is finished
 MIN_ROWS = 16  # per expert: fewer is generation, where the number of tokens changes from call to call
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _Result = TypeVar("_Result")
@@ -53,6 +54,12 @@ class Config:
     group: int = 8
     gather: bool = True  # `up`: rows gathered by the GEMM's own loads, or copied once and read by TMA
     chunks: int = 2  # `down_backward`: column parts of the epilogue, one after the other (1, 2 or 4)
+    gluon: bool = False  # hopper.py's kernel, not gemm.py's
+
+    @property
+    def plain(self) -> "Config":
+        """For gemm.py's kernel, where hopper.py's was meant and cannot run."""
+        return replace(self, gluon=False, num_stages=3) if self.gluon else self
 
 
 class Problem(NamedTuple):
@@ -65,6 +72,7 @@ class Problem(NamedTuple):
     intermediate: int
     dtype: torch.dtype
     capability: tuple[int, int]
+    gluon: bool = False  # hopper.py's kernels may be chosen, too
 
     @property
     def rows_per_expert(self) -> int:
@@ -76,7 +84,8 @@ class Problem(NamedTuple):
     def key(self) -> str:
         major, minor = self.capability
         dtype = str(self.dtype).removeprefix("torch.")
-        return f"sm{major}{minor} {dtype} {self.kernel} H{self.hidden} I{self.intermediate} rows{self.rows_per_expert}"
+        key = f"sm{major}{minor} {dtype} {self.kernel} H{self.hidden} I{self.intermediate} rows{self.rows_per_expert}"
+        return f"{key} gluon" if self.gluon else key
 
 
 def choose(problem: Problem, launch: Callable[[Config], _Result]) -> Config:
@@ -174,7 +183,20 @@ def candidates(problem: Problem) -> list[Config]:
             others += [Config(64, 128, 128, 4, 3), Config(64, 256, 128, 8, 3), Config(32, 256, 128, 8, 3)]
     elif problem.dtype != torch.float32:
         others += [replace(first, num_stages=4), replace(first, block_n=first.block_n * 2)]
-    return list(dict.fromkeys([first, *others]))
+    return list(dict.fromkeys([first, *_on_hopper(problem), *others]))
+
+
+def _on_hopper(problem: Problem) -> list[Config]:
+    """Those of hopper.py, with what has won on some shape first."""
+    if not problem.gluon or problem.rows_per_expert <= 128:
+        return []
+    wide, tall = Config(128, 256, 64, 8, 4, gluon=True), Config(256, 128, 64, 8, 4, gluon=True)
+    if problem.kernel in ("up", "up_plain"):
+        width = 128 if problem.kernel == "up" else 256
+        return [replace(wide, block_n=width), replace(wide, block_n=width, gather=False)]
+    if problem.kernel in ("down", "up_backward"):
+        return [wide, replace(wide, group=1), tall]
+    return [Config(64, 256, 128, 8, 4, gluon=True), Config(64, 128, 256, 8, 4, gluon=True)]
 
 
 # ---- Measuring, and sharing what was measured

@@ -13,6 +13,7 @@ Markdown table and, with matplotlib, a chart, into --out.
 """
 
 import argparse
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ from common import kernels_of, median_ms
 from torch import Tensor
 from transformers.integrations import moe
 
+from accel_moe.kernels import roads
 from accel_moe.kernels.scattermoe import scattermoe_experts_forward
 
 SHAPES = {  # T, K, H, I, E
@@ -92,6 +94,17 @@ def _registered(function) -> Forward:
     return lambda x, w1, w2, index, weights: function(_experts_module(w1, w2), x, index, weights)
 
 
+def _ours(gluon: bool) -> Forward:
+    """On one of the two roads, from this forward on until the next: its backward, too."""
+
+    def forward(*arguments: Tensor) -> Tensor:
+        os.environ["SCATTERMOE_GLUON"] = str(int(gluon))
+        roads.gluon_road.cache_clear()
+        return _registered(scattermoe_experts_forward)(*arguments)
+
+    return forward
+
+
 def _upstream_scattermoe() -> Forward | None:
     try:
         from scattermoe.parallel_experts import flatten_sort_count, parallel_linear
@@ -139,7 +152,8 @@ def _sonicmoe() -> Forward | None:
 def implementations(names: list[str] | None) -> dict[str, Forward]:
     """All implementations that can run here, ours first; or only the named ones."""
     found: dict[str, Forward | None] = {
-        "scattermoe (ours)": _registered(scattermoe_experts_forward),
+        "scattermoe (ours)": _ours(gluon=False),
+        "scattermoe (Gluon)": _ours(gluon=True) if torch.cuda.get_device_capability()[0] == 9 else None,
         "grouped_mm": _registered(moe.grouped_mm_experts_forward),
         "eager": eager,
         "scattermoe upstream": _upstream_scattermoe(),

@@ -1,15 +1,20 @@
 """The kernels compiled, on a GPU: real shapes in bf16 against an fp32 loop, edges, bit equality, CUDA graphs.
 
+Each test runs on both roads: gemm.py's kernels alone, and with hopper.py's wherever they can compute.
+
 bf16 error is judged by transformers' grouped_mm on the same inputs: ours may not be larger. What the two
 round differs (ours rounds h, act(h) and y; grouped_mm also its intermediate products), so a margin of a tenth
 covers chance.
 """
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from accel_moe.kernels import roads, tuning
+from accel_moe.kernels.casts import Casts
 from accel_moe.kernels.deferred_count import DeferredCount
 from accel_moe.kernels.glu import Glu
 from accel_moe.kernels.launch_passes import add_counts
@@ -17,6 +22,27 @@ from accel_moe.kernels.routing import list_tiles, sort_and_tile
 from tests.experts_layer import experts
 
 pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture(autouse=True, params=["triton", "gluon"])
+def road(request, monkeypatch):
+    """gluon: hopper.py's kernels, even where experts have too few rows for them to be worth it."""
+    gluon = request.param == "gluon"
+    monkeypatch.setenv("SCATTERMOE_GLUON", "1" if gluon else "0")
+    roads.gluon_road.cache_clear()
+    if gluon and (torch.cuda.get_device_capability()[0] != 9 or roads.gluon_road() is None):
+        pytest.skip("needs a Hopper GPU and a Triton with Gluon")
+    choose = tuning.choose
+
+    def choose_gluon(problem, launch):
+        if not problem.gluon:
+            return choose(problem, launch)
+        return tuning._on_hopper(replace(problem, rows=4096 * problem.num_experts))[0]
+
+    monkeypatch.setattr(tuning, "choose", choose_gluon)
+    yield request.param
+    roads.gluon_road.cache_clear()
+    assert not roads._did_not_compile
 
 
 def eager(x, w1, w2, index, weights):
@@ -220,6 +246,33 @@ def test_two_runs_give_the_same_bits():
     dout = torch.randn(args[0].shape, device="cuda").bfloat16()
     for a, b in zip(run(ours, args, dout), run(ours, args, dout), strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(
+    "shape", [(512, 4, 2880, 1440, 4), (1024, 8, 512, 256, 40), (700, 3, 264, 136, 7)], ids=["wide", "many", "ragged"]
+)
+def test_fifty_runs_give_the_same_bits(shape):
+    """A wait too few between the warps that load, multiply and store shows only now and then."""
+    args = make(*shape, torch.bfloat16)
+    dout = torch.randn(args[0].shape, device="cuda").bfloat16()
+    first = run(ours, args, dout)
+    for name, a, e in zip(NAMES, first, run(eager, upcast(args), dout), strict=True):
+        assert error(a, e) < 2e-2, name
+    for _ in range(50):
+        poison = torch.full((2**24,), float("nan"), device="cuda")  # what empty() hands out next
+        del poison
+        for a, b in zip(run(ours, args, dout), first, strict=True):
+            assert torch.equal(a, b)
+
+
+def test_fp32_gradients_of_fp32_weights():
+    """Of master weights: written once, from the fp32 sums, with no rounding to bf16 between (4e-3 if there were)."""
+    args = make(1024, 4, 512, 256, 8, torch.bfloat16)
+    dout = torch.randn(args[0].shape, device="cuda").bfloat16()
+    masters = [args[0], *(w.float() for w in args[1:3]), *args[3:]]
+    casts = Casts(masters[1:3], torch.bfloat16)
+    for plain, exact in zip(run(ours, args, dout)[2:4], run(ours, masters, dout, casts=casts)[2:4], strict=True):
+        assert exact.dtype == torch.float32 and torch.equal(exact.bfloat16(), plain)
 
 
 @pytest.mark.parametrize("pairs", ["unknown", "counted", "later"])

@@ -209,10 +209,10 @@ def test_an_up_projection_that_is_computed_again_compiles_into_one_graph(biased)
 def test_forward_its_repetition_and_evaluation_are_tuned_for_the_same_number_of_rows(keep_h, monkeypatch):
     tuned, tuned_for = launch.tuned, []
 
-    def noted(kernel, layer, rows, x, run):
+    def noted(kernel, layer, rows, x, run, term=None):
         if kernel == "up":
             tuned_for.append(rows)
-        return tuned(kernel, layer, rows, x, run)
+        return tuned(kernel, layer, rows, x, run, term)
 
     monkeypatch.setattr(launch, "tuned", noted)
     args = make(T=40, K=3)

@@ -1,0 +1,46 @@
+"""Two roads for three of the GEMMs: gemm.py's kernels, which run everywhere, and hopper.py's, which Hopper may run."""
+
+import functools
+import logging
+import os
+from typing import Any
+
+import torch
+
+from .tuning import Config
+
+logger = logging.getLogger(__name__)
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@functools.cache
+def gluon_road() -> Any:
+    """The module launch_hopper. None: not asked for by SCATTERMOE_GLUON=1, or Gluon is not here as it is used there."""
+    if INTERPRETED or os.environ.get("SCATTERMOE_GLUON", "0") != "1":
+        return None
+    try:
+        from . import launch_hopper
+    except Exception as error:  # an experimental interface: names move between Triton's versions
+        logger.info("Gluon's kernels are not used: %s", error)
+        return None
+    return launch_hopper
+
+
+_did_not_compile: set[str] = set()  # kernels of hopper.py
+
+
+def on_hopper(kernel: str, config: Config, runs: bool, *arguments: Any) -> bool:
+    """The choice between the two roads: launches hopper.py's kernel if `config` is one of its and it `runs` with these
+    operands. Whether it did."""
+    road = gluon_road() if config.gluon and runs and kernel not in _did_not_compile else None
+    if road is None:
+        return False
+    try:
+        getattr(road, kernel)(*arguments, config)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        logger.info("Gluon's %s does not compile here; Triton's is used: %s", kernel, error)
+        _did_not_compile.add(kernel)
+        return False
+    return True

@@ -1,0 +1,220 @@
+"""The Gluon road without a GPU: its kernels compile for Hopper with this Triton, and it is chosen where it fits.
+
+What they compute is compared on a GPU (tests/gpu/test_kernels.py, both roads).
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from accel_moe.kernels import launch, roads, tuning
+from accel_moe.kernels.glu import Glu
+from accel_moe.kernels.launch import Layer, Loads, Stores
+from accel_moe.kernels.scattermoe import road_of
+from accel_moe.kernels.tuning import Config, Problem
+
+WIDE, TALL = Config(128, 256, 64, 8, 4, gluon=True), Config(256, 128, 64, 8, 4, gluon=True)
+UP, GRADIENT = Config(128, 128, 64, 8, 4, gluon=True), Config(64, 256, 128, 8, 4, gluon=True)
+GPT_OSS = Glu(interleaved=True, alpha=1.702, shift=1.0, limit=7.0)
+
+
+def loads(k_contiguous=True, bias=False, gather=False, pad=0):
+    return Loads(True, True, k_contiguous, "ieee", bias, gather, pad)
+
+
+SILU, BOTH = Glu(), Stores(True, True)
+
+
+def up(x, w, h, gate=SILU, stores=BOTH, **options):
+    types = {"x_src": x, "w_desc": w, "h_desc": h, "a_desc": [1, 1, 128, 64]}
+    return "up_projection", types, {"LOADS": loads(**options), "GLU": gate, "STORES": stores, "TILE": UP}
+
+
+PAIRED, HALVES = [1, 2, 128, 64], [1, 1, 128, 1, 64]
+KERNELS = {
+    "rows": (
+        "grouped_rows",
+        {"a_desc": [128, 64], "w_desc": [1, 256, 64], "y_desc": [1, 1, 128, 64]},
+        {"LOADS": loads(), "TILE": WIDE},
+    ),
+    "rows, tall, bias": (
+        "grouped_rows",
+        {"a_desc": [256, 64], "w_desc": [1, 64, 128], "y_desc": [1, 1, 256, 64]},
+        {"LOADS": loads(False, bias=True), "TILE": TALL},
+    ),
+    "up": up([128, 64], PAIRED, HALVES, pad=64),
+    "up, gathered": up("*bf16", PAIRED, HALVES, gather=True),
+    "up, gathered, no h": up("*bf16", PAIRED, HALVES, stores=Stores(False, True), gather=True),
+    "up of gpt-oss": up([128, 64], [1, 64, 256], [1, 1, 128, 64], GPT_OSS, k_contiguous=False, bias=True, pad=64),
+    "up, not gated": up("*bf16", [1, 128, 64], [1, 1, 128, 64], Glu("relu2", gated=False), gather=True),
+    "gradient": (
+        "weight_grad",
+        {"left_desc": [64, 128], "right_desc": [64, 256], "dw_desc": [1, 128, 64], "scale": "fp32"},
+        {"LEFT_PADDED": True, "PAD": 64, "TILE": GRADIENT},
+    ),
+}
+
+
+def compile_for_hopper(name):
+    """The kernel of KERNELS, compiled ahead of time."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon._runtime import GluonASTSource
+
+    from accel_moe.kernels import hopper
+
+    kernel, types, constants = KERNELS[name]
+    kernel = getattr(hopper, kernel).fn
+
+    def type_of(parameter):
+        given = types.get(parameter, "*i32" if parameter.endswith("_ptr") else "i32")
+        if isinstance(given, str):
+            return "*bf16" if parameter == "bias_ptr" else given
+        return f"tensordesc<bf16{given},{gl.NVMMASharedLayout.get_default_for(given, gl.bfloat16)!r}>"
+
+    signature = {p.name: "constexpr" if p.is_constexpr else type_of(p.name) for p in kernel.params}
+    places = {p.name: i for i, p in enumerate(kernel.params)}
+    aligned = [n for n, t in signature.items() if t.startswith("*") or n in ("depth", "hidden", "stride_x")]
+    source = GluonASTSource(
+        kernel,
+        signature,
+        {(places[n],): value for n, value in constants.items()},
+        {(places[n],): [["tt.divisibility", 16]] for n in aligned},
+    )
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 8, "maxnreg": 168})
+
+
+def test_kernels_compile_for_hopper_and_fit():
+    """In a process of its own: here Triton was imported for the interpreter, which does not know Gluon."""
+    pytest.importorskip("triton.experimental.gluon")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "tests.unit.test_kernels_hopper"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.split("\n")[:-1] == list(KERNELS)
+
+
+# ---- Rows that end at any row
+
+
+def test_clipped_rows_are_those_of_the_tensor_and_end_where_they_are_told(monkeypatch):
+    """By the copy engine's own arithmetic: coordinates times strides modulo 2**64, written while within the shape."""
+    road = pytest.importorskip("accel_moe.kernels.launch_hopper", exc_type=ImportError)
+    for t in (torch.empty(1000, 64, dtype=torch.bfloat16), torch.empty(1000, 2, 64, dtype=torch.bfloat16)):
+        many, place = 2**30, (7,) if t.ndim == 2 else (1, 7)
+        described = road._clipped(t, 128, *(1 for _ in t.shape[2:]), 64)
+        assert road.hopper.MANY.value == many and described.block_shape[:3] == [1, 1, 128]
+        assert all(stride * t.element_size() < 2**40 for stride in described.strides)  # the copy engine's limit
+        for row0, end in ((0, 128), (300, 333), (872, 1000), (500, 500), (500, 490)):
+            for lane in range(128):
+                coordinates = (many, end, many - (end - row0) + lane, *place)  # those of hopper._rows
+                written = all(c < size for c, size in zip(coordinates, described.shape, strict=True))
+                assert written == (row0 + lane < end)
+                if written:
+                    offset = sum(c * s for c, s in zip(coordinates, described.strides, strict=True))
+                    assert offset * 2 % 2**64 == t[(row0 + lane, *place)].storage_offset() * 2
+
+
+# ---- The choice between the roads
+
+
+@pytest.fixture
+def chosen(monkeypatch):
+    """The problems that launch.tuned asks about, on a Hopper GPU whose Gluon is there."""
+    asked = []
+    monkeypatch.setattr(launch, "_capability", lambda device: (9, 0))
+    monkeypatch.setattr(roads, "gluon_road", lambda: object())
+    monkeypatch.setattr(tuning, "choose", lambda problem, launch: asked.append(problem))
+    return asked
+
+
+@pytest.mark.parametrize(
+    "kernel, dtype, hidden, term, expected",
+    [
+        ("up", torch.bfloat16, 64, None, True),
+        ("down", torch.float16, 64, None, True),
+        ("down", torch.float32, 64, None, False),
+        ("down_backward", torch.bfloat16, 64, None, False),
+        ("up", torch.bfloat16, 65, None, False),
+        ("up", torch.bfloat16, 64, "a low-rank term", False),
+    ],
+)
+def test_the_road_is_open_to_what_it_computes(chosen, kernel, dtype, hidden, term, expected):
+    layer = Layer(4, hidden, 32, True, False)
+    launch.tuned(kernel, layer, 4096, torch.empty(1, dtype=dtype), lambda config: None, term)
+    assert chosen[0].gluon is expected
+
+
+def test_another_chip_keeps_to_triton(chosen, monkeypatch):
+    monkeypatch.setattr(launch, "_capability", lambda device: (10, 0))
+    launch.tuned("up", Layer(4, 64, 32, True, False), 4096, torch.empty(1, dtype=torch.bfloat16), lambda config: None)
+    assert not chosen[0].gluon
+
+
+def test_shapes_measured_on_one_road_say_nothing_about_the_other():
+    problem = Problem("up", 4096, 8, 512, 256, torch.bfloat16, (9, 0))
+    with_gluon = Problem("up", 4096, 8, 512, 256, torch.bfloat16, (9, 0), gluon=True)
+    assert problem.key != with_gluon.key
+    assert not any(c.gluon for c in tuning.candidates(problem))
+    assert any(c.gluon for c in tuning.candidates(with_gluon))
+
+
+def test_experts_with_few_rows_do_not_take_tall_tiles():
+    assert not any(
+        c.gluon for c in tuning.candidates(Problem("up", 512, 8, 512, 256, torch.bfloat16, (9, 0), gluon=True))
+    )
+
+
+def test_a_kernel_that_does_not_compile_is_tried_once_and_in_silence(monkeypatch):
+    calls = []
+
+    class Road:
+        def grouped_rows(self, *arguments):
+            calls.append(arguments)
+            raise RuntimeError("async_store has been renamed")
+
+    monkeypatch.setattr(roads, "gluon_road", lambda: Road())
+    monkeypatch.setattr(roads, "_did_not_compile", set())
+    for _ in range(2):
+        assert not roads.on_hopper("grouped_rows", WIDE, True, "operands")
+    assert len(calls) == 1
+
+
+def test_the_road_is_not_taken_unasked(monkeypatch):
+    pytest.importorskip("triton.experimental.gluon")
+    monkeypatch.setattr(roads, "INTERPRETED", False)
+    for asked in (None, "1"):
+        roads.gluon_road.cache_clear()
+        monkeypatch.setenv("SCATTERMOE_GLUON", asked) if asked else monkeypatch.delenv("SCATTERMOE_GLUON", False)
+        assert (roads.gluon_road() is not None) == bool(asked)
+    roads.gluon_road.cache_clear()
+
+
+@pytest.mark.parametrize(
+    "capability, road, text",
+    [((9, 0), object(), "scattermoe (Gluon)"), ((9, 0), None, "scattermoe"), ((8, 0), object(), "scattermoe")],
+)
+def test_a_model_says_which_road_runs(monkeypatch, capability, road, text):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(roads, "gluon_road", lambda: road)
+    assert road_of(torch.device("cuda")) == text
+    assert road_of(torch.device("cpu")) == "scattermoe"
+
+
+def test_a_configuration_of_one_road_has_its_like_on_the_other():
+    assert not WIDE.plain.gluon and (WIDE.plain.block_n, WIDE.plain.group) == (256, 8)
+    assert Config(64, 64, 64, 4, 3).plain == Config(64, 64, 64, 4, 3)
+
+
+if __name__ == "__main__":
+    for name in KERNELS:
+        compiled = compile_for_hopper(name)
+        assert compiled.metadata.shared <= 227 * 1024, name  # what a multiprocessor has
+        assert all(word in compiled.asm["ptx"] for word in ("wgmma", "cp.async.bulk.tensor")), name
+        print(name)

@@ -143,7 +143,7 @@ def test_a_dispatcher_from_outside_the_package_trains_alike():
 @pytest.mark.parametrize(
     "case",
     [
-        Case(2, 2),
+        pytest.param(Case(2, 2), marks=pytest.mark.slow),
         Case(2, 2, checkpointing=True),
         pytest.param(Case(2, 2, options=(("moe_dispatch_chunk_tokens", 200),)), marks=pytest.mark.slow),
         Case(2, 2, options=SHARED),
@@ -163,7 +163,7 @@ def test_two_hundred_steps_with_changing_routings_leave_no_memory_behind(case):
         ("killed", "_send_out", Case(2, 2, options=TO_ALL)),
         pytest.param("stuck", "_send_out", Case(4, 2, options=TO_ALL), marks=pytest.mark.slow),
         ("killed", "gather_rows", Case(2, 2, options=TO_EVERY_RANK)),
-        ("stuck", "gather_rows", Case(2, 2, options=TO_EVERY_RANK)),
+        pytest.param("stuck", "gather_rows", Case(2, 2, options=TO_EVERY_RANK), marks=pytest.mark.slow),
         ("stuck", "agree", Case(2, 2)),
         ("stuck", "gather", Case(2, 2, options=SHARED)),
         pytest.param("stuck", "sum", Case(2, 2, options=SHARED), marks=pytest.mark.slow),

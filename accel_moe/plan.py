@@ -70,7 +70,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (HubFormatError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
     except OSError as error:
-        print(f"error: {error.filename} cannot be written: {error.strerror}.", file=sys.stderr)
+        known = error.filename is not None
+        print(
+            f"error: {error.filename} cannot be written: {error.strerror}." if known else f"error: {error}",
+            file=sys.stderr,
+        )
     return 1
 
 

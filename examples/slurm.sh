@@ -21,7 +21,7 @@ if [ $# -lt 3 ] || [ ! -f "$1" ]; then
 fi
 yaml=$1 output=$2
 shift 2
-nodes=$(sed -n 's/^num_machines: *\([0-9]*\).*/\1/p' "$yaml")
+nodes=$(sed -n "s/^num_machines: *[\"']*\([0-9]*\).*/\1/p" "$yaml")
 if [ "${nodes:-1}" != "$SLURM_NNODES" ]; then
   echo "error: $yaml has num_machines: ${nodes:-1}, and the job has $SLURM_NNODES nodes. Change one of them." >&2
   exit 2
@@ -43,13 +43,17 @@ trap save_and_end USR1
 
 srun bash -c 'exec accelerate launch --config_file "$0" --machine_rank "$SLURM_NODEID" \
   --main_process_ip "$1" --main_process_port "$2" "${@:3}"' "$yaml" "$address" "$port" "$@" &
-status=0
+wait $!
+status=$?
 while kill -0 $! 2> /dev/null; do  # a signal ends `wait`, not the ranks
   wait $!
   status=$?
 done
 if [ $requeue = yes ]; then
-  scontrol requeue "$SLURM_JOB_ID"
+  if ! scontrol requeue "$SLURM_JOB_ID"; then
+    echo "error: Slurm did not requeue the job. Submit it again: it goes on from its last checkpoint." >&2
+    exit 1
+  fi
   exit 0  # torch's launcher has an error status when it was signalled
 fi
 exit $status

@@ -173,13 +173,15 @@ def _refuse_other_models_unsharded(trainer: Any) -> None:
     Raises:
         ValueError: a model of ours that is not: it would fail at its first forward.
     """
-    own = prepared_state(trainer.model)
+    own = None if trainer.model is None else prepared_state(trainer.model)
     for name, model in vars(trainer).items():
         if not isinstance(model, nn.Module) or model is trainer.model:
             continue
         state = prepared_state(model)
         whole = state is not None and state is not own and state.config.moe_ep_degree > 1 and state.mesh_plan is None
-        if whole or (pending(model) is not None and pending(model) is not pending(trainer.model)):
+        if whole or (
+            pending(model) is not None and (trainer.model is None or pending(model) is not pending(trainer.model))
+        ):
             raise ValueError(
                 f"{type(trainer).__name__}.{name} is a model of accel_moe that did not go through accelerator.prepare: "
                 "its experts are not sharded, or its weights are not read. Shard it before the trainer is made: "

@@ -68,11 +68,14 @@ def forget_counts(model: nn.Module) -> None:
 
 @torch.no_grad()
 def count_tokens(layer: LayerState, top_k_index: torch.Tensor, evaluates: bool) -> None:
-    """Adds a forward's slots [T, K] to the layer's counts; to evaluation's if it `evaluates`."""
+    """Adds a forward's slots [T, K] to the layer's counts; to evaluation's if it `evaluates`. Forwards that a CUDA
+    graph captures are not counted."""
     if torch.compiler.is_compiling():
         return  # the graph would break at the next line
     if torch._C._current_graph_task_id() != -1:
         return  # inside a backward: activation checkpointing is running this forward again
+    if top_k_index.is_cuda and torch.cuda.is_current_stream_capturing():
+        return  # a CUDA graph would go on counting into this memory when nobody has it any more
     name = "evaluated_per_expert" if evaluates else "tokens_per_expert"
     before = getattr(layer, name)
     if layer.kernel == "scattermoe" and top_k_index.is_cuda:

@@ -53,7 +53,7 @@ class LayerWork(Overlap):
     def bytes_of_weights(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
         """Bytes this rank's expert weights take once cast to the compute dtype; weights already in it count as 0."""
         layer, dtype = self._layer, self._dtype
-        if early_casts.is_ahead(self._module):
+        if early_casts.is_ahead(self._module, dtype):
             return 0  # taken already
         if dtype not in layer.cast_bytes:
             stored = {name: p for name, p in parameters_of(self._module).items() if p.dtype != dtype}

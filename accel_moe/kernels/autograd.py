@@ -63,10 +63,21 @@ class _Experts(torch.autograd.Function):
         backward = ops.bypass_dispatcher(ops.experts_backward, x)
         early = {} if backward is ops.experts_backward else {"on_input_grads": ctx.on_input_grads}
         gradients = backward(dout, x, *casts, factors, ctx.scales, *saved, *options, **early)
-        if ctx.casts is not None and (before := ctx.casts.next_in_backward()) is not None:
-            before.prepare_aside()
+        if ctx.casts is not None:
+            del casts  # not beside the next layer's
+            ctx.casts.prepare_next_in_backward()
         dx, dw1, dw2, db1, db2, dweights, *dfactors = _where_needed(gradients, needs)
         return dx, dw1, dw2, db1, db2, None, dweights, None, None, *dfactors
+
+
+def _check_devices(x: Tensor, **others: Tensor) -> None:
+    """Launches pass addresses, which nobody checks any more."""
+    for name, tensor in others.items():
+        if tensor.device != x.device:
+            raise ValueError(
+                f"scattermoe needs all tensors on one device; found hidden_states on {x.device} and {name} on "
+                f"{tensor.device}. Move the layer, or its input."
+            )
 
 
 def _scales(hints: Hints) -> list[float]:
@@ -149,6 +160,7 @@ def experts(
     dtypes = (weights.up.dtype, weights.down.dtype) if hints.casts is None else (x.dtype, x.dtype)
     layer = launch.Layer.of(weights.up, weights.down, glu.gated, transposed)
     launch.check_inputs(x, dtypes, index, top_k_weights, layer)
+    _check_devices(x, top_k_index=index, top_k_weights=top_k_weights, up=weights.up, down_proj=weights.down)
     kind = (glu.act, glu.numbers, glu.gated, transposed)
     factors = _factors(hints)
     learns = (t for t in (x, *parameters, top_k_weights, *factors) if t is not None)

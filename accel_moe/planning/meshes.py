@@ -131,6 +131,7 @@ def job_of(shapes: Shapes, run: Training, mesh: MeshPlan) -> step.Job:
         compiled=run.compiled,
         exchange_again=run.checkpointing and not run.keep_exchanged,
         expert_bytes=shapes.packed_bytes(run.quantize) / shapes.routed if run.quantize != "none" else 2,
+        rates=step.rates_of(run.memory_bytes),
     )
 
 

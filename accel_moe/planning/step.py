@@ -1,6 +1,6 @@
 """A step's time under expert parallelism on paper, term by term: milliseconds of one GPU, and of its host.
 
-Nothing is measured here. `MEASURED` holds rates that benchmarks measured on H100s (examples/benchmarks/RESULTS.md), all
+Nothing is measured here. `H100` and `H200` hold rates that benchmarks measured (examples/benchmarks/RESULTS.md), all
 with Qwen3-30B-A3B shapes. `LINKS` holds the nominal bandwidth of a DGX H100's links, and the share of it that
 collectives usually reach. The rest is counting. examples/benchmarks/SCALING.md checks the model against runs.
 """
@@ -48,6 +48,34 @@ class Model:
 
 
 @dataclass(frozen=True)
+class Rates:
+    """What a GPU reached in a training step's profile: FLOP/s of products, bytes/s of the rest."""
+
+    name: str
+    expert_gemms: float
+    dense_gemms: float
+    attention: float
+    adamw: float
+    """Of 28 bytes a parameter: read and write p, m, v, read g."""
+    cross_entropy: float
+    """Of fp32 logits, read or written four times; their casts are in the time."""
+    elementwise: float
+    casts: float
+    """fp32 weights to bf16."""
+
+
+# of the 6-layer step at 2 x 4096: 22, 27, 11.3, 24, 21, 30 and 8 ms on H100, transformers 5.23
+H100 = Rates("H100", 506e12, 775e12, 510e12, 2.5e12, 0.95e12, 2.2e12, 2.7e12)
+# 21, 27, 11.3, 18, 18, 30 and 5.4 ms on H200, transformers 5.24
+H200 = Rates("H200", 530e12, 775e12, 510e12, 3.4e12, 1.1e12, 2.2e12, 4.0e12)
+
+
+def rates_of(memory_bytes: float) -> Rates:
+    """Those of the measured card that is nearest by its memory."""
+    return H200 if memory_bytes > 100 * 2**30 else H100
+
+
+@dataclass(frozen=True)
 class Job:
     """How a model is trained: GPUs cut into replicas x efsdp x ep, sequences of `length`, `tokens` a GPU and step."""
 
@@ -66,29 +94,22 @@ class Job:
     """In the forward that checkpointing runs again."""
     expert_bytes: float = 2
     """That FSDP gathers of an expert's weight: 2 is bf16."""
+    rates: Rates = H100
 
     @property
     def gpus(self) -> int:
         return self.ep * self.efsdp * self.replicas
 
 
-MEASURED = {
-    "expert GEMMs, FLOP/s": 445e12,  # bench_experts.py, qwen3-30b-a3b, forward + backward
-    "dense GEMMs, FLOP/s": 600e12,  # 27 ms of the 6-layer step
-    "attention, FLOP/s": 330e12,  # 17 ms of the 6-layer step
-    "AdamW, bytes/s": 2.5e12,  # 24 ms for 2.2 G parameters of 28 bytes: read and write p, m, v, read g
-    "cross entropy, bytes/s": 1.4e12,  # 14 ms over fp32 logits of 8192 x 151936, read or written four times
-    "elementwise, bytes/s": 2.2e12,
-}
 LINKS = {"NVLink": 450 * GB * 0.7, "InfiniBand": 50 * GB * 0.8}  # a GPU, one direction: DGX H100, NDR 400 Gb/s
 ELEMENTWISE_PASSES, COMPILED_PASSES = 330, 60
 """Over [tokens, hidden] in bf16, forward + backward, a layer: norms, rope, residuals, casts. In eager transformers as
 the profiles of 6 and of 48 layers have it (5 ms a layer), and as counted where each is done once, which is what
 torch.compile comes near."""
-HOST_MS_PER_LAYER, COMPILED_HOST_MS_PER_LAYER = 18.0, 12.0
+HOST_MS_PER_LAYER, COMPILED_HOST_MS_PER_LAYER = 11.0, 10.5
 """What the host needs to launch one decoder layer's forward and backward, transformers under FSDP2 and our dispatch, on
-the virtual machines of the measurements: no step is shorter than that for all layers. Eager it was 15 (6 layers, 2048
-tokens) to 22 (48 layers), compiled no more than 12.6."""
+the virtual machines of the measurements: no step is shorter than that for all layers. Six layers of 2048 tokens took 67
+ms eagerly and 64 to 67 compiled."""
 
 
 def ranks_hit(experts: int, top_k: int, ep: int) -> float:
@@ -105,19 +126,19 @@ def terms_ms(job: Job) -> dict[str, float]:
     products = runs - frozen  # frozen weights have no gradient
     ms: dict[str, float] = {}
     flops = products * 2 * t * m.dense + (3 - frozen) * 2 * t * m.vocabulary * m.hidden
-    ms["dense GEMMs"] = flops / MEASURED["dense GEMMs, FLOP/s"] * 1e3
+    ms["dense GEMMs"] = flops / job.rates.dense_gemms * 1e3
     scores = 2 * 2 * t * job.length * m.attention / 2  # causal: half of them
-    ms["attention"] = (runs + 0.5) * m.layers * scores / MEASURED["attention, FLOP/s"] * 1e3
+    ms["attention"] = (runs + 0.5) * m.layers * scores / job.rates.attention * 1e3
     flops = products * 2 * t * m.routed_per_token
-    ms["expert GEMMs"] = flops / MEASURED["expert GEMMs, FLOP/s"] * 1e3
+    ms["expert GEMMs"] = flops / job.rates.expert_gemms * 1e3
     passes = COMPILED_PASSES if job.compiled else ELEMENTWISE_PASSES
-    ms["elementwise"] = runs / 3 * m.layers * passes * t * m.hidden * 2 / MEASURED["elementwise, bytes/s"] * 1e3
-    ms["cross entropy"] = 4 * t * m.vocabulary * 4 / MEASURED["cross entropy, bytes/s"] * 1e3
+    ms["elementwise"] = runs / 3 * m.layers * passes * t * m.hidden * 2 / job.rates.elementwise * 1e3
+    ms["cross entropy"] = 4 * t * m.vocabulary * 4 / job.rates.cross_entropy * 1e3
     own = (m.parameters if m.trained is None else m.trained) / (job.ep * job.efsdp)
-    ms["AdamW"] = (14 if job.bf16_weights else 28) * own / MEASURED["AdamW, bytes/s"] * 1e3
+    ms["AdamW"] = (14 if job.bf16_weights else 28) * own / job.rates.adamw * 1e3
     # fp32 weights to bf16, in forward and again in backward, of the experts that a rank computes with
     cast_bytes = 0 if job.bf16_weights else 6
-    ms["expert casts"] = 2 * cast_bytes * m.routed / job.ep / MEASURED["elementwise, bytes/s"] * 1e3
+    ms["expert casts"] = 2 * cast_bytes * m.routed / job.ep / job.rates.casts * 1e3
     ms["exchange"] = exchange_ms(job)
     ms["dense FSDP"] = fsdp_ms(job, m.dense + m.embeddings, job.ep * job.efsdp, stride=1)
     ms["expert FSDP"] = fsdp_ms(job, m.routed / job.ep, job.efsdp, stride=job.ep, each=job.expert_bytes)

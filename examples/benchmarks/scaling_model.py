@@ -2,17 +2,16 @@
 
     python examples/benchmarks/scaling_model.py
 
-Nothing is measured here. accel_moe/planning/step.py holds the model and its rates. The first five rows of the table
+Nothing is measured here. accel_moe/planning/step.py holds the model and its rates. The first nine rows of the table
 were run, and check the model. A column of its own applies the factor between the first row and the model to the other
-rows. The GPU bounds the first, the second and the fifth row. The host bounds the third and the fourth, which check
-`HOST_MS_PER_LAYER`.
+rows. Rows without a card are of H100s.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from accel_moe.planning.step import Job, Model, host_ms, step_ms, terms_ms
+from accel_moe.planning.step import H200, Job, Model, host_ms, step_ms, terms_ms
 
 HIDDEN, VOCABULARY, HEADS, KV_HEADS, HEAD_DIM, EXPERTS, TOP_K, INTERMEDIATE = 2048, 151936, 32, 4, 128, 128, 8, 768
 
@@ -45,11 +44,18 @@ def qwen3(layers: int) -> Model:
 
 SIX, SIXTEEN, WHOLE = qwen3(6), qwen3(16), qwen3(48)
 ROWS = [
-    Row("6 layers, 2 GPUs, ep 2", Job(SIX, ep=2), measured_ms=173),
-    Row("6 layers, 2 GPUs, ep 2, compiled", Job(SIX, ep=2, compiled=True), measured_ms=139),
-    Row("16 layers, 4 GPUs, ep 4, 4096 tokens", Job(SIXTEEN, ep=4, tokens=4096), measured_ms=305),
-    Row("48 layers, 4 GPUs, ep 4, bf16 weights", Job(WHOLE, ep=4, bf16_weights=True), measured_ms=1081),
-    Row("the same, compiled", Job(WHOLE, ep=4, bf16_weights=True, compiled=True), measured_ms=607),
+    Row("6 layers, 2 GPUs, ep 2, H200", Job(SIX, ep=2, rates=H200), measured_ms=150),
+    Row("6 layers, 2 GPUs, ep 2, H200, compiled", Job(SIX, ep=2, compiled=True, rates=H200), measured_ms=123),
+    Row("the same, 2048 tokens", Job(SIX, ep=2, tokens=2048, length=2048, rates=H200), measured_ms=67),
+    Row("the same, 2048 tokens, compiled",
+        Job(SIX, ep=2, tokens=2048, length=2048, compiled=True, rates=H200), measured_ms=65),
+    Row("6 layers, 2 GPUs, ep 2, H100", Job(SIX, ep=2), measured_ms=172),
+    Row("6 layers, 2 GPUs, ep 2, H100, compiled (older)", Job(SIX, ep=2, compiled=True), measured_ms=139),
+    Row("16 layers, 4 GPUs, ep 4, 4096 tokens, H100 (older)", Job(SIXTEEN, ep=4, tokens=4096), measured_ms=305),
+    Row("48 layers, 4 GPUs, ep 4, bf16 weights, H200 (older)",
+        Job(WHOLE, ep=4, bf16_weights=True, rates=H200), measured_ms=1081),
+    Row("the same, compiled (older)",
+        Job(WHOLE, ep=4, bf16_weights=True, compiled=True, rates=H200), measured_ms=607),
     Row("8 GPUs, ep 8, bf16 weights, compiled", Job(WHOLE, ep=8, bf16_weights=True, compiled=True)),
     Row("8 GPUs, ep 8", Job(WHOLE, ep=8, checkpointing=True)),
     Row("8 GPUs, ep 4 x efsdp 2", Job(WHOLE, ep=4, efsdp=2, checkpointing=True)),

@@ -1,4 +1,4 @@
-"""Casts that are made before a layer asks for them change no bit, and serve no weight that has changed since.
+"""Casts that are made before a layer asks for them change no bit, and outlive no forward and no backward.
 
 Weights are stored in fp64 here and computed with in fp32, for Triton's interpreter has no bf16.
 """
@@ -55,12 +55,13 @@ def train(case: Case, ahead: bool, between: str = "") -> tuple[dict, list[int]]:
         optimizer.step()
         optimizer.zero_grad()
     Casts.prepare_aside, Casts.take = aside, take
-    assert early_casts._ahead is None  # after the last layer comes none
+    assert early_casts._ahead is None  # none outlives its forward
     return {clean(n): whole(p.detach()) for n, p in model.named_parameters()}, counted[1:]
 
 
 def break_off(model, batch, layer) -> None:
     """After the first layer has made the casts of the second. Then the weights change."""
+    from accel_moe.experts import early_casts
 
     def refuse(*_):
         raise InterruptedError
@@ -69,6 +70,7 @@ def break_off(model, batch, layer) -> None:
     with pytest.raises(InterruptedError), torch.no_grad():
         model(input_ids=batch)
     hook.remove()
+    assert early_casts._ahead is None
     with torch.no_grad():
         for parameter in layer.parameters():
             parameter.mul_(1.5)

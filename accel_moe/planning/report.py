@@ -186,7 +186,8 @@ def _legend(traced: Traced) -> list[str]:
         "2x, worst this rank gets twice an even share in every layer; every token of its ep group.",
         f"fits      {meshes.SET_ASIDE_BYTES / GIB:g} GiB are set aside for CUDA and NCCL. yes: a tenth of the rest is "
         "free. tight: less, or not at 2x.",
-        "ms/step   an estimate by the rates of H100s (H200s above 100 GiB) with Qwen3-30B-A3B, NVLink and 400 Gb/s InfiniBand, even routing. "
+        "ms/step   an estimate by the rates of H100s (H200s above 100 GiB) with Qwen3-30B-A3B, NVLink and 400 Gb/s "
+        "InfiniBand, even routing. "
         "Other GPUs and other models are not known. Unpacking quantised weights is not counted.",
         "not known fragmentation; outputs that a script keeps; optimizers other than fused AdamW; gradient "
         "accumulation, which keeps gradients during the loss; losses other than transformers' own; fused kernels of "

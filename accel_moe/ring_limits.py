@@ -32,15 +32,15 @@ def why_no_ring(model: nn.Module) -> str | None:
     name = type(model).__name__
     if not getattr(model, "_supports_sdpa", True):
         return f"{name} has no sdpa attention, and torch's ring takes the place of sdpa only. So {OFF}."
-    if not any(n.endswith("self_attn") and not isinstance(m, nn.ModuleList) for n, m in model.named_modules()):
-        return (
-            f"{name} has no attention module named self_attn. By that name accelerate finds attention, to leave out "
-            f"its mask. So {OFF}."
-        )
     if kinds := _not_full(config):
         return (
             f"{name} has layers of {', '.join(kinds)}, and torch's ring has full causal attention only. Use a model "
             f"with full attention, or {OFF}."
+        )
+    if not any(n.endswith("self_attn") and not isinstance(m, nn.ModuleList) for n, m in model.named_modules()):
+        return (
+            f"{name} has no attention module named self_attn. By that name accelerate finds attention, to leave out "
+            f"its mask. So {OFF}."
         )
     if found := sorted(_rope_types(config) & set(BY_LENGTH)):
         return (
@@ -124,7 +124,7 @@ def check_batch(batch: Mapping[str, Any], size: int) -> None:
     if positions is not None and not hasattr(positions, COUNTED):
         leaps = positions.diff(dim=-1) != 1
         if bool((leaps if mask is None else leaps & (mask[:, 1:] != 0)).any()):
-            _refuse_packed(size)
+            refuse_packed(size)
     setattr(batch["input_ids"], CHECKED, True)
 
 
@@ -136,7 +136,8 @@ def check_length(length: int, size: int) -> None:
         )
 
 
-def _refuse_packed(size: int) -> None:
+def refuse_packed(size: int) -> None:
+    """Raises ValueError: rows hold several sequences."""
     raise ValueError(
         f"position_ids start again, or leap, inside a sequence, as those of packed sequences do. Ring attention over "
         f"cp_size={size} would attend from one sequence to the other. Give one text per row (without packing or "
@@ -154,7 +155,7 @@ def check_buffers(buffers: Sequence[Tensor], size: int) -> None:
     steps = [buffer.diff(dim=1) == 1 for buffer in whole]
     packed = [(buffer[:, 0] == 0).all() & (on.double().mean() > 0.5) & ~on.all() for buffer, on in zip(whole, steps)]
     if bool(torch.stack(packed).any()):
-        _refuse_packed(size)
+        refuse_packed(size)
 
 
 # ---- Calls

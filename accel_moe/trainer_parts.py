@@ -14,7 +14,7 @@ from torch import Tensor
 
 from accel_moe.long_context import cp_size
 from accel_moe.patching import TRAINER, patch
-from accel_moe.ring_limits import OFF, check_batch, check_names
+from accel_moe.ring_limits import OFF, check_batch, check_names, refuse_packed
 
 
 @patch(
@@ -26,6 +26,8 @@ from accel_moe.ring_limits import OFF, check_batch, check_names
 def _prepare_context_parallel_inputs(original, self, model, inputs):
     if (size := cp_size(self.accelerator)) > 1:
         _check_loss(self, size)
+        if "cu_seq_lens_q" in inputs:  # a collator says so where it has flattened a batch
+            refuse_packed(size)
         check_names(inputs, type(self).__name__)
         if isinstance(inputs.get("input_ids"), Tensor):
             check_batch(inputs, size)

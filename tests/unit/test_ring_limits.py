@@ -85,6 +85,7 @@ def whole_batch(**more):
     [
         (whole_batch(completion_mask=torch.ones(1, 8)), "Trainer got a batch with completion_mask"),
         (whole_batch(pixel_values=[torch.ones(1)]), "Trainer got a batch with pixel_values"),
+        (whole_batch(cu_seq_lens_q=torch.ones(3)), "as those of packed sequences do"),
         ([whole_batch()], "Trainer got a batch of type list"),
     ],
 )

@@ -116,7 +116,7 @@ def _arguments(batch: Mapping[str, Tensor], device: torch.device, size: int) -> 
     check_names(batch, "context_parallel()")
     if "input_ids" not in batch or not {"labels", "shift_labels"} & set(batch):
         raise ValueError(f"context_parallel() needs input_ids and labels, and got {', '.join(sorted(batch))}.")
-    part = {name: tensor.to(device, copy=True) for name, tensor in batch.items() if isinstance(tensor, Tensor)}
+    part = {name: tensor.to(device, copy=True) for name, tensor in batch.items() if tensor is not None}
     labels = part.pop("labels", None)
     if labels is not None and "shift_labels" not in part:
         part["shift_labels"] = nn.functional.pad(labels, (0, 1), value=IGNORED)[:, 1:].contiguous()

@@ -92,15 +92,16 @@ def check_model(model: nn.Module, size: int) -> None:
 # ---- Batches
 
 
-def check_names(batch: Any, who: str) -> None:
-    """Raises ValueError: `batch`, which `who` got, is no mapping, or holds more than numbers beside ARGUMENTS."""
+def check_names(batch: Any, who: str, settings: tuple[type, ...] = ()) -> None:
+    """Raises ValueError: `batch`, which `who` got, is no mapping, or has names beside ARGUMENTS, except for values of
+    the types `settings`."""
     if not isinstance(batch, Mapping):
         raise ValueError(
             f"{who} got a batch of type {type(batch).__name__}, and splits a mapping with {', '.join(ARGUMENTS)} only. "
             f"Give such a batch, or {OFF}."
         )
-    settings = {name for name, value in batch.items() if value is None or isinstance(value, (bool, int, float, str))}
-    if unknown := sorted(set(batch) - set(ARGUMENTS) - settings):
+    named = {name for name, value in batch.items() if not isinstance(value, settings)}
+    if unknown := sorted(named - set(ARGUMENTS)):
         raise ValueError(
             f"{who} got a batch with {', '.join(unknown)}, and splits only {', '.join(ARGUMENTS)}. Leave "
             f"the others out of the batch, or {OFF}."

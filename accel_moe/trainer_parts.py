@@ -16,6 +16,9 @@ from accel_moe.long_context import cp_size
 from accel_moe.patching import TRAINER, patch
 from accel_moe.ring_limits import OFF, check_batch, check_names, refuse_packed
 
+SETTINGS = (bool, int, float, str, type(None))
+"""The types of a model's arguments, such as use_cache, that Trainer hands on with a batch."""
+
 
 @patch(
     "transformers.Trainer._prepare_context_parallel_inputs",
@@ -28,7 +31,7 @@ def _prepare_context_parallel_inputs(original, self, model, inputs):
         _check_loss(self, size)
         if "cu_seq_lens_q" in inputs:  # a collator says so where it has flattened a batch
             refuse_packed(size)
-        check_names(inputs, type(self).__name__)
+        check_names(inputs, type(self).__name__, SETTINGS)
         if isinstance(inputs.get("input_ids"), Tensor):
             check_batch(inputs, size)
     return original(self, model, inputs)
@@ -85,7 +88,12 @@ def _mean_over_cp(accelerator: Any, loss: Tensor) -> Tensor:
 def evaluation_loop(
     original, self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
 ):
-    if cp_size(self.accelerator) > 1:  # the loop puts its own back at the end
+    if (size := cp_size(self.accelerator)) > 1:  # the loop puts its own back at the end
+        if self.args.eval_use_gather_object:
+            raise ValueError(
+                f"eval_use_gather_object=True is not supported with cp_size={size}: objects of ranks that share a "
+                f"batch would count several times. Leave it out, or {OFF}."
+            )
         self.gather_function = functools.partial(_gather_one_of_each, self.accelerator)
     return original(self, dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
 

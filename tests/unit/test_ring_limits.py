@@ -113,6 +113,21 @@ def test_trainer_refuses_metrics_of_parts(trainer):
         trainer.prediction_step(torch.nn.Linear(1, 1), whole_batch(), False)
 
 
+def test_trainer_refuses_to_gather_objects_of_ranks_that_share_a_batch(trainer):
+    trainer.args.eval_use_gather_object = True
+    with pytest.raises(ValueError, match="eval_use_gather_object=True is not supported with cp_size=2"):
+        trainer.evaluation_loop([], "Evaluation")
+
+
+def test_a_loop_of_its_own_divides_by_a_count_in_fp32_and_takes_no_settings():
+    """A count in double would turn the loss into double."""
+    alone = SimpleNamespace(parallelism_config=None, device=torch.device("cpu"), reduce=lambda tensor, how: tensor)
+    with long_context.context_parallel(alone, whole_batch()) as part:
+        assert part["num_items_in_batch"].dtype == torch.float32
+    with pytest.raises(ValueError, match="a batch with use_cache"):
+        long_context.context_parallel(alone, whole_batch(use_cache=False)).__enter__()
+
+
 # ---- Calls
 
 

@@ -22,6 +22,7 @@ from accel_moe import (
     recompute,
     shard,
     supported,
+    trainer_parts,
     whereabouts,
 )
 from accel_moe.checkpoint import background, for_accelerate, for_trainer
@@ -33,7 +34,7 @@ from accel_moe.weights import adapters_on_meta, plan
 logger = logging.getLogger("accel_moe")
 
 TABLE = (
-    *patches_of(in_accelerator, dtype_units, shard, recompute, positions, whereabouts, long_context),
+    *patches_of(in_accelerator, dtype_units, shard, recompute, positions, whereabouts, long_context, trainer_parts),
     *patches_of(for_accelerate, background, for_trainer, callback),
 )
 PEFT_TABLE = patches_of(adapters)

@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
 
-from accel_moe import long_context, mesh, positions, ranks, recompute, shard, whereabouts
+from accel_moe import long_context, mesh, positions, ranks, recompute, ring_limits, shard, whereabouts
 from accel_moe.agreement import compare_ranks
 from accel_moe.experts import early_casts, forwards
 from accel_moe.experts.adapters import adopt_adapters, patch_peft
@@ -49,7 +49,7 @@ def prepare(original, self, *args, device_placement=None):
         if isinstance(model, nn.Module) and (state := prepared_state(model)) is not None:
             compare_ranks(model, state)
             if (size := long_context.cp_size(self)) > 1:
-                long_context.check_model(model, size)
+                ring_limits.check_model(model, size)
             look = partial(forwards.take_back, model)
             ranks.run_or_raise_everywhere("accelerator.prepare", look, ValueError, over=dist.group.WORLD)
             if state.config.moe_ep_degree > 1:
@@ -70,6 +70,10 @@ def prepare(original, self, *args, device_placement=None):
 def fsdp2_prepare_model(original, accelerator, model):
     state = prepared_state(model)
     with _values_from_files(accelerator, model):
+        if state is not None and long_context.cp_size(accelerator) > 1:
+            long_context.watch(model)
+            if state.config.moe_ep_degree == 1:  # else _shard does
+                positions.trust_own_positions(model)
         if state is None or state.config.moe_ep_degree == 1 or state.mesh_plan is not None:
             model = original(accelerator, model)
         else:
@@ -277,8 +281,6 @@ def _shard(accelerator, model: nn.Module, state: PreparedState) -> list[nn.Modul
         recompute.keep_exchanges(model)
     positions.trust_own_positions(model)
     early_casts.within_forwards_of(model)
-    if plan.cp > 1:
-        long_context.watch(model)
     settings = shard.FsdpSettings(
         mp_policy=plugin.mixed_precision_policy or MixedPrecisionPolicy(),
         offload_policy=plugin.cpu_offload,

@@ -3,10 +3,11 @@
 accelerate splits a batch's sequences and replaces the attention by torch's ring attention, inside of
 `Accelerator.maybe_context_parallel`. Experts see tokens and no sequences, so they need nothing of it. Around it stands:
 
-    before the split    check_batch: lengths, padding and packed sequences that the ring cannot take
+    before the split    ring_limits.py: models, lengths, padding and packed sequences that the ring cannot take
     the split           maybe_context_parallel: cp ranks must hold the same batch; on the CPU another attention
     the model           positions are given, not counted from 0 on each rank; one load-balancing loss for all parts
     the loss            context_parallel: labels are shifted before the split, and every token counts alike
+    Trainer             trainer_parts.py
 
 torch gives rank r of cp the chunks r and 2 cp - 1 - r of 2 cp equal chunks, so that causal attention is equal work for
 all. Parts are therefore no prefix and no contiguous run of a sequence.
@@ -29,11 +30,11 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from accel_moe import cpu_attention, patching
-from accel_moe.patching import ACCELERATE, TRAINER, TRANSFORMERS, Patch, patch
+from accel_moe.patching import ACCELERATE, TRANSFORMERS, Patch, patch
+from accel_moe.ring_limits import COUNTED, check_batch, check_buffers, check_call, check_length, check_names
 
 IGNORED = -100
 """The label of a token that the loss leaves out."""
-ARGUMENTS = ("input_ids", "labels", "shift_labels", "position_ids", "attention_mask")
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,10 @@ _running: Split | None = None
 """Not by thread: backward runs checkpointed forwards again in autograd's threads."""
 _sdpa: Callable[..., Tensor] | None = None
 """The attention of the context that is open now."""
+OUTSIDE = (
+    "Backward runs outside of context_parallel(), where attention is each rank's own. Call accelerator.backward(loss) "
+    "inside of the with block."
+)
 FUSED = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
 """The kernels of sdpa that torch's ring has a form of."""
 _compared: weakref.WeakSet[Any] = weakref.WeakSet()
@@ -78,7 +83,7 @@ def context_parallel(
             loss = model(**part, use_cache=False).loss
             accelerator.backward(loss)
 
-    Backward belongs inside: activation checkpointing runs the attention again there. The mean of the loss over all
+    Backward belongs inside: the ring of the attention's backward is torch's only there. The mean of the loss over all
     ranks, and all gradients, are then those of one process on the whole batch: every label counts alike. Without
     context parallelism (cp_size 1) nothing is split, and the loss is normalised in the same way. A collective.
 
@@ -91,6 +96,7 @@ def context_parallel(
 
     Raises:
         ValueError: the batch cannot be split; on every rank that shares it, before any collective.
+        RuntimeError: backward runs outside.
     """
     size = cp_size(accelerator)
     part = _arguments(batch, accelerator.device, size)
@@ -99,7 +105,7 @@ def context_parallel(
     split = accelerator.maybe_context_parallel(buffers, [1] * len(buffers), set(buffers)) if size > 1 else nullcontext()
     with split:
         if num_items_in_batch is None:
-            count = (part["shift_labels"] != IGNORED).sum().double()
+            count = (part["shift_labels"] != IGNORED).sum().float()  # and not double, which the loss would become
             num_items_in_batch = accelerator.reduce(count, "mean")
         # the model asks for labels to return a loss; its loss uses shift_labels
         yield {**part, "labels": part["shift_labels"], "num_items_in_batch": num_items_in_batch}  # pyright: ignore
@@ -107,11 +113,7 @@ def context_parallel(
 
 def _arguments(batch: Mapping[str, Tensor], device: torch.device, size: int) -> dict[str, Tensor]:
     """Copies, for the split is in place: labels are shifted, positions counted, a mask without zeros is dropped."""
-    if unknown := sorted(set(batch) - set(ARGUMENTS)):
-        raise ValueError(
-            f"context_parallel() got a batch with {', '.join(unknown)}, and splits only {', '.join(ARGUMENTS)}. Leave "
-            "the others out of the batch."
-        )
+    check_names(batch, "context_parallel()")
     if "input_ids" not in batch or not {"labels", "shift_labels"} & set(batch):
         raise ValueError(f"context_parallel() needs input_ids and labels, and got {', '.join(sorted(batch))}.")
     part = {name: tensor.to(device, copy=True) for name, tensor in batch.items() if tensor is not None}
@@ -121,78 +123,10 @@ def _arguments(batch: Mapping[str, Tensor], device: torch.device, size: int) -> 
     ids = part["input_ids"]
     if size > 1 and "position_ids" not in part:  # else the model counts them itself
         part["position_ids"] = torch.arange(ids.shape[1], device=device).repeat(ids.shape[0], 1)
-        part["position_ids"]._accel_moe_counted = True  # pyright: ignore[reportAttributeAccessIssue]
+        setattr(part["position_ids"], COUNTED, True)
     if "attention_mask" in part and bool((part["attention_mask"] == 1).all()):
         del part["attention_mask"]
     return part
-
-
-# ---- Checks
-
-
-def check_model(model: nn.Module, size: int) -> None:
-    """Raises ValueError: attention of `model` would not run over cp ranks. (accelerate refuses attention that is not
-    causal over the whole sequence: sliding windows, chunks, linear attention.)"""
-    config: Any = getattr(model, "config", None)
-    config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    found = getattr(config, "_attn_implementation", "sdpa")
-    if found != "sdpa":
-        raise ValueError(
-            f"parallelism_config_cp_size={size} needs attn_implementation='sdpa', and {type(model).__name__} has "
-            f"{found!r}: torch's ring attention takes the place of sdpa only, and each rank would attend to its own "
-            "part. Load the model with attn_implementation='sdpa', or set parallelism_config_cp_size: 1."
-        )
-    if not any(name.endswith("self_attn") for name, _ in model.named_modules()):
-        raise ValueError(
-            f"parallelism_config_cp_size={size}: {type(model).__name__} has no module named self_attn. By that name "
-            "accelerate finds attention, to leave out its mask. Set parallelism_config_cp_size: 1."
-        )
-
-
-def check_batch(batch: Mapping[str, Any], size: int) -> None:
-    """Raises ValueError: ring attention cannot take these sequences. Asks the GPU if there are positions or a mask."""
-    if size == 1:
-        return
-    check_length(batch["input_ids"].shape[1], size)
-    positions, mask = batch.get("position_ids"), batch.get("attention_mask")
-    counted = positions is None or hasattr(positions, "_accel_moe_counted")
-    if not counted and bool((positions.diff(dim=-1) != 1).any()):
-        _refuse_packed(size)
-    if mask is not None and (mask.dim() != 2 or bool((mask.long().diff(dim=-1) > 0).any())):
-        raise ValueError(
-            f"The attention_mask {list(mask.shape)} has padding before a token, or more than one number for a token. "
-            f"Ring attention over cp_size={size} is causal over the whole sequence, without a mask. Pad on the right "
-            "(padding_side='right'), or set parallelism_config_cp_size: 1."
-        )
-
-
-def check_length(length: int, size: int) -> None:
-    if length % (2 * size) or not length:
-        raise ValueError(
-            f"Sequences of {length} tokens cannot be split over cp_size={size}: the length must be a multiple of 2 x "
-            f"cp_size = {2 * size}. Pad or cut them (pad_to_multiple_of={2 * size} in the collator)."
-        )
-
-
-def _refuse_packed(size: int) -> None:
-    raise ValueError(
-        f"position_ids start again, or leap, inside a sequence, as those of packed sequences do. Ring attention over "
-        f"cp_size={size} would attend from one sequence to the other. Give one text per row (without packing or "
-        "padding_free), or set parallelism_config_cp_size: 1."
-    )
-
-
-def _check_buffers(buffers: Sequence[Tensor], size: int) -> None:
-    """The same for tensors without a name: one that starts at 0 and mostly counts on by 1 holds positions.
-
-    Asks the GPU, unless context_parallel() counted the positions."""
-    whole = [b for b in buffers if b.dim() == 2 and not b.is_floating_point() and b.shape[1] > 1]
-    if not whole or any(hasattr(buffer, "_accel_moe_counted") for buffer in buffers):
-        return
-    steps = [buffer.diff(dim=1) == 1 for buffer in whole]
-    packed = [(buffer[:, 0] == 0).all() & (on.double().mean() > 0.5) & ~on.all() for buffer, on in zip(whole, steps)]
-    if bool(torch.stack(packed).any()):
-        _refuse_packed(size)
 
 
 def check_positions_given(arguments: Mapping[str, Any]) -> None:
@@ -226,7 +160,7 @@ def maybe_context_parallel(original, self, buffers=None, buffer_seq_dims=None, n
             "one length. Give input_ids, shift_labels and position_ids [B, L]."
         )
     check_length(lengths.pop(), size)
-    _check_buffers(buffers, size)
+    check_buffers(buffers, size)
     mesh = self.torch_device_mesh["cp"]
     split = Split(mesh.get_group(), size, mesh.get_local_rank())
     _compare(self, buffers[0], split)
@@ -255,10 +189,20 @@ def _attention_of(split: Split, device: torch.device) -> Iterator[None]:
 
 
 @torch.compiler.disable
-def _attention(*args: Any, **options: Any) -> Tensor:
+def _attention(query: Tensor, key: Tensor, value: Tensor, *args: Any, **options: Any) -> Tensor:
     """One object for all steps: torch makes a function for each context, and torch.compile would compile anew."""
     assert _sdpa is not None
-    return _sdpa(*args, **options)
+    check_call(query, value, options.get("dropout_p", 0.0), query.is_cuda)
+    out = _sdpa(query, key, value, *args, **options)
+    if out.requires_grad:
+        out.register_hook(_still_split)
+    return out
+
+
+def _still_split(gradient: Tensor) -> None:
+    """Outside, torch has taken its ring away: backward would be that of each rank's own part, without a word."""
+    if _running is None:
+        raise RuntimeError(OUTSIDE)
 
 
 @contextmanager
@@ -275,7 +219,6 @@ def _compare(accelerator: Any, buffer: Tensor, split: Split) -> None:
     """Once for an Accelerator: the ranks of cp hold the same batch. A collective over cp."""
     if accelerator in _compared:
         return
-    _compared.add(accelerator)
     flat = buffer.flatten().to(accelerator.device, torch.double)
     weights = torch.arange(1, len(flat) + 1, device=flat.device, dtype=torch.double)
     own = torch.stack([flat @ weights, weights[-1]])
@@ -284,29 +227,38 @@ def _compare(accelerator: Any, buffer: Tensor, split: Split) -> None:
     if bool((sums != sums[0]).any()):
         raise ValueError(
             f"The {split.size} ranks of cp hold different batches, and are to share one. Pass the DataLoader through "
-            "accelerator.prepare(), or seed a loader of your own by process_index // cp_size."
+            "accelerator.prepare(), or seed a loader of your own by process_index // cp_size. For an IterableDataset "
+            "set dispatch_batches=False (DataLoaderConfiguration, or accelerator_config in TrainingArguments): "
+            "accelerate's dispatcher gives each rank another batch."
         )
-
-
-@patch(
-    "transformers.Trainer._prepare_context_parallel_inputs",
-    why="Packed sequences and padding on the left train on wrong attention without a word: accelerate leaves out the "
-    "mask that would part them.",
-    tested=TRAINER,
-)
-def _prepare_context_parallel_inputs(original, self, model, inputs):
-    size = cp_size(self.accelerator)
-    if size > 1 and isinstance(inputs.get("input_ids"), Tensor):
-        check_batch(inputs, size)
-    return original(self, model, inputs)
+    _compared.add(accelerator)
 
 
 # ---- The model
 
 
+@patch(
+    "accelerate.accelerator._attach_context_parallel_hooks",
+    why="Its hooks drop the attention mask of every forward, also where no sequence is split: generate() with padding "
+    "on the left, and packed or padded rows in evaluation, then attend to all before them, without a word.",
+    tested=ACCELERATE,
+)
+def _attach_context_parallel_hooks(original, model):
+    original(model)
+    for name, module in model.named_modules():
+        if name.endswith("self_attn"):
+            hooks = module._forward_pre_hooks
+            first = next(iter(hooks))  # accelerate's, which goes before all others
+            hooks[first] = functools.partial(_while_split, hooks[first])
+
+
+def _while_split(hook: Callable[..., Any], module: nn.Module, args: Any, named: dict[str, Any]) -> Any:
+    return hook(module, args, named) if _running is not None else None
+
+
 def watch(model: nn.Module) -> None:
     """From now on, a checkpointed attention that backward runs again outside of the split raises; and the
-    load-balancing loss is one for whole sequences."""
+    load-balancing loss is one for whole sequences, also that of TRL's SFT, which takes Mixtral's for every family."""
     for name, module in model.named_modules():
         if name.endswith("self_attn"):
             module.register_forward_pre_hook(_same_attention_again)
@@ -316,6 +268,7 @@ def watch(model: nn.Module) -> None:
         for kind in type(module).__mro__
         if hasattr(sys.modules.get(kind.__module__), "load_balancing_loss_func")
     }
+    targets.add("transformers.models.mixtral.modeling_mixtral.load_balancing_loss_func")
     for target in targets:
         BALANCING.setdefault(target, Patch(target, load_balancing_loss_func, BALANCING_WHY, TRANSFORMERS))
     patching.install(BALANCING[target] for target in sorted(targets))
@@ -327,10 +280,7 @@ def _same_attention_again(module: nn.Module, args: Any) -> None:
     if torch._C._current_graph_task_id() == -1:  # a forward, and not one that backward runs again
         module._accel_moe_split = _running is not None  # pyright: ignore[reportArgumentType]
     elif _running is None and getattr(module, "_accel_moe_split", False):
-        raise RuntimeError(
-            "Backward runs a checkpointed forward again outside of context_parallel(), where attention is each rank's "
-            "own. Call accelerator.backward(loss) inside of the with block."
-        )
+        raise RuntimeError(OUTSIDE)
 
 
 BALANCING: dict[str, Patch] = {}

@@ -122,10 +122,13 @@ def _wrong_tokens(args: argparse.Namespace) -> str | None:
 def _plan(args: argparse.Namespace, command: list[str]) -> int:
     """Open, count, lay out, report; write if asked."""
     from accel_moe.planning import meshes, report, shapes, trace
+    from accel_moe.ring_limits import why_no_ring
 
     if args.write is not None and args.write.exists():
         raise ValueError(f"{args.write} exists already. Give the name of a new file, or remove it.")
     model = shapes.open_model(args.model)
+    if args.cp > 1 and (why := why_no_ring(model)) is not None:
+        raise ValueError(f"--cp {args.cp}: {why}")
     legal, limited = meshes.legal_meshes(model, args.gpus, args.cp)
     sizes = shapes.shapes_of(model)
     traced = trace.saved_outside_experts(model, sizes, args.sequences, args.seq_len // args.cp, args.lora)

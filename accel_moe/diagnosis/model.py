@@ -21,6 +21,7 @@ from accel_moe.diagnosis.launch import last_line, run_ranks
 from accel_moe.diagnosis.report import Line, failed, judged, one_line, passed, skipped
 from accel_moe.errors import first_few
 from accel_moe.experts import recognise
+from accel_moe.ring_limits import why_no_ring
 
 TIMEOUT_S = 150
 BYTES_PER_PARAMETER = 12
@@ -34,11 +35,13 @@ class Model:
 
     Attributes:
         layers: its experts modules, on the meta device.
+        no_ring: why context parallelism refuses it, or None.
     """
 
     config: Any
     layers: dict[str, torch.nn.Module]
     parameters: int
+    no_ring: str | None = None
 
     @property
     def checkpoint_bytes(self) -> int:
@@ -71,7 +74,8 @@ def read(name: str) -> Model:
         ) from error
     with torch.device("meta"):
         model = shrink.build(shrink.class_with_experts(config), config)
-    return Model(config, recognise.find_experts(model), sum(p.numel() for p in model.parameters()))
+    parameters = sum(p.numel() for p in model.parameters())
+    return Model(config, recognise.find_experts(model), parameters, why_no_ring(model))
 
 
 def lines(model: Model, settings: user.Settings) -> Iterator[Line]:
@@ -98,12 +102,14 @@ def lines(model: Model, settings: user.Settings) -> Iterator[Line]:
 
 
 def refused(model: Model, settings: user.Settings) -> str | None:
-    """Why `prepare` would refuse the model under these settings, or None."""
+    """Why `prepare` or `accelerator.prepare` would refuse the model under these settings, or None."""
     kernel = settings.options.moe_kernel
     for name, module in model.layers.items():
         asked = "grouped_mm" if kernel == "auto" else kernel
         if why := recognise.refusal(module, kernel=asked, ep_degree=settings.options.moe_ep_degree):
             return f"{name} of {model.config.model_type}: {why}"
+    if settings.plan.cp > 1 and model.no_ring is not None:
+        return f"parallelism_config_cp_size={settings.plan.cp}: {model.no_ring}"
     return None
 
 

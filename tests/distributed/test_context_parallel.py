@@ -6,6 +6,7 @@ same cp.
 """
 
 import functools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ import torch
 from tests.adapters import EXPERTS, randomised
 from tests.distributed.parity import Case, clean, whole
 from tests.distributed.test_parity import check, run_case
-from tests.distributed.trainer_parity import train_with_trainer
+from tests.distributed.trainer_parity import evaluate_in_one_process, evaluate_with_trainer, train_with_trainer
 from tests.ranks import run_ranks
 from tests.tiny import batches, decoder_layer_names, tiny_model
 
@@ -43,6 +44,19 @@ def test_training_equals_one_process_on_whole_sequences(case):
 def test_training_with_trainer_equals_one_process_on_whole_sequences():
     case = Case(2, 2, cp=2, lengths=LENGTHS, masked=True)
     check(run_case(case, train_with_trainer), case)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="Trainer and the oracle are compared on one kind of device")
+@pytest.mark.parametrize("world", [2, slow(4)])
+def test_evaluation_with_trainer_equals_that_of_whole_sequences(world):
+    """The last batch has one row. accelerate fills it up where several batches are read at a time, also without cp:
+    four ranks are compared with two that share no sequence."""
+    case = Case(world, 2, cp=2, lengths=LENGTHS, masked=True)
+    without = replace(case, world=2, cp=1)
+    loss, tokens = evaluate_in_one_process(case) if world == 2 else run_ranks(evaluate_with_trainer, 2, without)[0]
+    for found, counts in run_ranks(evaluate_with_trainer, world, case):
+        assert abs(found - loss) <= 1e-5  # of a loss near 4.5, in fp32
+        assert counts.keys() == tokens.keys() and all(torch.equal(counts[name], tokens[name]) for name in tokens)
 
 
 def adapter_on_rank(cp: int, scheme: str) -> dict[str, torch.Tensor]:

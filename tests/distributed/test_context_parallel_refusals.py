@@ -1,5 +1,8 @@
 """Batches that context parallelism cannot take: said on every rank that shares them, before a collective can hang."""
 
+from dataclasses import replace
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -62,27 +65,30 @@ def buffers_by_hand() -> list[str]:
         with accelerator.maybe_context_parallel(buffers, [1] * len(buffers), set(buffers)):
             model(**whole)
 
+    def of_ep_1():  # its forward is guarded, too
+        nonlocal model
+        _, model, _ = prepared(replace(CASE, ep=1))
+        split(position_ids=False)
+
     def uneven():
         with accelerator.maybe_context_parallel([ids(), ids(12)], [1, 1]):
             pass
 
-    messages = [message_of(lambda: split(rank=accelerator.process_index)), message_of(uneven)]
-    return [*messages, message_of(lambda: split(position_ids=False)), message_of(lambda: split(packs=True))]
+    differ = [message_of(lambda: split(rank=accelerator.process_index)) for _ in range(2)]
+    mine = [message_of(lambda: split(position_ids=False)), message_of(lambda: split(packs=True))]
+    return [*differ, message_of(uneven), *mine, message_of(of_ep_1)]
 
 
 def test_buffers_that_a_script_splits_itself_are_looked_at_too():
     first, second = run_ranks(buffers_by_hand, 2, timeout_s=60)
     assert first == second
-    for message, words in zip(
-        first, ["hold different batches", "have [8, 12] tokens", "no position_ids under cp_size=2", "start again"]
-    ):
+    said = [*["hold different batches"] * 2, "have [8, 12] tokens", "no position_ids", "start again", "no position_ids"]
+    for message, words in zip(first, said, strict=True):
         assert words in message, message
 
 
-def backward_outside() -> str:
-    from dataclasses import replace
-
-    accelerator, model, _ = prepared(replace(CASE, checkpointing=True))
+def backward_outside(checkpointing: bool) -> str:
+    accelerator, model, _ = prepared(replace(CASE, ep=2 if checkpointing else 1, checkpointing=checkpointing))
     tokens = ids(256 if torch.cuda.is_available() else 8)
     with accel_moe.context_parallel(accelerator, {"input_ids": tokens, "labels": tokens}) as part:
         loss = model(**part).loss
@@ -91,8 +97,9 @@ def backward_outside() -> str:
     return str(caught.value)
 
 
-def test_a_checkpointed_backward_outside_of_the_context_is_refused():
-    for message in run_ranks(backward_outside, 2, timeout_s=60):
+@pytest.mark.parametrize("checkpointing", [True, False])
+def test_a_backward_outside_of_the_context_is_refused(checkpointing):
+    for message in run_ranks(backward_outside, 2, checkpointing, timeout_s=60):
         assert "Call accelerator.backward(loss) inside" in message
 
 
@@ -102,7 +109,8 @@ def trainer_with_packed_rows() -> str:
 
     _, model, _ = prepared(CASE)
     trainer = Trainer.__new__(Trainer)
-    trainer.accelerator = type("A", (), {"parallelism_config": ParallelismConfig(cp_size=2)})()
+    trainer.accelerator = SimpleNamespace(parallelism_config=ParallelismConfig(cp_size=2))
+    trainer.args, trainer.compute_loss_func = SimpleNamespace(label_smoothing_factor=0.0), None
     return message_of(lambda: Trainer._prepare_context_parallel_inputs(trainer, model, packed()))
 
 

@@ -105,6 +105,15 @@ def test_an_ep_degree_that_does_not_divide_the_experts_is_a_cross():
     assert "moe_ep_degree=4 does not divide num_experts=10" in crosses(model.lines(found, in_force))["model"]
 
 
+def test_a_model_without_a_ring_is_a_cross_with_context_parallelism(tmp_path):
+    qwen(use_sliding_window=True, sliding_window=4, max_window_layers=0).save_pretrained(tmp_path)
+    found = model.read(str(tmp_path))
+    of = {cp: settings.Settings(MoEConfig(moe_ep_degree=2), plan_mesh(4, 2, cp=cp), False) for cp in (1, 2)}
+    assert model.refused(found, of[1]) is None
+    told = crosses(model.lines(found, of[2]))["model"]
+    assert "parallelism_config_cp_size=2: Qwen3MoeForCausalLM has layers of sliding_attention" in told
+
+
 def folder_of(tmp_path, kind: str) -> list[str]:
     if kind == "dense":
         transformers.LlamaConfig(num_hidden_layers=2, architectures=["LlamaForCausalLM"]).save_pretrained(tmp_path)

@@ -104,3 +104,41 @@ def train_with_trainer(case: Case) -> Run | None:
         trainer.train()
     weights = {clean(n): whole(p) for n, p in trainer.model.named_parameters()}
     return Run(losses, norms, gradients, weights, {}) if trainer.accelerator.process_index == 0 else None
+
+
+UNEVEN_ROWS = 7
+"""Rows of the dataset that evaluate_with_trainer reads, BATCH at a time: the last batch has one."""
+BATCH = 3
+
+
+def evaluate_with_trainer(case: Case) -> tuple[float, dict[str, torch.Tensor]]:
+    """(eval_loss, tokens_per_expert) of a model that Trainer evaluates untrained."""
+    from transformers import Trainer
+
+    import accel_moe
+    import accel_moe.cpu
+
+    accel_moe.cpu.enable()
+    model = build(case)
+    accel_moe.prepare(model, moe_ep_degree=case.ep, moe_kernel=case.kernel)
+    rows = torch.utils.data.Subset(InOrder(case), range(UNEVEN_ROWS))
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = trainer_arguments(case, folder, model, per_device_eval_batch_size=BATCH)
+        trainer = Trainer(model=model, args=arguments, train_dataset=rows, eval_dataset=rows)
+        trainer.create_optimizer()
+        trainer.model_wrapped = trainer.model = trainer.accelerator.prepare(model, trainer.optimizer)[0]
+        loss = trainer.evaluate()["eval_loss"]
+    return loss, accel_moe.tokens_per_expert(trainer.model)
+
+
+def evaluate_in_one_process(case: Case) -> tuple[float, dict[str, torch.Tensor]]:
+    """The same; Trainer takes the mean over the rows of each batch's mean over its labels."""
+    import accel_moe
+
+    model, data, total = accel_moe.prepare(build(case)).eval(), InOrder(case), 0.0
+    for start in range(0, UNEVEN_ROWS, BATCH):
+        rows = range(start, min(start + BATCH, UNEVEN_ROWS))
+        ids, labels = (torch.stack([data[i][name] for i in rows]) for name in ("input_ids", "labels"))
+        with torch.no_grad():
+            total += model(input_ids=ids, labels=labels).loss.item() * len(rows)
+    return total / UNEVEN_ROWS, accel_moe.tokens_per_expert(model)

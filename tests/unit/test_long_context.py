@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 
-from accel_moe import long_context, patching
+from accel_moe import long_context, patching, ring_limits
 from accel_moe.long_context import Split
 from tests.tiny import tiny_model
 
@@ -44,15 +44,15 @@ def test_the_load_balancing_loss_is_that_of_every_family(monkeypatch):
 
 def test_attention_that_has_no_ring_is_refused():
     with pytest.raises(ValueError, match="needs attn_implementation='sdpa', and Qwen3MoeForCausalLM has 'eager'"):
-        long_context.check_model(tiny_model(), 2)
-    with pytest.raises(ValueError, match="Linear has no module named self_attn"):
-        long_context.check_model(torch.nn.Linear(1, 1), 2)
+        ring_limits.check_model(tiny_model(), 2)
+    with pytest.raises(ValueError, match="cp_size=2: Linear has no attention module named self_attn"):
+        ring_limits.check_model(torch.nn.Linear(1, 1), 2)
 
 
 def test_masks_that_pad_on_the_right_and_counted_positions_pass():
     ids = torch.zeros(2, 8, dtype=torch.long)
     mask, positions = torch.tensor([[1] * 8, [1] * 5 + [0] * 3]), torch.arange(3, 11).repeat(2, 1)
     for given in (mask, mask.bool()):
-        long_context.check_batch({"input_ids": ids, "attention_mask": given, "position_ids": positions}, 4)
+        ring_limits.check_batch({"input_ids": ids, "attention_mask": given, "position_ids": positions}, 4)
     with pytest.raises(ValueError, match="must be a multiple of 2 x cp_size = 6"):
-        long_context.check_batch({"input_ids": ids}, 3)
+        ring_limits.check_batch({"input_ids": ids}, 3)

@@ -388,6 +388,17 @@ def test_a_plan_with_cp_says_so_and_writes_it(tmp_path, capsys):
     assert body["parallelism_config_cp_size"] == 2 and body["parallelism_config_dp_shard_size"] == 2
 
 
+def test_a_model_that_has_no_ring_is_no_plan_with_cp(tmp_path, capsys):
+    model = tiny()
+    model.config.rope_parameters = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+    model.config.save_pretrained(tmp_path)
+    argv = [str(tmp_path), "--gpus", "4", "--seq-len", "64", "--sequences", "1"]
+    assert plan.main([*argv, "--cp", "2"]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("error: --cp 2: ") and "rope_type 'dynamic'" in said and said.count("\n") == 1
+    assert plan.main(argv) == 0
+
+
 @pytest.mark.parametrize(
     "flags, words",
     [

@@ -120,7 +120,7 @@ def check_batch(batch: Mapping[str, Any], size: int) -> None:
         raise ValueError(
             f"The attention_mask {list(mask.shape)} has padding before a token, or more than one number for a token. "
             f"Ring attention over cp_size={size} is causal over the whole sequence, without a mask. Pad on the right "
-            "(padding_side='right'), or set parallelism_config_cp_size: 1."
+            f"(padding_side='right'), or {OFF}."
         )
     if positions is not None and not hasattr(positions, COUNTED):
         leaps = positions.diff(dim=-1) != 1
@@ -142,7 +142,7 @@ def refuse_packed(size: int) -> None:
     raise ValueError(
         f"position_ids start again, or leap, inside a sequence, as those of packed sequences do. Ring attention over "
         f"cp_size={size} would attend from one sequence to the other. Give one text per row (without packing or "
-        "padding_free), or set parallelism_config_cp_size: 1."
+        f"padding_free), or {OFF}."
     )
 
 

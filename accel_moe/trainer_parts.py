@@ -102,8 +102,7 @@ def _gather_one_of_each(accelerator: Any, data: Any) -> Any:
     """gather_for_metrics, of one of the ranks that share a batch. A collective of all ranks."""
     from accelerate.utils.operations import recursively_apply
 
-    parallelism, state = accelerator.parallelism_config, accelerator.gradient_state
-    loaders = (parallelism.dp_replicate_size or 1) * (parallelism.dp_shard_size or 1)
+    state, loaders = accelerator.gradient_state, accelerator.num_processes // cp_size(accelerator)
     rows = state.remainder if state.end_of_dataloader and state.remainder > 0 else None
 
     def first(whole: Tensor) -> Tensor:

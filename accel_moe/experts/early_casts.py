@@ -53,9 +53,8 @@ def started(module: Any, parameters: list[torch.Tensor], dtype: torch.dtype) -> 
     global _ahead, _last
     if not _takes_part(module._accel_moe_layer):
         return Casts(parameters, dtype, of_module=module._accel_moe_layer.ep > 1)
-    ahead, _ahead = _ahead, None
-    fits = ahead is not None and ahead[0]() is module and ahead[1].dtype == dtype
-    casts = ahead[1] if ahead is not None and fits else Casts(parameters, dtype, of_module=True)
+    made = _ahead[1] if _ahead is not None and is_ahead(module, dtype) else None
+    casts, _ahead = made or Casts(parameters, dtype, of_module=True), None
     before = None if _last is None else _last[0]()
     if _last is not None and before is not None and _follows(module, before):
         _after[before] = weakref.ref(module)

@@ -114,11 +114,12 @@ def end_forward() -> None:
 @contextlib.contextmanager
 def one_backward() -> Iterator[None]:
     """A backward that is started within another one is part of it (in_graph.py)."""
-    _outer.backward = torch._C._current_graph_task_id()
+    before = getattr(_outer, "backward", None)
+    _outer.backward = current_pass().backward
     try:
         yield
     finally:
-        _outer.backward = None
+        _outer.backward = before
 
 
 @contextlib.contextmanager

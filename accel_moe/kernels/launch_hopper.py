@@ -83,7 +83,7 @@ def up_projection(
     h = h if stores.h else a.new_empty(1, weight.width)  # stands for what is not written
     a = a if stores.a else a.new_empty(1, intermediate)
     if gate.gated and not gate.interleaved:
-        w_desc = _descriptor(weight.gate_up, 1, 2, n, k)
+        w_desc = _descriptor(weight.stored.unflatten(1, (2, -1)), 1, 2, n, k)
         h_desc = _clipped(h.unflatten(1, (2, -1)), m, 1, 64)
     else:
         wide = 2 * n if gate.gated else n

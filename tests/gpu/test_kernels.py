@@ -37,7 +37,7 @@ def road(request, monkeypatch):
     def choose_gluon(problem, launch):
         if not problem.gluon:
             return choose(problem, launch)
-        return tuning._on_hopper(replace(problem, rows=4096 * problem.num_experts))[0]
+        return tuning._on_hopper(problem._replace(rows=4096 * problem.num_experts))[0]
 
     monkeypatch.setattr(tuning, "choose", choose_gluon)
     yield request.param

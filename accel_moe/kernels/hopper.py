@@ -404,8 +404,10 @@ def up_projection(
 
 
 @gluon.jit
-def _find_gradient(tile, expert_offset_ptr, tiles_m, tiles_n, group_m, TILE: gl.constexpr):
-    expert = tile // (tiles_m * tiles_n)
+def _find_gradient(tile, experts, tiles_m, tiles_n, group_m, TILE: gl.constexpr):
+    """experts: largest_first and expert_offsets."""
+    largest_first_ptr, expert_offset_ptr = experts
+    expert = gl.load(largest_first_ptr + tile // (tiles_m * tiles_n))
     local = tile % (tiles_m * tiles_n)
     group = local // (group_m * tiles_n)
     group_rows = gl.minimum(tiles_m - group * group_m, group_m)
@@ -420,7 +422,7 @@ def _load_row_blocks(
     left_desc,
     right_desc,
     ring,
-    expert_offset_ptr,
+    experts,
     pad_tile_ptr,
     num_tiles,
     tiles_m,
@@ -436,7 +438,7 @@ def _load_row_blocks(
     stage = 0
     phase = 1
     for tile in range(gl.program_id(0), num_tiles, gl.num_programs(0)):
-        expert, m0, n0, start, end = _find_gradient(tile, expert_offset_ptr, tiles_m, tiles_n, group_m, TILE)
+        expert, m0, n0, start, end = _find_gradient(tile, experts, tiles_m, tiles_n, group_m, TILE)
         padding = gl.load(pad_tile_ptr + expert) * PAD - start  # from a row to the same row in the padded operand
         left_shift = padding if LEFT_PADDED else 0
         right_shift = 0 if LEFT_PADDED else padding
@@ -454,12 +456,12 @@ def _load_row_blocks(
 
 @gluon.jit
 def _finish_gradient(
-    dw_desc, staging, ring, expert_offset_ptr, num_tiles, tiles_m, tiles_n, group_m, scale, TILE: gl.constexpr
+    dw_desc, staging, ring, experts, num_tiles, tiles_m, tiles_n, group_m, scale, TILE: gl.constexpr
 ):
     M: gl.constexpr = TILE.block_k
     position = 0
     for tile in range(gl.program_id(0), num_tiles, gl.num_programs(0)):
-        expert, m0, n0, start, end = _find_gradient(tile, expert_offset_ptr, tiles_m, tiles_n, group_m, TILE)
+        expert, m0, n0, start, end = _find_gradient(tile, experts, tiles_m, tiles_n, group_m, TILE)
         steps = gl.cdiv(end - start, TILE.block_p)
         acc = _sum(ring, position, steps, True, False, False, M, TILE.block_n, TILE.block_p)
         position += steps
@@ -473,6 +475,7 @@ def weight_grad(
     left_desc,
     right_desc,
     dw_desc,
+    largest_first_ptr,
     expert_offset_ptr,
     pad_tile_ptr,
     num_experts,
@@ -484,17 +487,22 @@ def weight_grad(
     PAD: gl.constexpr,
     TILE: gl.constexpr,
 ):
-    """dw[e] = scale * left[rows of e].T @ right[rows of e]; zeros for an idle expert."""
+    """dw[e] = scale * left[rows of e].T @ right[rows of e]; zeros for an idle expert.
+
+    The experts with the most rows come first, so that the programs end together: all tiles of an expert cost alike, and
+    each program's share of the tiles is fixed.
+    """
     ready, free = _barriers(TILE.num_stages, 1)
     ring = _ring(left_desc, TILE.num_stages), _ring(right_desc, TILE.num_stages), ready, free
     staging = _ring(dw_desc, 256 // TILE.block_k)
     tiles_m = gl.cdiv(left_width, TILE.block_k)
     tiles_n = gl.cdiv(right_width, TILE.block_n)
     tiles = num_experts * tiles_m * tiles_n
+    experts = largest_first_ptr, expert_offset_ptr
     # fmt: off
     gl.warp_specialize([
-        (_finish_gradient, (dw_desc, staging, ring, expert_offset_ptr, tiles, tiles_m, tiles_n, group_m, scale, TILE)),
-        (_load_row_blocks, (left_desc, right_desc, ring, expert_offset_ptr, pad_tile_ptr, tiles, tiles_m, tiles_n,
+        (_finish_gradient, (dw_desc, staging, ring, experts, tiles, tiles_m, tiles_n, group_m, scale, TILE)),
+        (_load_row_blocks, (left_desc, right_desc, ring, experts, pad_tile_ptr, tiles, tiles_m, tiles_n,
                             group_m, LEFT_PADDED, PAD, TILE)),
     ], [1], [24])
     # fmt: on

@@ -459,7 +459,8 @@ def weight_grad(
     dw = left_data.new_empty(routing.num_experts, m, n, dtype=dtype)
     tma = _tma_fits(left_data, right_data)
     operands = left_data, right_data, dw, routing, padded, padded is left, float(scale)
-    if roads.on_hopper("weight_grad", config, tma and _tma_fits(dw), *operands):
+    runs = tma and _tma_fits(dw) and padded.tiles.largest_first is not None
+    if roads.on_hopper("weight_grad", config, runs, *operands):
         return dw
     config = config.plain
     block_m, block_n, block_p = config.block_k, config.block_n, config.block_p

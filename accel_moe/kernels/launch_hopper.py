@@ -123,6 +123,7 @@ def weight_grad(
         _descriptor(left, rows, m),
         _descriptor(right, rows, n),
         _descriptor(dw, 1, m, 128 // dw.element_size()),
+        padded.tiles.largest_first,
         routing.expert_offsets,
         padded.tiles.tile_offsets,
         routing.num_experts,

@@ -1,4 +1,4 @@
-"""Two roads for three of the GEMMs: gemm.py's kernels, which run everywhere, and hopper.py's, which Hopper may run."""
+"""Two roads for three of the GEMMs: gemm.py's kernels, which run everywhere, and hopper.py's, which run on Hopper GPUs."""
 
 import functools
 import logging
@@ -6,17 +6,26 @@ import os
 from typing import Any
 
 import torch
+import triton
 
 from .tuning import Config
 
 logger = logging.getLogger(__name__)
+
+# Triton's versions that hopper.py was run with, on a GPU. Gluon is experimental: a later version may compile a kernel
+# and mean something else by it.
+RUN_WITH = ("3.6",)
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 @functools.cache
 def gluon_road() -> Any:
-    """The module launch_hopper. None: not asked for by SCATTERMOE_GLUON=1, or Gluon is not here as it is used there."""
-    if INTERPRETED or os.environ.get("SCATTERMOE_GLUON", "0") != "1":
+    """The module launch_hopper. None: Triton is none of RUN_WITH, or Gluon is not here as it is used there.
+
+    SCATTERMOE_GLUON=1 asks for it with any version, SCATTERMOE_GLUON=0 with none.
+    """
+    known = triton.__version__.startswith(tuple(f"{version}." for version in RUN_WITH))
+    if INTERPRETED or os.environ.get("SCATTERMOE_GLUON", "1" if known else "0") != "1":
         return None
     try:
         from . import launch_hopper

@@ -46,6 +46,7 @@ class Tiles(NamedTuple):
     tile_expert: Tensor  # [max_tiles] expert of each row tile, -1 past the last
     tile_offsets: Tensor  # [E + 1] first row tile of each expert
     block_p: int
+    largest_first: Tensor | None = None  # [E] the experts by their rows; None if made by `sort_and_tile`
 
     @property
     def max_tiles(self) -> int:
@@ -108,16 +109,18 @@ def _empty_tiles(routing: Routing, block_p: int) -> Tiles:
 
 def list_tiles(routing: Routing, block_p: int, other_p: int = 0) -> tuple[Tiles, Tiles]:
     """Cuts every expert's rows into tiles of block_p, and into others of other_p, by default the same."""
-    tiles = others = _empty_tiles(routing, block_p)
+    largest_first = torch.empty_like(routing.expert_offsets[1:])
+    tiles = others = _empty_tiles(routing, block_p)._replace(largest_first=largest_first)
     if other_p and other_p != block_p:
-        others = _empty_tiles(routing, other_p)
-    if most := max(tiles.max_tiles, others.max_tiles):
+        others = _empty_tiles(routing, other_p)._replace(largest_first=largest_first)
+    if most := max(tiles.max_tiles, others.max_tiles, routing.num_experts):
         sort.list_tiles[(cdiv(most, _TILES), 1 if others is tiles else 2)](
             routing.expert_offsets,
             tiles.tile_expert,
             tiles.tile_offsets,
             others.tile_expert,
             others.tile_offsets,
+            largest_first,
             routing.num_experts,
             tiles.max_tiles,
             others.max_tiles,

@@ -190,6 +190,7 @@ def list_tiles(
     tile_offset_ptr,
     other_expert_ptr,
     other_offset_ptr,
+    largest_first_ptr,
     num_experts,
     max_tiles,
     max_others,
@@ -198,13 +199,20 @@ def list_tiles(
     BINS: tl.constexpr,
     TILES: tl.constexpr,
 ):
-    """tile_expert[i] = expert of row tile i (-1 past the last); tile_offsets[e] = first row tile of expert e. The
-    second row of programs writes the others, of height OTHER_P."""
+    """tile_expert[i] = expert of row tile i (-1 past the last); tile_offsets[e] = first row tile of expert e;
+    largest_first = the experts by their rows, those with equally many in their own order. The second row of programs
+    writes the others, of height OTHER_P."""
     bins = tl.arange(0, BINS)
     start = tl.load(expert_offset_ptr + bins, mask=bins < num_experts, other=0)
     rows = tl.load(expert_offset_ptr + bins + 1, mask=bins < num_experts, other=0) - start
     first = tl.program_id(0) * TILES
     if tl.program_id(1) == 0:
         write_tiles(tile_expert_ptr, tile_offset_ptr, rows, first, num_experts, max_tiles, BLOCK_P, BINS, TILES)
+        expert = first + tl.arange(0, TILES)
+        start = tl.load(expert_offset_ptr + expert, mask=expert < num_experts, other=0)
+        own = tl.load(expert_offset_ptr + expert + 1, mask=expert < num_experts, other=0) - start
+        before = (rows[None, :] > own[:, None]) | ((rows[None, :] == own[:, None]) & (bins[None, :] < expert[:, None]))
+        rank = tl.sum((before & (bins < num_experts)[None, :]).to(tl.int32), axis=1)
+        tl.store(largest_first_ptr + rank, expert, mask=expert < num_experts)
     else:
         write_tiles(other_expert_ptr, other_offset_ptr, rows, first, num_experts, max_others, OTHER_P, BINS, TILES)

@@ -6,8 +6,8 @@ needs one (a kernel only writes its outputs, so running it again is harmless and
 for a layer's six GEMMs, once. Ranks share the cache: the first to need a shape locks it and measures, the others wait
 for the result, never longer than WAIT_S, since a rank that waits may hold up a collective that the measuring one is
 queued behind. Measuring is left out under CUDA graph capture, for shapes of few rows, and with SCATTERMOE_AUTOTUNE=0.
-SCATTERMOE_CACHE names the cache's folder. With SCATTERMOE_GLUON=1 the kernels of hopper.py are candidates, too; shapes
-measured so have keys of their own.
+SCATTERMOE_CACHE names the cache's folder. Where roads.py lets them run, the kernels of hopper.py are candidates, too;
+shapes measured so have keys of their own.
 
 A configuration changes no result beyond the order in which fp32 partial sums are added.
 """
@@ -196,7 +196,8 @@ def _on_hopper(problem: Problem) -> list[Config]:
         return [replace(wide, block_n=width), replace(wide, block_n=width, gather=False)]
     if problem.kernel in ("down", "up_backward"):
         return [wide, replace(wide, group=1), tall]
-    return [Config(64, 256, 128, 8, 4, gluon=True), Config(64, 128, 256, 8, 4, gluon=True)]
+    short = Config(32, 256, 128, 8, 8, gluon=True)
+    return [short, replace(short, block_n=128, block_k=256), replace(short, block_p=64, num_stages=4)]
 
 
 # ---- Measuring, and sharing what was measured

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,11 +16,12 @@ import torch
 from accel_moe.kernels import launch, roads, tuning
 from accel_moe.kernels.glu import Glu
 from accel_moe.kernels.launch import Layer, Loads, Stores
+from accel_moe.kernels.routing import sort_slots
 from accel_moe.kernels.scattermoe import road_of
 from accel_moe.kernels.tuning import Config, Problem
 
 WIDE, TALL = Config(128, 256, 64, 8, 4, gluon=True), Config(256, 128, 64, 8, 4, gluon=True)
-UP, GRADIENT = Config(128, 128, 64, 8, 4, gluon=True), Config(64, 256, 128, 8, 4, gluon=True)
+UP, GRADIENT = Config(128, 128, 64, 8, 4, gluon=True), Config(32, 256, 128, 8, 8, gluon=True)
 GPT_OSS = Glu(interleaved=True, alpha=1.702, shift=1.0, limit=7.0)
 
 
@@ -54,7 +56,7 @@ KERNELS = {
     "up, not gated": up("*bf16", [1, 128, 64], [1, 1, 128, 64], Glu("relu2", gated=False), gather=True),
     "gradient": (
         "weight_grad",
-        {"left_desc": [64, 128], "right_desc": [64, 256], "dw_desc": [1, 128, 64], "scale": "fp32"},
+        {"left_desc": [32, 128], "right_desc": [32, 256], "dw_desc": [1, 128, 64], "scale": "fp32"},
         {"LEFT_PADDED": True, "PAD": 64, "TILE": GRADIENT},
     ),
 }
@@ -186,13 +188,19 @@ def test_a_kernel_that_does_not_compile_is_tried_once_and_in_silence(monkeypatch
     assert len(calls) == 1
 
 
-def test_the_road_is_not_taken_unasked(monkeypatch):
-    pytest.importorskip("triton.experimental.gluon")
+@pytest.mark.parametrize(
+    "version, asked, taken",
+    [("3.6.0", None, True), ("3.6.0", "0", False), ("3.60.1", None, False), ("3.9.0", "1", True)],
+)
+def test_the_road_is_taken_with_versions_of_triton_that_it_was_run_with_and_where_asked(
+    monkeypatch, version, asked, taken
+):
+    pytest.importorskip("accel_moe.kernels.launch_hopper", exc_type=ImportError)
     monkeypatch.setattr(roads, "INTERPRETED", False)
-    for asked in (None, "1"):
-        roads.gluon_road.cache_clear()
-        monkeypatch.setenv("SCATTERMOE_GLUON", asked) if asked else monkeypatch.delenv("SCATTERMOE_GLUON", False)
-        assert (roads.gluon_road() is not None) == bool(asked)
+    monkeypatch.setattr(roads.triton, "__version__", version)
+    roads.gluon_road.cache_clear()
+    monkeypatch.setenv("SCATTERMOE_GLUON", asked) if asked else monkeypatch.delenv("SCATTERMOE_GLUON", False)
+    assert (roads.gluon_road() is not None) == taken
     roads.gluon_road.cache_clear()
 
 
@@ -210,6 +218,58 @@ def test_a_model_says_which_road_runs(monkeypatch, capability, road, text):
 def test_a_configuration_of_one_road_has_its_like_on_the_other():
     assert not WIDE.plain.gluon and (WIDE.plain.block_n, WIDE.plain.group) == (256, 8)
     assert Config(64, 64, 64, 4, 3).plain == Config(64, 64, 64, 4, 3)
+
+
+# ---- From tensors to grids
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """What hopper.py's kernels are launched with, on a Hopper GPU that is not there."""
+    road = pytest.importorskip("accel_moe.kernels.launch_hopper", exc_type=ImportError)
+    calls = {}
+
+    class Kernel:
+        def __init__(self, name):
+            self.name, self.parameters = name, getattr(road.hopper, name).arg_names
+
+        def __getitem__(self, grid):
+            def launch(*arguments, num_warps, maxnreg, **constants):
+                assert 0 < grid[0] <= 132
+                calls[self.name] = arguments
+                assert len(arguments) + len(constants) == len(self.parameters)
+                assert list(constants) == self.parameters[len(arguments) :]
+
+            return launch
+
+    for name in ("up_projection", "grouped_rows", "weight_grad"):
+        monkeypatch.setattr(road.hopper, name, Kernel(name))
+    monkeypatch.setattr(road, "_multiprocessors", lambda device: 132)
+    monkeypatch.setattr(roads, "gluon_road", lambda: road)
+    monkeypatch.setattr(roads, "_did_not_compile", set())
+    monkeypatch.setattr(launch, "_capability", lambda device: (9, 0))
+    return calls
+
+
+@pytest.mark.parametrize("glu, transposed", [(SILU, False), (GPT_OSS, True), (Glu("relu2", gated=False), False)])
+def test_every_kernel_is_launched_with_as_many_arguments_as_it_has(launched, glu, transposed):
+    """With real tensors of each layout, so that what launch.py hands over is what launch_hopper.py reads."""
+    hidden, intermediate, wide = 64, 32, 64 if glu.gated else 32
+    x, index = torch.randn(200, hidden, dtype=torch.float16), torch.randint(0, 4, (200, 2))
+    w1, w2 = (torch.randn(4, *shape, dtype=torch.float16) for shape in ((wide, hidden), (hidden, intermediate)))
+    if transposed:
+        w1, w2 = w1.mT.contiguous(), w2.mT.contiguous()
+    up, down = launch.Weight(w1, not transposed), launch.Weight(w2, not transposed)
+    routing = sort_slots(index, 4, 400)
+    tiles = launch.TileLists(routing)
+    for gather in (True, False):
+        h, a = launch.up_projection(x, up, None, routing, tiles, replace(UP, gather=gather), glu, 400)
+        source = launched["up_projection"][0]
+        assert source is x if gather else source.base.shape[1] == hidden
+    y = launch.grouped_rows(a, down, None, routing, tiles, WIDE)
+    dw = launch.weight_grad(launch.gather_rows(x, routing, tiles), y, routing, GRADIENT, 1.0, torch.float32)
+    assert h.shape == (400, wide) and a.shape == (400, intermediate) and dw.shape == (4, hidden, hidden)
+    assert len(launched) == 3 and not roads._did_not_compile
 
 
 if __name__ == "__main__":

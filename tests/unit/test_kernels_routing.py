@@ -52,6 +52,15 @@ def test_every_row_lies_in_one_tile_of_its_expert(block_p):
     assert same is tiles
 
 
+@pytest.mark.parametrize("num_experts", [7, 200])
+def test_experts_are_listed_by_their_rows(num_experts):
+    """Idle ones last, equal ones in their own order; 200 experts are more than one program lists."""
+    routing = sort_slots(routed(90, 3, num_experts, 0.3), num_experts, 270)
+    tiles, _ = list_tiles(routing, 64)
+    expected = routing.expert_offsets.diff().argsort(descending=True, stable=True)
+    assert torch.equal(tiles.largest_first, expected.int())
+
+
 def test_one_launch_lists_tiles_of_two_heights(monkeypatch):
     routing, launches = sort_slots(routed(90, 3, 7, 0.3), 7, 270), []
     kernel = sort.list_tiles

@@ -1,4 +1,4 @@
-"""Two roads for three of the GEMMs: gemm.py's kernels, which run everywhere, and hopper.py's, which run on Hopper GPUs."""
+"""Two roads for three of the GEMMs: gemm.py's kernels, which run everywhere, and hopper.py's, for Hopper GPUs."""
 
 import functools
 import logging

@@ -7,7 +7,6 @@ round differs (ours rounds h, act(h) and y; grouped_mm also its intermediate pro
 covers chance.
 """
 
-from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest

@@ -209,8 +209,8 @@ def list_tiles(
     if tl.program_id(1) == 0:
         write_tiles(tile_expert_ptr, tile_offset_ptr, rows, first, num_experts, max_tiles, BLOCK_P, BINS, TILES)
         expert = first + tl.arange(0, TILES)
-        start = tl.load(expert_offset_ptr + expert, mask=expert < num_experts, other=0)
-        own = tl.load(expert_offset_ptr + expert + 1, mask=expert < num_experts, other=0) - start
+        own = tl.load(expert_offset_ptr + expert + 1, mask=expert < num_experts, other=0)
+        own -= tl.load(expert_offset_ptr + expert, mask=expert < num_experts, other=0)
         before = (rows[None, :] > own[:, None]) | ((rows[None, :] == own[:, None]) & (bins[None, :] < expert[:, None]))
         rank = tl.sum((before & (bins < num_experts)[None, :]).to(tl.int32), axis=1)
         tl.store(largest_first_ptr + rank, expert, mask=expert < num_experts)

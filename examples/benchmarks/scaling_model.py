@@ -2,7 +2,7 @@
 
     python examples/benchmarks/scaling_model.py
 
-Nothing is measured here. accel_moe/planning/step.py holds the model and its rates. The first nine rows of the table
+Nothing is measured here. accel_moe/planning/step.py holds the model and its rates. The first eleven rows of the table
 were run, and check the model. A column of its own applies the factor between the first row and the model to the other
 rows. Rows without a card are of H100s.
 """
@@ -49,6 +49,8 @@ ROWS = [
     Row("the same, 2048 tokens", Job(SIX, ep=2, tokens=2048, length=2048, rates=H200), measured_ms=67),
     Row("the same, 2048 tokens, compiled",
         Job(SIX, ep=2, tokens=2048, length=2048, compiled=True, rates=H200), measured_ms=65),
+    Row("6 layers, 4 GPUs, ep 4, H200", Job(SIX, ep=4, rates=H200), measured_ms=144),
+    Row("6 layers, 4 GPUs, ep 4, H200, compiled", Job(SIX, ep=4, compiled=True, rates=H200), measured_ms=116),
     Row("6 layers, 2 GPUs, ep 2, H100", Job(SIX, ep=2), measured_ms=172),
     Row("6 layers, 2 GPUs, ep 2, H100, compiled (older)", Job(SIX, ep=2, compiled=True), measured_ms=139),
     Row("16 layers, 4 GPUs, ep 4, 4096 tokens, H100 (older)", Job(SIXTEEN, ep=4, tokens=4096), measured_ms=305),

@@ -72,6 +72,40 @@ def _not_full(config: Any) -> list[str]:
     return ["sliding_attention"] if getattr(config, "sliding_window", None) else []
 
 
+def why_no_length(model: nn.Module, length: int, size: int) -> str | None:
+    """Why sequences of `length` tokens, a multiple of 2 x `size`, have no kernel in bf16; None if they have."""
+    if (heads := _unlike_heads(model)) and length // size % BLOCK:
+        return f"{length} tokens are no multiple of {BLOCK} x cp_size = {BLOCK * size}, which heads of {heads} need"
+    return None
+
+
+def _unlike_heads(model: nn.Module) -> str:
+    """The head sizes of queries and values, as "192 and 128", where latent attention has them differ; else ""."""
+    config = _text_config(model)
+    sizes = [getattr(config, f"{name}_head_dim", None) or 0 for name in ("qk_rope", "qk_nope", "v")]
+    query, value = sum(sizes[:2]), sizes[2]
+    return f"{query} and {value}" if 0 not in sizes and query != value else ""
+
+
+def conditions(model: nn.Module, size: int, mixed_precision: str = "bf16") -> list[str]:
+    """What a run with `model` must keep to, and what neither its config nor accelerate's tells."""
+    heads = _unlike_heads(model)
+    found = [
+        "load the model with attn_implementation='sdpa'",
+        f"give sequences of a multiple of {BLOCK * size if heads else 2 * size} tokens"
+        + (f" (heads of {heads})" if heads else ""),
+        "no packed rows, and padding on the right",
+    ]
+    if takes_media(model):
+        found.append("batches of text alone, without images, video or sound")
+    if mixed_precision == "no":
+        found.append(
+            f"load the weights in bf16: in fp32 a GPU needs a multiple of {BLOCK * size} tokens, and as many key as "
+            "query heads"
+        )
+    return found
+
+
 def takes_media(model: nn.Module) -> bool:
     """Whether `model` has a text model in it, beside one for images, video or sound."""
     config: Any = getattr(model, "config", None)

@@ -52,6 +52,14 @@ def test_a_family_without_sdpa_is_refused():
     assert "has no sdpa attention" in ring_limits.why_no_ring(model)
 
 
+def test_a_run_is_told_what_no_config_tells():
+    from tests.families.split_sequences import with_images
+
+    alone, of_images = (ring_limits.conditions(model, 4) for model in (tiny_model(), with_images()))
+    assert alone == of_images[:-1] and "text alone" in of_images[-1] and "multiple of 8 tokens" in alone[1]
+    assert "in fp32 a GPU needs a multiple of 256" in ring_limits.conditions(tiny_model(), 4, "no")[-1]
+
+
 # ---- Batches
 
 

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from accel_moe import cpu_attention, patching
+from accel_moe import cpu_attention, patching, whereabouts
 from accel_moe.patching import ACCELERATE, TRANSFORMERS, Patch, patch
 from accel_moe.ring_limits import (
     COUNTED,
@@ -110,8 +110,9 @@ def context_parallel(
         RuntimeError: backward runs outside.
     """
     size = cp_size(accelerator)
-    part = _arguments(batch, accelerator.device, size)
-    check_batch(part, size)
+    with refusing(accelerator):
+        part = _arguments(batch, accelerator.device, size)
+        check_batch(part, size)
     buffers = list(part.values())
     split = accelerator.maybe_context_parallel(buffers, [1] * len(buffers), set(buffers)) if size > 1 else nullcontext()
     with split:
@@ -142,6 +143,23 @@ def _arguments(batch: Mapping[str, Tensor], device: torch.device, size: int) -> 
     return part
 
 
+@contextmanager
+def refusing(accelerator: Any) -> Iterator[None]:
+    """A ValueError within it also says which ranks do not see it, and is noted for them: they wait in a collective."""
+    try:
+        yield
+    except ValueError as error:
+        whereabouts.note_refusal(error)
+        size, ranks = cp_size(accelerator), dist.get_world_size() if dist.is_initialized() else 1
+        if 1 < size < ranks:
+            error.args = (
+                f"{error} The {size} ranks that share this batch stop here. The other {ranks - size} wait for them, "
+                "until the launcher ends this process and then them, or until the process group's timeout. Do not go "
+                "on with the next batch: the ranks would be at different steps.",
+            )
+        raise
+
+
 def check_positions_given(arguments: Mapping[str, Any]) -> None:
     """Raises ValueError, on every rank: within a split, a model was left to count its tokens' positions."""
     if _running is not None and arguments.get("position_ids") is None:
@@ -166,20 +184,26 @@ def maybe_context_parallel(original, self, buffers=None, buffer_seq_dims=None, n
         with original(self, buffers, buffer_seq_dims, no_restore_buffers):
             yield
         return
-    lengths = {buffer.shape[dim] for buffer, dim in zip(buffers or (), buffer_seq_dims or ())}
+    with refusing(self):
+        whole = list(buffers or ())
+        _check_lengths(whole, buffer_seq_dims or (), size)
+        check_buffers(whole, size)
+        mesh = self.torch_device_mesh["cp"]
+        split = Split(mesh.get_group(), size, mesh.get_local_rank())
+        _compare(self, whole[0], split)
+    with original(self, buffers, buffer_seq_dims, no_restore_buffers), _attention_of(split, self.device):
+        with _as_running(split):
+            yield
+
+
+def _check_lengths(buffers: Sequence[Tensor], dims: Sequence[int], size: int) -> None:
+    lengths = {buffer.shape[dim] for buffer, dim in zip(buffers, dims)}
     if len(lengths) != 1:
         raise ValueError(
             f"maybe_context_parallel() got buffers whose sequences have {sorted(lengths) or 'no'} tokens, and needs "
             "one length. Give input_ids, shift_labels and position_ids [B, L]."
         )
     check_length(lengths.pop(), size)
-    check_buffers(buffers, size)
-    mesh = self.torch_device_mesh["cp"]
-    split = Split(mesh.get_group(), size, mesh.get_local_rank())
-    _compare(self, buffers[0], split)
-    with original(self, buffers, buffer_seq_dims, no_restore_buffers), _attention_of(split, self.device):
-        with _as_running(split):
-            yield
 
 
 @contextmanager

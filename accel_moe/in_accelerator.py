@@ -23,6 +23,7 @@ from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
 
 from accel_moe import long_context, mesh, positions, ranks, recompute, ring_limits, shard, whereabouts
+from accel_moe.accelerate_settings import AccelerateSettings
 from accel_moe.agreement import compare_ranks
 from accel_moe.experts import early_casts, forwards
 from accel_moe.experts.adapters import adopt_adapters, patch_peft
@@ -137,33 +138,15 @@ def _check_accelerator(accelerator, state: PreparedState) -> None:
     degree = state.config.moe_ep_degree
     source = state.resolved.sources["moe_ep_degree"]
     found = f"moe_ep_degree={degree} ({source})"
-    if not accelerator.is_fsdp2:
-        raise ValueError(
-            f"{found} needs FSDP2, but this Accelerator runs {_kind(accelerator)}. Set distributed_type: FSDP and "
-            "fsdp_config.fsdp_version: 2 in the accelerate config, or remove moe_ep_degree."
-        )
-    parallelism = accelerator.parallelism_config
-    for axis in ("tp", "sp"):
-        size = getattr(parallelism, f"{axis}_size", 1) or 1 if parallelism is not None else 1
-        if size > 1:
-            raise ValueError(
-                f"{found} together with {axis}_size={size} is not supported. Set parallelism_config_{axis}_size: 1, or "
-                "remove moe_ep_degree."
-            )
-    if accelerator.mixed_precision == "fp16":
-        raise ValueError(
-            f"{found} with mixed_precision: fp16 is not supported: the gradient scaler looks for overflow on each "
-            "parameter's own mesh only. Use mixed_precision: bf16."
-        )
+    dynamo, parallelism = accelerator.state.dynamo_plugin, accelerator.parallelism_config
+    sizes = {axis: getattr(parallelism, f"{axis}_size", 1) or 1 for axis in ("tp", "sp", "cp")}
+    fullgraph = dynamo.backend.value != "NO" and bool(dynamo.fullgraph)
+    settings = AccelerateSettings(_kind(accelerator), sizes, accelerator.mixed_precision, fullgraph)
+    if (why := settings.refusal(found)) is not None:
+        raise ValueError(why)
     plan = _plan(accelerator, state)
-    dynamo = accelerator.state.dynamo_plugin
-    if dynamo.backend.value == "NO" or not dynamo.fullgraph:
+    if not fullgraph:
         return
-    if plan.cp > 1:
-        raise ValueError(
-            f"{found} with dynamo_use_fullgraph: true is not supported with cp_size={plan.cp}: torch's ring attention "
-            "breaks the graph. Set dynamo_config.dynamo_use_fullgraph: false."
-        )
     if not shard.fsdp_ignores_experts(plan, accelerator.state.fsdp_plugin.cpu_offload):
         raise ValueError(
             f"{found} with dynamo_use_fullgraph: true is not supported over {plan.describe()}: FSDP gathers the "
@@ -201,7 +184,7 @@ def _prepare_to_pack(accelerator, model: nn.Module, state: PreparedState) -> Non
 
 def _kind(accelerator) -> str:
     kind = accelerator.distributed_type.value
-    return "FSDP version 1" if kind == "FSDP" else kind
+    return f"FSDP version {2 if accelerator.is_fsdp2 else 1}" if kind == "FSDP" else kind
 
 
 def _plan(accelerator, state: PreparedState) -> mesh.MeshPlan:

@@ -29,9 +29,19 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from accel_moe import cpu_attention, patching
+from accel_moe import cpu_attention, patching, whereabouts
 from accel_moe.patching import ACCELERATE, TRANSFORMERS, Patch, patch
-from accel_moe.ring_limits import COUNTED, check_batch, check_buffers, check_call, check_length, check_names
+from accel_moe.ring_limits import (
+    COUNTED,
+    check_batch,
+    check_buffers,
+    check_call,
+    check_length,
+    check_media,
+    check_names,
+    takes_media,
+    text_positions,
+)
 
 IGNORED = -100
 """The label of a token that the loss leaves out."""
@@ -89,7 +99,8 @@ def context_parallel(
 
     Args:
         batch: input_ids and labels [B, L] int64, unshifted; or shift_labels in their place. L is a multiple of 2 x cp.
-            Padding on the right is allowed (attention_mask [B, L]). position_ids [B, L] are counted if not given.
+            Padding on the right is allowed (attention_mask [B, L]). position_ids [B, L] are counted if not given; of
+            a model with images, [3, B, L] for batches of text.
         num_items_in_batch: what the sum of this rank's losses is divided by. None is the labels of this batch on all
             ranks, divided by the number of ranks. To weight every token alike over accumulated batches too, give the
             labels of all of them on all ranks, divided by the ranks and by the accumulation steps.
@@ -99,8 +110,9 @@ def context_parallel(
         RuntimeError: backward runs outside.
     """
     size = cp_size(accelerator)
-    part = _arguments(batch, accelerator.device, size)
-    check_batch(part, size)
+    with refusing(accelerator):
+        part = _arguments(batch, accelerator.device, size)
+        check_batch(part, size)
     buffers = list(part.values())
     split = accelerator.maybe_context_parallel(buffers, [1] * len(buffers), set(buffers)) if size > 1 else nullcontext()
     with split:
@@ -121,12 +133,31 @@ def _arguments(batch: Mapping[str, Tensor], device: torch.device, size: int) -> 
     if labels is not None and "shift_labels" not in part:
         part["shift_labels"] = nn.functional.pad(labels, (0, 1), value=IGNORED)[:, 1:].contiguous()
     ids = part["input_ids"]
-    if size > 1 and "position_ids" not in part:  # else the model counts them itself
+    if size > 1 and "position_ids" in part:
+        part["position_ids"] = text_positions(part["position_ids"], size)
+    elif size > 1:  # else the model counts them itself
         part["position_ids"] = torch.arange(ids.shape[1], device=device).repeat(ids.shape[0], 1)
         setattr(part["position_ids"], COUNTED, True)
     if "attention_mask" in part and bool((part["attention_mask"] == 1).all()):
         del part["attention_mask"]
     return part
+
+
+@contextmanager
+def refusing(accelerator: Any) -> Iterator[None]:
+    """A ValueError within it also says which ranks do not see it, and is noted for them: they wait in a collective."""
+    try:
+        yield
+    except ValueError as error:
+        whereabouts.note_refusal(error)
+        size, ranks = cp_size(accelerator), dist.get_world_size() if dist.is_initialized() else 1
+        if 1 < size < ranks:
+            error.args = (
+                f"{error} The {size} ranks that share this batch stop here. The other {ranks - size} wait for them, "
+                "until the launcher ends this process and then them, or until the process group's timeout. Do not go "
+                "on with the next batch: the ranks would be at different steps.",
+            )
+        raise
 
 
 def check_positions_given(arguments: Mapping[str, Any]) -> None:
@@ -153,20 +184,26 @@ def maybe_context_parallel(original, self, buffers=None, buffer_seq_dims=None, n
         with original(self, buffers, buffer_seq_dims, no_restore_buffers):
             yield
         return
-    lengths = {buffer.shape[dim] for buffer, dim in zip(buffers or (), buffer_seq_dims or ())}
+    with refusing(self):
+        whole = list(buffers or ())
+        _check_lengths(whole, buffer_seq_dims or (), size)
+        check_buffers(whole, size)
+        mesh = self.torch_device_mesh["cp"]
+        split = Split(mesh.get_group(), size, mesh.get_local_rank())
+        _compare(self, whole[0], split)
+    with original(self, buffers, buffer_seq_dims, no_restore_buffers), _attention_of(split, self.device):
+        with _as_running(split):
+            yield
+
+
+def _check_lengths(buffers: Sequence[Tensor], dims: Sequence[int], size: int) -> None:
+    lengths = {buffer.shape[dim] for buffer, dim in zip(buffers, dims)}
     if len(lengths) != 1:
         raise ValueError(
             f"maybe_context_parallel() got buffers whose sequences have {sorted(lengths) or 'no'} tokens, and needs "
             "one length. Give input_ids, shift_labels and position_ids [B, L]."
         )
     check_length(lengths.pop(), size)
-    check_buffers(buffers, size)
-    mesh = self.torch_device_mesh["cp"]
-    split = Split(mesh.get_group(), size, mesh.get_local_rank())
-    _compare(self, buffers[0], split)
-    with original(self, buffers, buffer_seq_dims, no_restore_buffers), _attention_of(split, self.device):
-        with _as_running(split):
-            yield
 
 
 @contextmanager
@@ -257,11 +294,16 @@ def _while_split(hook: Callable[..., Any], module: nn.Module, args: Any, named: 
 
 
 def watch(model: nn.Module) -> None:
-    """From now on, a checkpointed attention that backward runs again outside of the split raises; and the
-    load-balancing loss is one for whole sequences, also that of TRL's SFT, which takes Mixtral's for every family."""
+    """From now on, a checkpointed attention that backward runs again outside of the split raises, and so do images
+    within it; and the load-balancing loss is one for whole sequences, also that of TRL's SFT, which takes Mixtral's for
+    every family."""
+    from transformers import PreTrainedModel
+
     for name, module in model.named_modules():
         if name.endswith("self_attn"):
             module.register_forward_pre_hook(_same_attention_again)
+        if isinstance(module, PreTrainedModel) and takes_media(module):
+            module.register_forward_pre_hook(_text_alone, with_kwargs=True)
     targets = {
         f"{kind.__module__}.load_balancing_loss_func"
         for module in model.modules()
@@ -272,6 +314,17 @@ def watch(model: nn.Module) -> None:
     for target in targets:
         BALANCING.setdefault(target, Patch(target, load_balancing_loss_func, BALANCING_WHY, TRANSFORMERS))
     patching.install(BALANCING[target] for target in sorted(targets))
+
+
+def _text_alone(module: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
+    """Such a model counts positions from its part's tokens, and may give them to its text model, which then cannot
+    tell. A loop that splits its own buffers comes here with images, too."""
+    if _running is None or torch.compiler.is_compiling():
+        return
+    tensors = [name for name, value in named.items() if value is not None and not isinstance(value, bool)]
+    check_media(tensors, f"{type(module).__name__} got, within a split over cp_size={_running.size},")
+    if len(args) < 3:
+        check_positions_given(named)
 
 
 def _same_attention_again(module: nn.Module, args: Any) -> None:

@@ -122,19 +122,17 @@ def _wrong_tokens(args: argparse.Namespace) -> str | None:
 def _plan(args: argparse.Namespace, command: list[str]) -> int:
     """Open, count, lay out, report; write if asked."""
     from accel_moe.planning import meshes, report, shapes, trace
-    from accel_moe.ring_limits import why_no_ring
 
     if args.write is not None and args.write.exists():
         raise ValueError(f"{args.write} exists already. Give the name of a new file, or remove it.")
     model = shapes.open_model(args.model)
-    if args.cp > 1 and (why := why_no_ring(model)) is not None:
-        raise ValueError(f"--cp {args.cp}: {why}")
+    conditions = _conditions(model, args) if args.cp > 1 else []
     legal, limited = meshes.legal_meshes(model, args.gpus, args.cp)
     sizes = shapes.shapes_of(model)
     traced = trace.saved_outside_experts(model, sizes, args.sequences, args.seq_len // args.cp, args.lora)
     run = _training(args, traced.saved_bytes)
     plans = meshes.plans_of(sizes, run, legal)
-    print(report.report(args.model, sizes, run, traced, plans, limited))
+    print(report.report(args.model, sizes, run, traced, plans, limited, conditions))
     best = meshes.recommended(plans)
     if args.write is not None:
         if best is None:
@@ -142,6 +140,21 @@ def _plan(args: argparse.Namespace, command: list[str]) -> int:
         args.write.write_text(report.accelerate_yaml(sizes, run, best, " ".join(command)), encoding="utf-8")
         print(f"\n{args.write}: the accelerate config of {report.mesh_name(best)}")
     return 0 if best is not None else 1
+
+
+def _conditions(model: Any, args: argparse.Namespace) -> list[str]:
+    """What training with --cp needs beside the mesh.
+
+    Raises:
+        ValueError: it would refuse the model, or the length.
+    """
+    from accel_moe import ring_limits
+
+    if (why := ring_limits.why_no_ring(model)) is not None:
+        raise ValueError(f"--cp {args.cp}: {why}")
+    if (why := ring_limits.why_no_length(model, args.seq_len, args.cp)) is not None:
+        raise ValueError(f"--cp {args.cp} --seq-len {args.seq_len}: {why}. Change --seq-len.")
+    return ring_limits.conditions(model, args.cp)
 
 
 def _training(args: argparse.Namespace, saved_bytes: int) -> Any:

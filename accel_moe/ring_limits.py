@@ -6,7 +6,8 @@ Every check says the number or name that was found, the one that was expected, a
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +19,8 @@ BY_LENGTH = ("longrope", "dynamic")
 """The rope types whose frequencies depend on the largest position of a forward."""
 BLOCK = 64
 """A rank's tokens that sdpa's efficient kernel can take: its sums come in blocks of 32, and a rank has two chunks."""
+OF_MEDIA = re.compile("pixel|image|video|audio|input_features")
+"""In the names of what a model gets of images, video and sound."""
 COUNTED, CHECKED = "_accel_moe_counted", "_accel_moe_checked"
 """Marks on tensors: positions that were counted here, and input_ids of a batch that passed check_batch()."""
 OFF = "set parallelism_config_cp_size: 1"
@@ -69,6 +72,46 @@ def _not_full(config: Any) -> list[str]:
     return ["sliding_attention"] if getattr(config, "sliding_window", None) else []
 
 
+def why_no_length(model: nn.Module, length: int, size: int) -> str | None:
+    """Why sequences of `length` tokens, a multiple of 2 x `size`, have no kernel in bf16; None if they have."""
+    if (heads := _unlike_heads(model)) and length // size % BLOCK:
+        return f"{length} tokens are no multiple of {BLOCK} x cp_size = {BLOCK * size}, which heads of {heads} need"
+    return None
+
+
+def _unlike_heads(model: nn.Module) -> str:
+    """The head sizes of queries and values, as "192 and 128", where latent attention has them differ; else ""."""
+    config = _text_config(model)
+    sizes = [getattr(config, f"{name}_head_dim", None) or 0 for name in ("qk_rope", "qk_nope", "v")]
+    query, value = sum(sizes[:2]), sizes[2]
+    return f"{query} and {value}" if 0 not in sizes and query != value else ""
+
+
+def conditions(model: nn.Module, size: int, mixed_precision: str = "bf16") -> list[str]:
+    """What a run with `model` must keep to, and what neither its config nor accelerate's tells."""
+    heads = _unlike_heads(model)
+    found = [
+        "load the model with attn_implementation='sdpa'",
+        f"give sequences of a multiple of {BLOCK * size if heads else 2 * size} tokens"
+        + (f" (heads of {heads})" if heads else ""),
+        "no packed rows, and padding on the right",
+    ]
+    if takes_media(model):
+        found.append("batches of text alone, without images, video or sound")
+    if mixed_precision == "no":
+        found.append(
+            f"load the weights in bf16: in fp32 a GPU needs a multiple of {BLOCK * size} tokens, and as many key as "
+            "query heads"
+        )
+    return found
+
+
+def takes_media(model: nn.Module) -> bool:
+    """Whether `model` has a text model in it, beside one for images, video or sound."""
+    config: Any = getattr(model, "config", None)
+    return hasattr(config, "get_text_config") and config.get_text_config() is not config
+
+
 def _rope_types(config: Any) -> set[str]:
     """Of one set of rope_parameters, or of one for each kind of layer."""
     rope = getattr(config, "rope_parameters", None) or {}
@@ -94,18 +137,46 @@ def check_model(model: nn.Module, size: int) -> None:
 
 def check_names(batch: Any, who: str, settings: tuple[type, ...] = ()) -> None:
     """Raises ValueError: `batch`, which `who` got, is no mapping, or has names beside ARGUMENTS, except for values of
-    the types `settings`."""
+    the types `settings`; or it has images, video or sound."""
     if not isinstance(batch, Mapping):
         raise ValueError(
             f"{who} got a batch of type {type(batch).__name__}, and splits a mapping with {', '.join(ARGUMENTS)} only. "
             f"Give such a batch, or {OFF}."
         )
     named = {name for name, value in batch.items() if not isinstance(value, settings)}
+    check_media(named, f"{who} got a batch with")
     if unknown := sorted(named - set(ARGUMENTS)):
         raise ValueError(
             f"{who} got a batch with {', '.join(unknown)}, and splits only {', '.join(ARGUMENTS)}. Leave "
             f"the others out of the batch, or {OFF}."
         )
+
+
+def check_media(names: Iterable[str], found_in: str) -> None:
+    """Raises ValueError: `names` hold those of images, video or sound. `found_in` are the words before them."""
+    if media := sorted(name for name in names if OF_MEDIA.search(name)):
+        raise ValueError(
+            f"{found_in} {', '.join(media)}. Images, video and sound are not split over the ranks of cp, and the "
+            f"positions of their tokens are counted over whole sequences. Train on batches of text alone, or {OFF}."
+        )
+
+
+def text_positions(positions: Tensor, size: int) -> Tensor:
+    """[B, L] int64 of positions [3 or 4, B, L], one plane for each axis of an image or video (mrope); others stay.
+
+    Of text all planes are the same. Asks the GPU.
+
+    Raises:
+        ValueError: the planes differ.
+    """
+    if positions.dim() != 3:
+        return positions
+    if bool((positions != positions[:1]).any()):
+        raise ValueError(
+            f"position_ids {list(positions.shape)} differ from plane to plane, as those of images and video do. "
+            f"cp_size={size} splits batches of text alone, whose planes are the same. Leave such rows out, or {OFF}."
+        )
+    return positions[0].contiguous()
 
 
 def check_batch(batch: Mapping[str, Any], size: int) -> None:

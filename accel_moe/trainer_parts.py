@@ -12,9 +12,9 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
-from accel_moe.long_context import cp_size
+from accel_moe.long_context import cp_size, refusing
 from accel_moe.patching import TRAINER, patch
-from accel_moe.ring_limits import OFF, check_batch, check_names, refuse_packed
+from accel_moe.ring_limits import OFF, check_batch, check_names, refuse_packed, text_positions
 
 SETTINGS = (bool, int, float, str, type(None))
 """The types of a model's arguments, such as use_cache, that Trainer hands on with a batch."""
@@ -28,13 +28,20 @@ SETTINGS = (bool, int, float, str, type(None))
 )
 def _prepare_context_parallel_inputs(original, self, model, inputs):
     if (size := cp_size(self.accelerator)) > 1:
-        _check_loss(self, size)
-        if "cu_seq_lens_q" in inputs:  # a collator says so where it has flattened a batch
-            refuse_packed(size)
-        check_names(inputs, type(self).__name__, SETTINGS)
-        if isinstance(inputs.get("input_ids"), Tensor):
-            check_batch(inputs, size)
+        with refusing(self.accelerator):
+            _check_inputs(self, inputs, size)
     return original(self, model, inputs)
+
+
+def _check_inputs(trainer: Any, inputs: Any, size: int) -> None:
+    _check_loss(trainer, size)
+    if "cu_seq_lens_q" in inputs:  # a collator says so where it has flattened a batch
+        refuse_packed(size)
+    check_names(inputs, type(trainer).__name__, SETTINGS)
+    if isinstance(inputs.get("position_ids"), Tensor):
+        inputs["position_ids"] = text_positions(inputs["position_ids"], size)
+    if isinstance(inputs.get("input_ids"), Tensor):
+        check_batch(inputs, size)
 
 
 def _check_loss(trainer: Any, size: int) -> None:

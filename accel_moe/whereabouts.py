@@ -41,6 +41,7 @@ WARN_S = 15.0  # before a warning, when they may only be slow
 _AGAIN_S = 2.0  # between two looks that must agree
 _PAUSES_S = (0.0005, 0.25)  # between two questions: the first pause, doubled up to the last
 
+REFUSAL = "a refusal of its batch"
 TRAINING = "a forward of the model (training)"
 EVALUATION = "a forward of the model without gradients (evaluation, generation)"
 
@@ -77,6 +78,12 @@ def note(what: str) -> None:
     """Says what this rank does from now on. Writes only when that changes."""
     if what != _here and (store := _store()) is not None:
         _write(store, Record(what, 0, False, 0, 0, time.time()))
+
+
+def note_refusal(error: ValueError) -> None:
+    """Says that this rank raises `error` over a batch, by the error's first sentence. The end of the script repeats it,
+    unless a forward comes before."""
+    note(f"{REFUSAL} ({str(error).split('. ')[0]})")
 
 
 def _write(store: Any, record: Record) -> None:
@@ -277,8 +284,9 @@ _watching = False
 
 
 def _note_the_end() -> None:
+    after = f", after {_here}" if _here.startswith(REFUSAL) else ""
     if (store := _store()) is not None:
-        _write(store, Record("the end of its script", 0, True, 0, 0, time.time()))
+        _write(store, Record(f"the end of its script{after}", 0, True, 0, 0, time.time()))
 
 
 # --- calls of accelerate -----------------------------------------------------------------------------------------

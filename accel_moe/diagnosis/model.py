@@ -21,7 +21,7 @@ from accel_moe.diagnosis.launch import last_line, run_ranks
 from accel_moe.diagnosis.report import Line, failed, judged, one_line, passed, skipped
 from accel_moe.errors import first_few
 from accel_moe.experts import recognise
-from accel_moe.ring_limits import why_no_ring
+from accel_moe.ring_limits import conditions, why_no_ring
 
 TIMEOUT_S = 150
 BYTES_PER_PARAMETER = 12
@@ -35,13 +35,13 @@ class Model:
 
     Attributes:
         layers: its experts modules, on the meta device.
-        no_ring: why context parallelism refuses it, or None.
+        whole: the model, on the meta device.
     """
 
     config: Any
     layers: dict[str, torch.nn.Module]
     parameters: int
-    no_ring: str | None = None
+    whole: torch.nn.Module | None = None
 
     @property
     def checkpoint_bytes(self) -> int:
@@ -75,7 +75,7 @@ def read(name: str) -> Model:
     with torch.device("meta"):
         model = shrink.build(shrink.class_with_experts(config), config)
     parameters = sum(p.numel() for p in model.parameters())
-    return Model(config, recognise.find_experts(model), parameters, why_no_ring(model))
+    return Model(config, recognise.find_experts(model), parameters, model)
 
 
 def lines(model: Model, settings: user.Settings) -> Iterator[Line]:
@@ -84,6 +84,9 @@ def lines(model: Model, settings: user.Settings) -> Iterator[Line]:
     yield judged("model", refusal, model.describe(), "")
     if refusal:
         return
+    if settings.plan.cp > 1 and model.whole is not None:
+        told = conditions(model.whole, settings.plan.cp, settings.mixed_precision)
+        yield skipped("context parallelism", f"not tried. It needs: {'; '.join(told)}")
     device = "cuda" if torch.cuda.device_count() >= user.cut(settings.plan).world_size else "cpu"
     small_settings, changes = user.on_this_machine(settings, device)
     for change in changes:
@@ -108,8 +111,9 @@ def refused(model: Model, settings: user.Settings) -> str | None:
         asked = "grouped_mm" if kernel == "auto" else kernel
         if why := recognise.refusal(module, kernel=asked, ep_degree=settings.options.moe_ep_degree):
             return f"{name} of {model.config.model_type}: {why}"
-    if settings.plan.cp > 1 and model.no_ring is not None:
-        return f"parallelism_config_cp_size={settings.plan.cp}: {model.no_ring}"
+    cp = settings.plan.cp
+    if cp > 1 and model.whole is not None and (why := why_no_ring(model.whole)) is not None:
+        return f"parallelism_config_cp_size={cp}: {why}"
     return None
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from accel_moe import config
+from accel_moe.accelerate_settings import AccelerateSettings
 from accel_moe.config import MoEConfig
 from accel_moe.diagnosis.report import FAILED, Line, failed, one_line, passed
 from accel_moe.launcher import PARALLELISM_PREFIX, LauncherYaml, read_config_file
@@ -18,6 +19,8 @@ from accel_moe.mesh import MeshPlan, plan_mesh
 
 MOST_RANKS = 4
 WITHOUT_GPU = ("eager", "grouped_mm", "batched_mm")
+AXES = ("dp_replicate", "dp_shard", "cp", "tp", "sp")
+ACCEPTED = "settings of accelerate"
 _MEND = {"YAML is accelerate's": "Correct the file.", "options of accel_moe": "Correct the file or the variable."}
 
 
@@ -27,11 +30,13 @@ class Settings:
 
     Attributes:
         checkpointing: fsdp_activation_checkpointing.
+        mixed_precision: as accelerate has it.
     """
 
     options: MoEConfig
     plan: MeshPlan
     checkpointing: bool
+    mixed_precision: str = "no"
 
 
 def read(path: str | None, ranks_here: int) -> tuple[list[Line], Settings | None]:
@@ -66,13 +71,18 @@ def read(path: str | None, ranks_here: int) -> tuple[list[Line], Settings | None
         options = MoEConfig(**{**vars(options), "moe_ep_degree": ranks_here})
     told = ", ".join(f"{name}={getattr(options, name)}" for name in _changed(options)) or "all defaults"
     found.append(passed("options of accel_moe", told))
+    if path is not None:
+        degree = f"moe_ep_degree={options.moe_ep_degree} ({resolved.sources['moe_ep_degree']})"
+        of_yaml = tried(ACCEPTED, lambda: _accelerate_of(yaml.content, degree if options.moe_ep_degree > 1 else None))
+        if of_yaml is not None:
+            found.append(passed(ACCEPTED, f"{of_yaml.kind}, mixed_precision {of_yaml.mixed_precision}"))
     plan = tried("mesh", lambda: _plan(yaml.content, options.moe_ep_degree, ranks_here))
     if plan is not None:
         found.append(passed("mesh", plan.describe()))
     if any(line.mark == FAILED for line in found):
         return found, None
     fsdp = yaml.content.get("fsdp_config") or {}
-    return found, Settings(options, plan, bool(fsdp.get("fsdp_activation_checkpointing")))
+    return found, Settings(options, plan, bool(fsdp.get("fsdp_activation_checkpointing")), _precision(yaml.content))
 
 
 def _changed(options: MoEConfig) -> list[str]:
@@ -86,18 +96,46 @@ def _read_by_accelerate(path: str) -> Any:
 
 
 def _plan(content: dict[str, Any], ep_degree: int, ranks_here: int) -> MeshPlan:
-    body = content.get("parallelism_config") or {}
-
-    def size(name: str) -> int | None:
-        value = body.get(f"{PARALLELISM_PREFIX}{name}_size")
-        return None if value is None else int(value)
-
     ranks = ranks_here if content.get("num_processes") is None else content["num_processes"]
     if not isinstance(ranks, int) or ranks < 1:
         raise ValueError(f"num_processes is {ranks!r}: expected a whole number above 0. Correct the file.")
+    sizes = _sizes(content)
     return plan_mesh(
-        ranks, ep_degree, dp_replicate=size("dp_replicate") or 1, dp_shard=size("dp_shard"), cp=size("cp") or 1
+        ranks,
+        ep_degree,
+        dp_replicate=sizes.get("dp_replicate", 1),
+        dp_shard=sizes.get("dp_shard"),
+        cp=sizes.get("cp", 1),
     )
+
+
+def _sizes(content: dict[str, Any]) -> dict[str, int]:
+    """Of the axes that the file names."""
+    body = content.get("parallelism_config") or {}
+    found = {axis: body.get(f"{PARALLELISM_PREFIX}{axis}_size") for axis in AXES}
+    return {axis: int(size) for axis, size in found.items() if size is not None}
+
+
+def _precision(content: dict[str, Any]) -> str:
+    return str(content.get("mixed_precision") or "no").lower().replace("false", "no")  # YAML reads a bare no as false
+
+
+def _accelerate_of(content: dict[str, Any], degree: str | None) -> AccelerateSettings:
+    """Raises ValueError: accelerate refuses the mesh, or expert parallelism of `degree` the settings around it."""
+    from accelerate.parallelism_config import ParallelismConfig
+
+    sizes = _sizes(content)
+    if sizes:
+        ParallelismConfig(**{f"{axis}_size": sizes.get(axis, 1) for axis in AXES})  # pyright: ignore[reportArgumentType]
+    fsdp, dynamo = content.get("fsdp_config") or {}, content.get("dynamo_config") or {}
+    kind = str(content.get("distributed_type", "NO")).upper()
+    kind = f"FSDP version {fsdp.get('fsdp_version', 1)}" if kind == "FSDP" else kind
+    compiles = str(dynamo.get("dynamo_backend", "NO")).upper() != "NO"
+    fullgraph = compiles and bool(dynamo.get("dynamo_use_fullgraph"))
+    settings = AccelerateSettings(kind, sizes, _precision(content), fullgraph)
+    if degree is not None and (why := settings.refusal(degree)) is not None:
+        raise ValueError(why)
+    return settings
 
 
 def on_this_machine(settings: Settings, device: str) -> tuple[Settings, list[str]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import textwrap
+from collections.abc import Sequence
 
 from accel_moe.planning import memory, meshes
 from accel_moe.planning.memory import GIB, Training
@@ -29,8 +30,16 @@ COLUMNS = (
 )
 
 
-def report(name: str, shapes: Shapes, run: Training, traced: Traced, plans: list[Plan], limited: str) -> str:
-    """Everything that the command prints but the last line of --write."""
+def report(
+    name: str,
+    shapes: Shapes,
+    run: Training,
+    traced: Traced,
+    plans: list[Plan],
+    limited: str,
+    conditions: Sequence[str] = (),
+) -> str:
+    """Everything that the command prints but the last line of --write. `conditions` are those of --cp."""
     gpus = plans[0].mesh.world_size
     parts = [
         f"{name} ({shapes.model_type}): {shapes.parameters / 1e9:.2f} B parameters, {shapes.routed / 1e9:.2f} B of "
@@ -40,6 +49,8 @@ def report(name: str, shapes: Shapes, run: Training, traced: Traced, plans: list
     ]
     if limited:
         parts.append(f"Expert parallelism is not possible: {limited}.")
+    if conditions:
+        parts.append(f"cp {run.cp} needs: {'; '.join(conditions)}.")
     table = ["GiB of one rank; mesh = dp_replicate x efsdp x ep", "", *_table(plans)]
     return "\n".join([*map(_wrapped, parts), "", *table, "", *_advice(shapes, run, plans), "", *_legend(traced)])
 
@@ -207,6 +218,7 @@ def accelerate_yaml(shapes: Shapes, run: Training, plan: Plan, command: str) -> 
         f"# {mesh.describe()}. {shapes.experts} experts: {shapes.experts // mesh.ep} on each rank of ep.",
         f"# Expected: {_gib(plan.use.peak[0])} of {run.memory_bytes / GIB:g} GiB at the peak, with {_batch(run)}.",
         *([f"# Load the model with dtype=torch.{dtype}."] if run.bf16_weights or run.lora else []),
+        *(["# Load the model with attn_implementation='sdpa'."] if mesh.cp > 1 else []),
         "distributed_type: FSDP",
         f"num_machines: {machines}",
         f"num_processes: {gpus}",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,6 +12,7 @@ from unittest import mock
 import torch
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
+from accel_moe.long_context import context_parallel, cp_size
 from tests.distributed import parity
 from tests.distributed.parity import Case, clean, prepared, whole
 from tests.tiny import batches
@@ -57,12 +59,15 @@ class WithOptions:
 
 
 def train(accelerator, model, optimizer, first: int, steps: int) -> list[float]:
-    """The mean loss of each step over the whole batch: the same for any number of ranks."""
-    losses = []
-    for batch in batches(first + steps, sequences=12)[first:]:
-        own = batch.chunk(accelerator.num_processes)[accelerator.process_index].to(accelerator.device)
-        loss = model(input_ids=own, labels=own).loss
-        accelerator.backward(loss)
+    """The mean loss of each step over the whole batch: the same for any number of ranks, also of those that share a
+    sequence."""
+    losses, cp = [], cp_size(accelerator)
+    for batch in batches(first + steps, sequences=12, length=8)[first:]:
+        own = batch.chunk(accelerator.num_processes // cp)[accelerator.process_index // cp].to(accelerator.device)
+        whole_or_part = {"input_ids": own, "labels": own}
+        with context_parallel(accelerator, whole_or_part) if cp > 1 else nullcontext(whole_or_part) as arguments:
+            loss = model(**arguments).loss
+            accelerator.backward(loss)
         optimizer.step()
         optimizer.zero_grad()
         losses.append(accelerator.reduce(loss.detach().clone(), "mean").item())

@@ -33,6 +33,7 @@ LAYOUTS = {
     "w2 ep2": Case(2, 2),
     "w2 ep1": Case(2, 1),
     "hsdp 2x2 ep2": Case(4, 2, dp_replicate=2),
+    "w2 ep2 cp2": Case(2, 2, cp=2),
     "w4 ep4 cp2": Case(4, 4, cp=2),
     "one process": Case(1, 1),
     "w3 without us": Case(3, 1, ours=False),
@@ -129,7 +130,7 @@ def test_inspect_tells_the_layout_and_the_step_from_the_manifest(saved, capsys):
     assert "committed; files present with the right sizes" in told
 
 
-@pytest.mark.parametrize("name", ["w4 ep4", "hsdp 2x2 ep2"])
+@pytest.mark.parametrize("name", ["w4 ep4", "hsdp 2x2 ep2", "w2 ep2 cp2"])
 def test_consolidate_gives_the_trained_weights(saved, tmp_path, name):
     folder, written = saved[name]
     model = build(LAYOUTS[name])

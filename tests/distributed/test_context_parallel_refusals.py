@@ -1,12 +1,17 @@
 """Batches that context parallelism cannot take: said on every rank that shares them, before a collective can hang."""
 
+import datetime
+import json
+import time
 from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 
 import accel_moe
+from accel_moe import whereabouts
 from tests.distributed.parity import Case, prepared
 from tests.distributed.test_bad_input import message_of
 from tests.ranks import run_ranks
@@ -117,3 +122,49 @@ def trainer_with_packed_rows() -> str:
 def test_trainer_refuses_packed_rows():
     for message in run_ranks(trainer_with_packed_rows, 2, timeout_s=60):
         assert "position_ids start again" in message
+
+
+def refused_by_half(timeout_s: float) -> str:
+    """Ranks 2 and 3 are given packed rows; what they say, and what the others' collective says at its timeout."""
+    dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=timeout_s))
+    accelerator, model, _ = prepared(Case(4, 4, cp=2))
+    mine = {"input_ids": ids(), "labels": ids()} if accelerator.process_index < 2 else packed()
+
+    def step() -> None:
+        with accel_moe.context_parallel(accelerator, mine) as part:
+            model(**part)
+
+    if accelerator.process_index < 2:
+        with pytest.raises(RuntimeError) as caught:
+            step()
+        return str(whereabouts.explained(caught.value))
+    said = message_of(step)
+    time.sleep(timeout_s + 2)
+    return said
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="NCCL ends the process at its timeout")
+def test_ranks_with_another_batch_are_told_why_they_waited():
+    found = run_ranks(refused_by_half, 4, 6.0, timeout_s=90)
+    for refused in found[2:]:
+        assert "position_ids start again" in refused and "The 2 ranks that share this batch stop here." in refused
+        assert "The other 2 wait for them" in refused
+    waited = found[0]  # which keeps the store: rank 1 may find it gone
+    assert "ranks 2-3 in a refusal of its batch (position_ids start again, or leap, inside a sequence" in waited
+
+
+def test_the_end_of_the_script_repeats_the_refusal(monkeypatch):
+    written = []
+    monkeypatch.setattr(whereabouts, "_store", lambda: SimpleNamespace(set=lambda key, value: written.append(value)))
+    monkeypatch.setattr(whereabouts, "_here", "")
+    monkeypatch.setattr(dist, "get_rank", lambda: 0)
+    whereabouts.note_refusal(ValueError("Rows are packed. Unpack them."))
+    whereabouts._note_the_end()
+    whereabouts.note(whereabouts.TRAINING)
+    whereabouts._note_the_end()
+    assert [json.loads(value)[0] for value in written] == [
+        "a refusal of its batch (Rows are packed)",
+        "the end of its script, after a refusal of its batch (Rows are packed)",
+        whereabouts.TRAINING,
+        "the end of its script",
+    ]

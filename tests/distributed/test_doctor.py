@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import operator
 import os
@@ -84,6 +85,29 @@ def test_a_trap_of_the_file_is_a_cross_with_its_mend(tmp_path, right, wrong, tol
 
 
 @pytest.mark.parametrize(
+    "right, wrong, told",
+    [
+        ("  fsdp_version: 2", "  fsdp_version: 1", "needs FSDP2, but this Accelerator runs FSDP version 1"),
+        ("num_processes: 4", "num_processes: 4\nmixed_precision: fp16", "with mixed_precision: fp16 is not supported"),
+        ("  moe_ep_degree: 2", "  parallelism_config_tp_size: 2\n  moe_ep_degree: 2", "together with tp_size=2"),
+        ("  parallelism_config_dp_shard_size: 2", "  parallelism_config_sp_size: 2", "mutually exclusive"),
+        ("_dp_shard_size: 2", "_dp_replicate_size: 2", "cannot be used with pure data parallelism"),
+        (
+            "fsdp_config:",
+            "dynamo_config:\n  dynamo_backend: INDUCTOR\n  dynamo_use_fullgraph: true\nfsdp_config:",
+            "dynamo_use_fullgraph: true is not supported with cp_size=2",
+        ),
+    ],
+)
+def test_settings_that_training_refuses_with_context_parallelism_are_a_cross(tmp_path, right, wrong, told):
+    text = YAML.replace("num_processes: 2", "num_processes: 4") + "  parallelism_config_cp_size: 2\n"
+    lines, in_force = settings_of(tmp_path, text)
+    assert not crosses(lines) and in_force.plan == plan_mesh(4, 2, dp_shard=2, cp=2)
+    lines, in_force = settings_of(tmp_path, text.replace(right, wrong))
+    assert in_force is None and told in crosses(lines)["settings of accelerate"], lines
+
+
+@pytest.mark.parametrize(
     "ranks, ep, replicate, expected",
     [(2, 2, 1, (1, 1, 2)), (8, 8, 1, (1, 1, 4)), (8, 4, 1, (1, 2, 2)), (16, 8, 2, (2, 1, 2)), (8, 1, 1, (1, 4, 1)),
      (6, 3, 1, (1, 2, 2)), (3, 3, 1, (1, 1, 3)), (64, 2, 1, (1, 2, 2))],
@@ -112,6 +136,15 @@ def test_a_model_without_a_ring_is_a_cross_with_context_parallelism(tmp_path):
     assert model.refused(found, of[1]) is None
     told = crosses(model.lines(found, of[2]))["model"]
     assert "parallelism_config_cp_size=2: Qwen3MoeForCausalLM has layers of sliding_attention" in told
+
+
+def test_what_context_parallelism_needs_is_said_where_it_is_not_tried(tmp_path):
+    qwen().save_pretrained(tmp_path)
+    in_force = settings.Settings(MoEConfig(moe_ep_degree=2), plan_mesh(4, 2, cp=2), False, "no")
+    lines = model.lines(model.read(str(tmp_path)), in_force)
+    (told,) = (line for line in itertools.islice(lines, 2) if line.subject == "context parallelism")
+    assert told.mark == report.SKIPPED and "attn_implementation='sdpa'" in told.finding
+    assert "in fp32 a GPU needs a multiple of 128" in told.finding
 
 
 def folder_of(tmp_path, kind: str) -> list[str]:

@@ -383,8 +383,12 @@ def test_a_plan_with_cp_says_so_and_writes_it(tmp_path, capsys):
     tiny().config.save_pretrained(tmp_path / "model")
     argv = [str(tmp_path / "model"), "--gpus", "4", "--cp", "2", "--seq-len", "64", "--sequences", "1"]
     assert plan.main([*argv, "--write", str(tmp_path / "cp.yaml")]) == 0
-    assert "1 x 64 tokens over cp 2, 32 a GPU" in capsys.readouterr().out
-    body = yaml.safe_load((tmp_path / "cp.yaml").read_text())["parallelism_config"]
+    said = capsys.readouterr().out
+    assert "1 x 64 tokens over cp 2, 32 a GPU" in said
+    assert "cp 2 needs: load the model with attn_implementation='sdpa'; give sequences of a multiple of 4" in said
+    text = (tmp_path / "cp.yaml").read_text()
+    assert "# Load the model with attn_implementation='sdpa'." in text
+    body = yaml.safe_load(text)["parallelism_config"]
     assert body["parallelism_config_cp_size"] == 2 and body["parallelism_config_dp_shard_size"] == 2
 
 
@@ -397,6 +401,17 @@ def test_a_model_that_has_no_ring_is_no_plan_with_cp(tmp_path, capsys):
     said = capsys.readouterr().err
     assert said.startswith("error: --cp 2: ") and "rope_type 'dynamic'" in said and said.count("\n") == 1
     assert plan.main(argv) == 0
+
+
+def test_a_length_that_the_rings_kernels_cannot_take_is_no_plan_with_cp(tmp_path, capsys):
+    from tests.tiny import tiny_model
+
+    tiny_model("deepseek_v3").config.save_pretrained(tmp_path)
+    argv = [str(tmp_path), "--gpus", "4", "--cp", "2", "--sequences", "1", "--seq-len"]
+    assert plan.main([*argv, "64"]) == 1
+    assert "error: --cp 2 --seq-len 64: 64 tokens are no multiple of 64 x cp_size = 128" in capsys.readouterr().err
+    assert plan.main([*argv, "128"]) == 0
+    assert "a multiple of 128 tokens (heads of 16 and 8)" in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize(

@@ -52,6 +52,14 @@ def test_a_family_without_sdpa_is_refused():
     assert "has no sdpa attention" in ring_limits.why_no_ring(model)
 
 
+def test_a_run_is_told_what_no_config_tells():
+    from tests.families.split_sequences import with_images
+
+    alone, of_images = (ring_limits.conditions(model, 4) for model in (tiny_model(), with_images()))
+    assert alone == of_images[:-1] and "text alone" in of_images[-1] and "multiple of 8 tokens" in alone[1]
+    assert "in fp32 a GPU needs a multiple of 256" in ring_limits.conditions(tiny_model(), 4, "no")[-1]
+
+
 # ---- Batches
 
 
@@ -84,7 +92,8 @@ def whole_batch(**more):
     "inputs, words",
     [
         (whole_batch(completion_mask=torch.ones(1, 8)), "Trainer got a batch with completion_mask"),
-        (whole_batch(pixel_values=[torch.ones(1)]), "Trainer got a batch with pixel_values"),
+        (whole_batch(pixel_values=[torch.ones(1)]), "Trainer got a batch with pixel_values. Images, video and sound"),
+        (whole_batch(position_ids=torch.arange(24).view(3, 1, 8)), r"position_ids \[3, 1, 8\] differ from plane to"),
         (whole_batch(cu_seq_lens_q=torch.ones(3)), "as those of packed sequences do"),
         ([whole_batch()], "Trainer got a batch of type list"),
     ],
@@ -97,6 +106,14 @@ def test_trainer_refuses_inputs_that_it_does_not_split(trainer, inputs, words):
 def test_trainer_splits_a_batch_with_settings_in_it(trainer):
     trainer.accelerator.maybe_context_parallel = contextlib.nullcontext
     trainer._prepare_context_parallel_inputs(torch.nn.Linear(1, 1), whole_batch(use_cache=False))
+
+
+def test_trainer_splits_one_plane_of_the_positions_of_text(trainer):
+    """transformers would split [3, B, L] along the batch."""
+    trainer.accelerator.maybe_context_parallel = contextlib.nullcontext
+    batch = whole_batch(position_ids=torch.arange(8).expand(3, 1, -1))
+    _, inputs = trainer._prepare_context_parallel_inputs(torch.nn.Linear(1, 1), batch)
+    assert inputs["position_ids"].tolist() == [list(range(8))]
 
 
 def test_trainer_refuses_losses_that_shift_labels_in_a_part(trainer):

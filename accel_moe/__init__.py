@@ -20,6 +20,7 @@ from accel_moe.version import __version__
 if TYPE_CHECKING:
     from accel_moe.api import from_pretrained, prepare
     from accel_moe.checkpoint.preemption import Preemption, PreemptionCallback
+    from accel_moe.checkpoint.resume import newest_checkpoint
     from accel_moe.config import MoEConfig
     from accel_moe.experts.expert_counts import expert_load, tokens_per_expert
     from accel_moe.long_context import context_parallel
@@ -38,6 +39,7 @@ __all__ = [
     "expert_load",
     "expert_load_metrics",
     "from_pretrained",
+    "newest_checkpoint",
     "prepare",
     "tokens_per_expert",
 ]
@@ -52,6 +54,7 @@ _MODULE_OF = {
     "expert_load": "accel_moe.experts.expert_counts",
     "expert_load_metrics": "accel_moe.monitoring.statistics",
     "from_pretrained": "accel_moe.api",
+    "newest_checkpoint": "accel_moe.checkpoint.resume",
     "prepare": "accel_moe.api",
     "tokens_per_expert": "accel_moe.experts.expert_counts",
 }

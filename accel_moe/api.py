@@ -92,16 +92,18 @@ def from_pretrained(model_name_or_path: str | os.PathLike, *args: Any, model_cla
         ValueError: the path is an adapter, a training checkpoint or a run's folder; the checkpoint is quantised, not
             safetensors, truncated, lacks a file, or does not fit its config; or an argument (device_map, gguf_file,
             ...) does not work with shards.
+        OSError: the folder does not exist, or the Hub does not give the model.
     """
     if model_class is None:
         from transformers import AutoModelForCausalLM as model_class
     if not request.deferred(os.environ, _quantises()):
-        return model_class.from_pretrained(model_name_or_path, *args, **kwargs)
+        with request.named(model_name_or_path):
+            return model_class.from_pretrained(model_name_or_path, *args, **kwargs)
     request.refuse_arguments(kwargs)
     request.refuse_other_folders(model_name_or_path, kwargs)
     request.refuse_quantised(str(model_name_or_path), request.read_config(model_name_or_path, kwargs))
     hooks.install()
-    with request.quiet_but_rank_0(), hooks.planning_loads():
+    with request.named(model_name_or_path), request.quiet_but_rank_0(), hooks.planning_loads():
         loaded = model_class.from_pretrained(model_name_or_path, *args, **kwargs)
     plan.watch_edits(loaded)
     return loaded

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import argparse
 import logging
+from importlib.util import find_spec
 from typing import Any
 
+from mistakes import at_least
 from torch import nn
 
 logger = logging.getLogger("accel_moe")
 
 
 def add_lora_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--lora", type=int, metavar="RANK", help="train a LoRA adapter of this rank on the attention")
+    parser.add_argument(
+        "--lora", type=at_least(1), metavar="RANK", help="train a LoRA adapter of this rank (attention)"
+    )
     parser.add_argument("--lora-experts", action="store_true", help="adapt the experts, too (with --lora)")
     parser.add_argument(
         "--quantize", metavar="FORMAT", help="store frozen experts so (nf4), by the option moe_quantize_experts"
@@ -43,12 +47,14 @@ def with_adapter(model: nn.Module, args: argparse.Namespace) -> nn.Module:
 def adapter_config(model: nn.Module, args: argparse.Namespace) -> Any:
     """The `peft.LoraConfig` that the flags ask for; None without --lora.
 
-    Raises ValueError for --lora-experts without --lora.
+    Raises ValueError for --lora-experts without --lora, and for --lora without PEFT.
     """
     if not args.lora:
         if args.lora_experts:
             raise ValueError("--lora-experts without --lora, expected a rank: --lora 16 --lora-experts")
         return None
+    if find_spec("peft") is None:
+        raise ValueError("--lora needs PEFT, which is not installed. Install it: python -m pip install peft")
     from peft import LoraConfig
 
     return LoraConfig(

@@ -8,9 +8,10 @@ on the text.
 
 from __future__ import annotations
 
-import argparse
+from pathlib import Path
 
 import torch
+from mistakes import Parser, at_least, told_in_one_line
 from text import add_data_arguments, read_texts
 from tokenizers import ByteLevelBPETokenizer
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3MoeConfig
@@ -19,14 +20,15 @@ END_OF_TEXT = "<|endoftext|>"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("out", help="folder to write")
-    parser.add_argument("--vocab-size", type=int, default=2048)
-    parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--hidden-size", type=int, default=128)
-    parser.add_argument("--num-experts", type=int, default=8)
+    parser.add_argument("--vocab-size", type=at_least(1), default=2048)
+    parser.add_argument("--layers", type=at_least(1), default=4)
+    parser.add_argument("--hidden-size", type=at_least(1), default=128)
+    parser.add_argument("--num-experts", type=at_least(2), default=8)
     add_data_arguments(parser)
     args = parser.parse_args()
+    Path(args.out).mkdir(parents=True, exist_ok=True)
 
     texts, _ = read_texts(args.data, args.max_megabytes)
     tokenizer = train_tokenizer(texts, args.vocab_size)
@@ -64,4 +66,5 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFas
 
 
 if __name__ == "__main__":
-    main()
+    with told_in_one_line():
+        main()

@@ -9,7 +9,6 @@ learned and the consolidated model equals the trained one.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import shlex
@@ -20,6 +19,7 @@ import time
 from pathlib import Path
 
 import torch
+from mistakes import Parser, told_in_one_line
 from text import Blocks, add_data_arguments, losses_of_rows, read_texts, tokenize, unigram_entropy
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -30,13 +30,15 @@ SAME = 1e-3  # nats between the model as trained and as reloaded
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Train, resume, consolidate and reload a small MoE on a laptop.")
+    parser = Parser(description="Train, resume, consolidate and reload a small MoE on a laptop.")
     parser.add_argument("--output", default="runs/quickstart", metavar="DIR", help="(default: %(default)s)")
     add_data_arguments(parser)
     args = parser.parse_args()
     start_s = time.monotonic()
     output = Path(args.output)
     if output.exists():
+        if others := sorted({path.name for path in output.iterdir()} - {"base", "run", "hub"}):
+            raise ValueError(f"{output} holds {others[0]}, which no earlier run wrote. Give another --output.")
         say(f"removing {output} of an earlier run")
         shutil.rmtree(output)
     base, trained, hub = (str(output / name) for name in ("base", "run", "hub"))
@@ -140,4 +142,5 @@ def read_metrics(folder: str) -> list[dict]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with told_in_one_line():
+        sys.exit(main())

@@ -13,6 +13,7 @@ import sysconfig
 from pathlib import Path
 
 import torch
+from mistakes import above_zero
 
 SUFFIXES = {".py", ".txt", ".md", ".rst"}
 SKIPPED_FOLDERS = {"test", "tests", "site-packages", "dist-packages", "__pycache__", "node_modules"}
@@ -36,16 +37,18 @@ class Blocks(torch.utils.data.Dataset):
 def add_data_arguments(parser) -> None:
     """Add the data options that every example has."""
     parser.add_argument("--data", metavar="DIR", help="folder of text files (default: Python's standard library)")
-    parser.add_argument("--max-megabytes", type=float, default=4.0, help="how much text to read (default: %(default)s)")
+    parser.add_argument("--max-megabytes", type=above_zero, default=4.0, help="of text to read (default: %(default)s)")
 
 
 def read_texts(folder: str | None, max_megabytes: float) -> tuple[list[str], list[str]]:
     """Training texts and held-out texts from the first `max_megabytes` of `folder`, in a shuffled but fixed order.
 
     Raises:
-        ValueError: there is too little text.
+        ValueError: there is no such folder, or too little text in it.
     """
     root = Path(folder or sysconfig.get_paths()["stdlib"])
+    if not root.is_dir():
+        raise ValueError(f"{root} is no folder. Give --data a folder of text files.")
     paths = []
     for place, folders, names in os.walk(root):
         folders[:] = sorted(name for name in folders if name not in SKIPPED_FOLDERS and not name.startswith("."))

@@ -25,6 +25,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DataLoaderConfiguration, is_tensorboard_available, set_seed
 from arguments import parse_arguments
+from mistakes import told_in_one_line
 from text import losses_of_rows, read_texts, tokenize
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -63,12 +64,12 @@ def main() -> None:
     accelerator.init_trackers("tensorboard", config=vars(args))
     set_seed(args.seed)
 
+    model = accel_moe.from_pretrained(args.model)  # accelerator.prepare reads the weights, into the shards
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     train_texts, held_out_texts = read_texts(args.data, args.max_megabytes)
     train_loader = DataLoader(tokenize(train_texts, tokenizer, args.seq_len), args.batch_size, shuffle=True)
     eval_loader = DataLoader(tokenize(held_out_texts, tokenizer, args.seq_len, args.eval_sequences), args.batch_size)
 
-    model = accel_moe.from_pretrained(args.model)  # accelerator.prepare reads the weights, into the shards
     model = lora.with_adapter(model, args)
     model = accel_moe.prepare(model, **lora.options(args))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=args.lr)
@@ -81,7 +82,7 @@ def main() -> None:
     accelerator.register_for_checkpointing(progress)
     metrics = Metrics(accelerator, Path(args.output))
     if args.resume:
-        folder = newest_checkpoint(Path(args.output))
+        folder = accel_moe.newest_checkpoint(args.output)
         accelerator.load_state(str(folder))
         accelerator.print(f"resumed from {folder}")
 
@@ -194,13 +195,6 @@ class Metrics:
                 tqdm.write(f"step {step}: held-out loss {values['eval/loss']:.4f}")
 
 
-def newest_checkpoint(output: Path) -> Path:
-    """The checkpoint-N with the highest N."""
-    found = {int(path.name.removeprefix("checkpoint-")): path for path in output.glob("checkpoint-*")}
-    if not found:
-        raise ValueError(f"--resume found no checkpoint-N folder in {output}. Leave it out to start anew.")
-    return found[max(found)]
-
-
 if __name__ == "__main__":
-    main()
+    with told_in_one_line():
+        main()

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
+from mistakes import Parser, at_least, told_in_one_line
 from text import add_data_arguments, read_texts, tokenize
 from torch.utils.data import DataLoader
 from transformers import AutoTokenizer
@@ -30,11 +31,11 @@ def main() -> None:
     accel_moe.cpu.enable()  # FSDP2 on a machine without a GPU; does nothing on a machine with one
     accelerator = Accelerator(gradient_accumulation_steps=args.gradient_accumulation)
     set_seed(args.seed)
+    model = accel_moe.from_pretrained(args.model, attn_implementation="sdpa")  # the one that can run as a ring
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     texts, _ = read_texts(args.data, args.max_megabytes)
     loader = DataLoader(tokenize(texts, tokenizer, args.seq_len), args.batch_size, shuffle=True)
 
-    model = accel_moe.from_pretrained(args.model, attn_implementation="sdpa")  # the one that can run as a ring
     model = accel_moe.prepare(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr)
     # the loader gives all ranks that share a sequence the same batch
@@ -62,15 +63,15 @@ def main() -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", required=True, metavar="DIR_OR_HUB_ID", help="the base model")
     parser.add_argument("--output", required=True, metavar="DIR", help="checkpoint and metrics")
     parser.add_argument(
-        "--seq-len", type=int, default=128, help="tokens of a whole sequence, a multiple of 2 x cp_size"
+        "--seq-len", type=at_least(2), default=128, help="tokens of a whole sequence, a multiple of 2 x cp_size"
     )
-    parser.add_argument("--batch-size", type=int, default=1, help="sequences of each cp group and forward")
-    parser.add_argument("--gradient-accumulation", type=int, default=1, help="forwards per optimizer step")
-    parser.add_argument("--steps", type=int, default=20, help="optimizer steps")
+    parser.add_argument("--batch-size", type=at_least(1), default=1, help="sequences of each cp group and forward")
+    parser.add_argument("--gradient-accumulation", type=at_least(1), default=1, help="forwards per optimizer step")
+    parser.add_argument("--steps", type=at_least(1), default=20, help="optimizer steps")
     parser.add_argument("--lr", type=float, default=1e-5)
     parser.add_argument("--max-grad-norm", type=float, default=1.0)
     parser.add_argument("--seed", type=int, default=0)
@@ -88,4 +89,5 @@ def log(accelerator: Accelerator, output: Path, values: dict[str, float]) -> Non
 
 
 if __name__ == "__main__":
-    main()
+    with told_in_one_line():
+        main()

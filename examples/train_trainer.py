@@ -13,6 +13,7 @@ import logging
 
 import lora
 from arguments import parse_arguments, trainer_arguments
+from mistakes import told_in_one_line
 from text import read_texts, tokenize
 from transformers import AutoTokenizer, Trainer, TrainingArguments
 
@@ -32,9 +33,9 @@ def main() -> None:
         eval_steps=args.eval_every,
         prediction_loss_only=True,
     )
+    model = accel_moe.from_pretrained(args.model)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     train_texts, held_out_texts = read_texts(args.data, args.max_megabytes)
-    model = accel_moe.from_pretrained(args.model)
     model.config.use_cache = False  # activation checkpointing runs a layer twice, which a cache does not allow
     model = lora.with_adapter(model, args)
     model = accel_moe.prepare(model, **lora.options(args))
@@ -52,4 +53,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with told_in_one_line():
+        main()

@@ -21,6 +21,7 @@ import torch
 from accelerate import Accelerator
 from arguments import trainer_arguments, training_parser
 from datasets import Dataset
+from mistakes import at_least, told_in_one_line
 from text import read_texts
 from torch import nn
 from transformers import AutoTokenizer
@@ -35,15 +36,15 @@ def main() -> None:
     parser.add_argument("--method", choices=["sft", "dpo", "grpo"], required=True)
     parser.add_argument("--packing", action="store_true", help="fill each row with conversations (SFT)")
     parser.add_argument("--beta", type=float, default=0.1, help="how close DPO keeps the policy to the reference")
-    parser.add_argument("--generations", type=int, default=4, help="completions of a prompt (GRPO)")
+    parser.add_argument("--generations", type=at_least(2), default=4, help="completions of a prompt (GRPO)")
     args = parser.parse_args()
     logging.basicConfig()
     logging.getLogger("accel_moe").setLevel(logging.INFO)  # logs the options in force and the mesh
     accel_moe.cpu.enable()  # FSDP2 on a machine without a GPU; does nothing on a machine with one
 
+    model = accel_moe.from_pretrained(args.model)  # the trainer's accelerator reads the weights, into the shards
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     tokenizer.chat_template = tokenizer.chat_template or chats.CHAT_TEMPLATE
-    model = accel_moe.from_pretrained(args.model)  # the trainer's accelerator reads the weights, into the shards
     model.config.use_cache = False  # activation checkpointing runs a layer twice, which a cache does not allow
     options: dict[str, Any] = {
         "processing_class": tokenizer,
@@ -118,4 +119,5 @@ def datasets(rows_of: Any, args: argparse.Namespace) -> dict[str, Dataset]:
 
 
 if __name__ == "__main__":
-    main()
+    with told_in_one_line():
+        main()

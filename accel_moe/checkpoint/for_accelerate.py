@@ -22,7 +22,7 @@ from accel_moe.checkpoint import folders, loading, node_local, saving, transacti
 from accel_moe.checkpoint.adapter_run import adapters_of, names_in, without_base
 from accel_moe.checkpoint.background import ends_before_sigterm, wait_for_background
 from accel_moe.checkpoint.dcp_metadata import MODEL_FOLDER, OPTIMIZER_FOLDER, tensors_of
-from accel_moe.checkpoint.resume import newest_on_all_ranks
+from accel_moe.checkpoint.resume import newest_checkpoint
 from accel_moe.checkpoint.saving import prepared_models, state_of
 from accel_moe.checkpoint.verify import Verified, check_kind, verify
 from accel_moe.errors import CheckpointError
@@ -108,7 +108,7 @@ def load_state(original, self, input_dir=None, load_kwargs=None, **load_model_fu
         folder = transaction.absolute(input_dir)
         node_local.recover_everywhere(transaction.resolved(folder))
     elif self.project_configuration.automatic_checkpoint_naming:
-        folder = newest_on_all_ranks(Path(self.project_dir) / "checkpoints", "checkpoint_")
+        folder = newest_checkpoint(Path(self.project_dir) / "checkpoints", "checkpoint_")
     else:
         return original(self, input_dir, load_kwargs, **load_model_func_kwargs)  # it raises
     if self.distributed_type.value == "FSDP":

@@ -88,8 +88,19 @@ def newest_whole(parent: Path, prefix: str, gather: Callable[[Any], list[Any]]) 
     return None
 
 
-def newest_on_all_ranks(parent: Path, prefix: str) -> Path:
-    """The newest checkpoint that is whole on every rank's disk. A collective. Raises CheckpointError."""
+def newest_checkpoint(run: str | os.PathLike, prefix: str = "checkpoint-") -> Path:
+    """The newest checkpoint of a run that is whole on every rank's disk: the one that Trainer resumes from.
+
+    A collective: all ranks call it, once the process group is there. Warns of the newer ones that it passes over.
+
+    Args:
+        run: the folder that holds the checkpoints.
+        prefix: of their names, before the number of the step.
+
+    Raises:
+        CheckpointError: there is none, on every rank. A subclass of ValueError.
+    """
+    parent = Path(run)
     node_local.recover_everywhere(None, transaction.resolved(parent))
     newest = newest_whole(parent, prefix, ranks.gather)
     if newest is not None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from accel_moe import ranks
+from accel_moe.weights.hub_config import first_line
 
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 EXPECTED = "accel_moe.from_pretrained() expects a model: config.json and *.safetensors."
@@ -111,6 +112,20 @@ def quiet_but_rank_0() -> Iterator[None]:
         logging.set_verbosity(verbosity)
 
 
+@contextmanager
+def named(name: str | os.PathLike) -> Iterator[None]:
+    """An OSError within it says which model could not be had: transformers' own does not, without a network."""
+    try:
+        yield
+    except OSError as error:
+        if str(name) in str(error) or os.path.isdir(name):
+            raise
+        raise OSError(
+            f"{name} is no folder here, and could not be had from the Hub: {first_line(error)} Give the model's "
+            "folder, or a Hub id that you can reach."
+        ) from error
+
+
 def refuse_other_folders(name: str | os.PathLike, arguments: Mapping[str, Any]) -> None:
     """Raises ValueError, or FileNotFoundError, for what is no model. A Hub id is only asked for an adapter's config."""
     _refuse_adapter(name, arguments)
@@ -118,7 +133,7 @@ def refuse_other_folders(name: str | os.PathLike, arguments: Mapping[str, Any]) 
     if folder.is_file():
         raise ValueError(f"{folder} is a file. {EXPECTED} Give its folder, {folder.parent}.")
     if not folder.is_dir():
-        if os.path.isabs(name) or str(name).startswith(("./", "../", "~")):
+        if os.path.isabs(name) or str(name).startswith(("./", "../", "~")) or str(name).count("/") > 1:
             raise FileNotFoundError(f"{folder} does not exist. {EXPECTED}")
         return
     files = sorted(entry.name for entry in folder.iterdir())

@@ -222,7 +222,9 @@ def kill_again_and_again(folder, seed: int, times: int, options: dict, one_name:
     assert loaded >= int((folder / "marks" / "promised").read_text())
 
 
-@pytest.mark.parametrize("one_name", [True, False], ids=["onto one name", "numbered"])
+@pytest.mark.parametrize(
+    "one_name", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["onto one name", "numbered"]
+)
 def test_killed_ranks_leave_the_last_checkpoint_whole(tmp_path, one_name):
     kill_again_and_again(tmp_path, seed=int(one_name), times=2, options={}, one_name=one_name)
 

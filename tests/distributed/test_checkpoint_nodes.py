@@ -24,7 +24,10 @@ CASE = Case(4, 2)
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["at once", "in the background"])
+# two launchers below, and the kills between two nodes' commits (test_checkpoint_kills.py), save at once
+@pytest.fixture(
+    scope="module", params=[pytest.param(False, marks=pytest.mark.slow), True], ids=["at once", "in the background"]
+)
 def saved(request, tmp_path_factory):
     """(root with node0/c and node1/c, end state) of four ranks on two nodes."""
     root = tmp_path_factory.mktemp("nodes")

@@ -28,8 +28,12 @@ def assert_same(found: dict, wanted: dict) -> None:
         )  # the same sums in the same order: nothing is computed otherwise
 
 
-@pytest.mark.parametrize("nothing_received", [False, True], ids=["", "nothing received"])
-@pytest.mark.parametrize("dispatcher", EXCHANGES)
+@pytest.mark.parametrize(
+    "nothing_received", [pytest.param(False, marks=pytest.mark.slow), True], ids=["", "nothing received"]
+)
+@pytest.mark.parametrize(
+    "dispatcher", [pytest.param(d, marks=[pytest.mark.slow] if d == "auto" else []) for d in EXCHANGES]
+)
 def test_activation_checkpointing_does_not_exchange_twice(dispatcher, nothing_received):
     options = (("moe_dispatcher", dispatcher),)
     case = Case(2, 2, nothing_received=nothing_received, options=options)
@@ -45,8 +49,15 @@ def test_activation_checkpointing_does_not_exchange_twice(dispatcher, nothing_re
     assert_same(again, plain)
 
 
-@pytest.mark.parametrize("when", ["before", "after"])
-@pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3"])
+@pytest.mark.parametrize(
+    ("family", "when"),
+    [
+        ("qwen3_moe", "before"),
+        pytest.param("qwen3_moe", "after", marks=pytest.mark.slow),
+        pytest.param("deepseek_v3", "before", marks=pytest.mark.slow),
+        ("deepseek_v3", "after"),
+    ],
+)
 def test_gradient_checkpointing_of_transformers_does_not_exchange_twice(family, when):
     case = Case(2, 2, family=family)
     plain, expected = run_ranks(runs.gradients_and_exchanges, 2, case)[0]
@@ -108,7 +119,7 @@ def test_chunks_need_less_than_the_whole():
     assert all(text == "" for text, _ in run_ranks(runs.crowded, 2, in_chunks, free))
 
 
-@pytest.mark.parametrize("dispatcher", ["all_to_all", "all_gather", "symmetric"])
+@pytest.mark.parametrize("dispatcher", ["all_to_all", "all_gather", pytest.param("symmetric", marks=pytest.mark.slow)])
 def test_a_rank_that_counts_its_operations_in_backward_exchanges_with_those_that_do_not(dispatcher):
     """Under a dispatch mode our kernels run as operators, which start no gradient early: the order must not change."""
     case = Case(2, 2, kernel="scattermoe", interpret=True, options=(("moe_dispatcher", dispatcher),))

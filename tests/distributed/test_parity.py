@@ -44,12 +44,12 @@ TABLE = [
     Case(4, 4, checkpointing=True, nothing_received=True),
     Case(2, 2, options=(("moe_dispatch_chunk_tokens", 7),)),
     Case(4, 4, options=(("moe_dispatch_chunk_tokens", 5),), checkpointing=True, nothing_received=True),
-    Case(4, 2, options=(("moe_dispatch_chunk_tokens", 5),), accumulation=2),
+    slow(Case(4, 2, options=(("moe_dispatch_chunk_tokens", 5),), accumulation=2)),
     Case(2, 2, options=(("moe_keep_exchanged", False),), checkpointing=True, nothing_received=True),
     Case(2, 2, ram_efficient=True),
     Case(2, 2, ram_efficient="meta"),
-    Case(2, 2, ram_efficient=True, checkpointing=True, nothing_received=True),
-    Case(4, 2, ram_efficient=True, tie=True),
+    slow(Case(2, 2, ram_efficient=True, checkpointing=True, nothing_received=True)),
+    slow(Case(4, 2, ram_efficient=True, tie=True)),
     Case(4, 2, ram_efficient=True, checkpointing=True, tie=True),
     Case(4, 2, two_groups=True),
     Case(4, 1, ram_efficient=True, two_groups=True, dp_replicate=2),
@@ -62,7 +62,7 @@ TABLE = [
     slow(Case(2, 1, **SCATTERMOE)),
     # ep 2 takes all_gather where nothing else is said, ep 4 all_to_all
     Case(2, 2, **SCATTERMOE),
-    Case(2, 2, **SCATTERMOE, options=(TO_ALL,)),
+    slow(Case(2, 2, **SCATTERMOE, options=(TO_ALL,))),
     slow(Case(2, 2, **SCATTERMOE, options=(TO_ALL,), checkpointing=True, nothing_received=True)),
     slow(Case(2, 2, **SCATTERMOE, checkpointing=True, nothing_received=True)),
     Case(2, 2, options=(TO_ALL, ("moe_dispatch_chunk_tokens", 7)), nothing_received=True),
@@ -73,7 +73,8 @@ TABLE = [
     slow(Case(2, 2, **SCATTERMOE, options=(SHARED,), nothing_received=True)),
     Case(4, 4, options=(SHARED,), checkpointing=True, nothing_received=True),
     Case(4, 2, options=(SHARED, ("moe_dispatch_chunk_tokens", 5), ("moe_keep_exchanged", False)), checkpointing=True),
-    Case(2, 2, **SCATTERMOE, options=(RECOMPUTE_UP,)),
+    Case(2, 2, **SCATTERMOE, options=(RECOMPUTE_UP, TO_ALL)),
+    slow(Case(2, 2, **SCATTERMOE, options=(RECOMPUTE_UP,))),
     slow(Case(2, 2, **SCATTERMOE, options=(RECOMPUTE_UP,), nothing_received=True)),
     slow(Case(2, 2, **SCATTERMOE, options=(RECOMPUTE_UP, TO_ALL), checkpointing=True, nothing_received=True)),
     Case(2, 2, compiled="regional", lengths=(6, 6, 9)),
@@ -82,7 +83,7 @@ TABLE = [
     Case(2, 2, compiled="fullgraph", checkpointing=True, nothing_received=True, options=(SHARED,)),
     slow(Case(2, 2, compiled="inductor", lengths=(6, 6, 9))),
     Case(4, 4, compiled="fullgraph", options=(("moe_dispatch_chunk_tokens", 5),), nothing_received=True),
-    Case(2, 2, compiled="regional", checkpointing=True, nothing_received=True),
+    slow(Case(2, 2, compiled="regional", checkpointing=True, nothing_received=True)),
 ]
 
 

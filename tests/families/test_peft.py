@@ -37,7 +37,7 @@ TABLE = [
     Case(2, 2),
     Case(2, 2, parameters=ROUTER),
     Case(2, 1, modules=(), parameters=EXPERTS),
-    Case(2, 2, modules=(), parameters=EXPERTS),
+    slow(Case(2, 2, modules=(), parameters=EXPERTS)),  # as below, where PEFT wraps a model that is prepared
     Case(4, 2, parameters=(*ROUTER, *EXPERTS), rslora=True),
     Case(2, 2, modules=(), parameters=EXPERTS[1:], r=2, alpha=5),
     Case(2, 2, modules=("q_proj",), parameters=EXPERTS, checkpointing=True),
@@ -51,7 +51,7 @@ Fused = functools.partial(Case, kernel="scattermoe", interpret=True, modules=(),
 FUSED = [
     slow(Fused(2, 1, r=1)),
     slow(Fused(2, 2, modules=("q_proj",), parameters=(*ROUTER, *EXPERTS), checkpointing=True)),
-    Fused(2, 2),
+    slow(Fused(2, 2)),  # test_quantised.py has an ordinary row of these kernels on two ranks, over a packed base
     slow(Fused(4, 2, dp_replicate=2, r=16, rslora=True)),
     slow(Fused(4, 4, r=20, parameters=EXPERTS[1:])),
     slow(Fused(2, 2, adapters=2, compiled="aot_eager")),
@@ -122,9 +122,21 @@ def test_frozen_experts_stay_in_bf16_under_mixed_precision():
     assert abs(run.losses[0] - oracle(Case()).losses[0]) <= 0.02 * oracle(Case()).losses[0]
 
 
-@pytest.mark.parametrize("kernel", ["grouped_mm", "eager", "scattermoe"])
-@pytest.mark.parametrize("parameters", [(), ROUTER, EXPERTS], ids=["attention", "router", "experts"])
-def test_lora_in_one_process_equals_stock_peft(kernel, parameters):
+@pytest.mark.parametrize(
+    ("parameters", "kernel"),
+    [
+        pytest.param(
+            parameters,
+            kernel,
+            # the interpreter is slow, and as in the attention's row the experts have no adapter
+            marks=[pytest.mark.slow] if (name, kernel) == ("router", "scattermoe") else [],
+            id=f"{name}-{kernel}",
+        )
+        for name, parameters in {"attention": (), "router": ROUTER, "experts": EXPERTS}.items()
+        for kernel in ("grouped_mm", "eager", "scattermoe")
+    ],
+)
+def test_lora_in_one_process_equals_stock_peft(parameters, kernel):
     if kernel == "scattermoe" and torch.cuda.is_available():
         pytest.skip("a model on the CPU needs the interpreter")
     case = Case(1, 1, parameters=parameters, kernel=kernel)
@@ -197,7 +209,7 @@ rows could be with them, and not."""
         # layer 1; from its experts only the weights' gradients
         ("model.layers.1.mlp.gate.weight", [ROW, PADDED], [ROW, WEIGHTS]),
         ("model.layers.1.self_attn.q_proj.weight", [ROW, WITH_WEIGHTS], [ROW, WEIGHTS, ROW]),
-        ("model.embed_tokens.weight", [ROW, WITH_WEIGHTS] * 2, [ROW, WEIGHTS, ROW] * 2),
+        slow("model.embed_tokens.weight", [ROW, WITH_WEIGHTS] * 2, [ROW, WEIGHTS, ROW] * 2),  # the same in layer 0
     ],
 )
 def test_no_gradient_passes_through_the_exchange_that_nobody_needs(trained, to_all, to_every_rank):

@@ -6,6 +6,7 @@ in another order), as in the parity table.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 
 import pytest
@@ -14,17 +15,18 @@ import torch
 from tests.families.router_runs import Case, build, on_one_process, on_rank
 from tests.ranks import run_ranks
 
+slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 TABLE = [
-    Case("qwen3_moe", aux=0.5),
+    slow(Case("qwen3_moe", aux=0.5)),
     Case("mixtral", aux=0.5, z=0.1),
-    Case("olmoe", z=0.1),
+    slow(Case("olmoe", z=0.1)),
     Case("mixtral", options=(("router_jitter_noise", 0.3),), aux=0.5),
     Case("deepseek_v3", bias=True),
-    Case("glm4_moe", bias=True),
+    slow(Case("glm4_moe", bias=True)),
 ]
 
 
-@pytest.mark.parametrize("case", TABLE, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", TABLE, ids=lambda case: getattr(case, "name", None))
 def test_what_the_router_computes_over_two_ranks_is_what_it_computes_on_one(case):
     run, expected = run_ranks(on_rank, 2, case)[0], on_one_process(case)
     torch.testing.assert_close(torch.tensor(run.losses), torch.tensor(expected.losses), rtol=1e-5, atol=0)

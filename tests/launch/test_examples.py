@@ -1,8 +1,10 @@
 """The examples as a user starts them: `accelerate launch` on two gloo ranks, with a stop and a resume."""
 
+import importlib
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -27,7 +29,13 @@ def environment():
 
 def python(*words):
     """Run this Python on `words` from the repository's root, as the README does; its output."""
-    done = subprocess.run(
+    done = started(*words)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def started(*words):
+    return subprocess.run(
         [sys.executable, *map(str, words)],
         cwd=REPOSITORY,
         env=environment(),
@@ -35,8 +43,6 @@ def python(*words):
         text=True,
         timeout=300,
     )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout + done.stderr
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +90,7 @@ def test_train_trainer_trains_evaluates_saves_and_resumes(base, tmp_path):
     assert all(1 / 8 <= line["expert_load/busiest_share"] <= 1 for line in history if "loss" in line)
 
 
-def test_lora_trains_resumes_and_is_merged_into_its_base(base, tmp_path):
+def test_lora_trains_resumes_from_the_newest_whole_checkpoint_and_is_merged_into_its_base(base, tmp_path):
     peft = pytest.importorskip("peft")
     torch = pytest.importorskip("torch")
     from transformers import AutoModelForCausalLM
@@ -93,6 +99,8 @@ def test_lora_trains_resumes_and_is_merged_into_its_base(base, tmp_path):
 
     options = ["--lora", "4", "--lora-experts"]
     train(base, tmp_path, 2, *options)
+    shutil.copytree(tmp_path / "checkpoint-2", tmp_path / "checkpoint-30")
+    (tmp_path / "checkpoint-30" / "accel_moe_manifest.json").unlink()  # as of a copy that was cut short
     metrics = train(base, tmp_path, 4, *options, "--resume")
     # tests/distributed/test_checkpoint_adapter.py compares the losses after a resume with those of an unbroken run
     assert sorted(metrics["train/loss"]) == [1, 2, 3, 4] and all(map(math.isfinite, metrics["train/loss"].values()))
@@ -153,3 +161,59 @@ def test_train_long_context_splits_its_sequences_and_saves(base, tmp_path):
     losses = [json.loads(line)["loss"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert len(losses) == 6 and losses[-1] < losses[0] - 0.1, losses
     assert (tmp_path / "checkpoint-6" / "accel_moe_manifest.json").exists(), output
+
+
+MISTAKES = {
+    "no such option value": (["--batch-size", "0"], "argument --batch-size: 0, expected 1 or more"),
+    "no such folder of text": (["--data", "nowhere"], "nowhere is no folder. Give --data a folder of text files"),
+    "experts without an adapter": (["--lora-experts"], "--lora-experts without --lora, expected a rank"),
+    "no such format": (["--quantize", "int3"], "moe_quantize_experts='int3' (argument to prepare()) is not none or"),
+    "no checkpoint": (["--resume"], "has no finished checkpoint: expected folders checkpoint-<number>, found nothing"),
+}
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) for n in MISTAKES])
+def test_a_mistake_on_two_ranks_is_one_line_that_the_launcher_repeats_at_its_end(base, tmp_path, name):
+    words, told = MISTAKES[name]
+    done = started(*LAUNCH, "examples/train.py", "--model", base, "--output", tmp_path, *SMALL, *words)
+    assert_told_in_one_line(done, told)
+
+
+OTHERS = ["train_trainer.py", "train_trl.py", "train_long_context.py"]
+
+
+@pytest.mark.parametrize("script", ["train.py", *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)])
+def test_a_model_that_is_not_there_is_told_in_one_line(script, tmp_path):
+    if script == "train_trl.py":
+        pytest.importorskip("trl")
+    launch = LAUNCH if script == "train.py" else []  # the others in one process: it is the same line
+    method = ["--method", "sft"] if script == "train_trl.py" else []
+    words = ["--model", tmp_path / "nowhere", "--output", tmp_path, *method]
+    assert_told_in_one_line(
+        started(*launch, f"examples/{script}", *words), f"{tmp_path}/nowhere", launched=bool(launch)
+    )
+
+
+def test_every_script_tells_its_mistakes_in_one_line():
+    texts = {path.name: path.read_text() for path in (REPOSITORY / "examples").glob("*.py")}
+    scripts = {name: text for name, text in texts.items() if "__main__" in text}
+    assert {"make_base.py", "quickstart.py", "train.py", *OTHERS} == set(scripts)
+    assert all("with told_in_one_line():" in text.partition("__main__")[2] for text in scripts.values())
+
+
+def test_debug_shows_the_traceback_of_a_mistake(monkeypatch):
+    monkeypatch.syspath_prepend(REPOSITORY / "examples")
+    mistakes = importlib.import_module("mistakes")
+    with pytest.raises(SystemExit, match=r"^error: a mistake in two lines$"), mistakes.told_in_one_line():
+        raise ValueError("a mistake\n in two lines")
+    monkeypatch.setenv("ACCELERATE_DEBUG_MODE", "true")
+    with pytest.raises(ValueError, match="in two lines"), mistakes.told_in_one_line():
+        raise ValueError("a mistake\n in two lines")
+
+
+def assert_told_in_one_line(done, told, launched=True):
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert done.returncode == 1 and len(lines) == 1 and told in lines[0], done.stderr
+    scripts_own = done.stderr.partition("Traceback")  # torch's launcher has one of its own
+    assert bool(scripts_own[1]) == launched and lines[0] in scripts_own[0], done.stderr
+    assert not launched or lines[0] in done.stderr.rpartition("Root Cause")[2], done.stderr

@@ -78,6 +78,7 @@ def test_accelerate_dash_launch_with_an_equals_sign(place):
     assert start(place, command) == found(place)
 
 
+@pytest.mark.slow  # test_examples.py starts all its launches so
 def test_the_launcher_as_a_module_with_a_relative_path(place):
     launcher = [sys.executable, "-m", "accelerate.commands.launch"]
     command = [*launcher, "--config_file", "../ep2.yaml", "../probe.py"]

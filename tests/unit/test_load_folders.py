@@ -99,6 +99,15 @@ def test_what_is_missing_is_said_with_what_is_there(base, tmp_path):
         accel_moe.from_pretrained(base / "model.safetensors")
     with pytest.raises(OSError, match=rf"does not exist.*{MODEL}"):
         accel_moe.from_pretrained(tmp_path / "nothing_here")
+    with pytest.raises(OSError, match=rf"a/path/nowhere does not exist.*{MODEL}"):
+        accel_moe.from_pretrained("a/path/nowhere")
+
+
+def test_a_model_that_the_hub_does_not_give_is_named_with_what_to_give(monkeypatch):
+    for ranks in ("2", "1"):  # weights that wait for their shards, and weights that are read at once
+        monkeypatch.setenv("WORLD_SIZE", ranks)
+        with pytest.raises(OSError, match=r"^nobody/nothing is no folder here, and .* the Hub: .*Give the model's"):
+            accel_moe.from_pretrained("nobody/nothing")
 
 
 def test_weights_without_a_config_are_taken_with_the_config_that_is_given(base, tmp_path):

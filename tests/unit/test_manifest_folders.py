@@ -13,7 +13,8 @@ import time
 
 import pytest
 
-from accel_moe.checkpoint import durable, folders, resume
+import accel_moe
+from accel_moe.checkpoint import durable, folders
 from accel_moe.errors import CheckpointError
 from accel_moe.names import MANIFEST_NAME
 
@@ -185,8 +186,16 @@ def test_the_newest_committed_folder_wins_over_higher_numbers_that_are_not(tmp_p
     (tmp_path / "checkpoint-11").mkdir()
     staged(tmp_path, "checkpoint-12")
     with pytest.warns(UserWarning, match=r"checkpoint-12 was never finished; checkpoint-11 has no manifest"):
-        newest = resume.newest_whole(tmp_path, "checkpoint-", lambda here: [here])
+        newest = accel_moe.newest_checkpoint(str(tmp_path))
     assert newest == tmp_path / "checkpoint-10"
+
+
+def test_a_run_without_a_whole_checkpoint_is_told_what_it_has(tmp_path):
+    (tmp_path / "checkpoint-11").mkdir()
+    with pytest.raises(CheckpointError, match=r"expected folders checkpoint-<number>, found checkpoint-11\. Start wi"):
+        accel_moe.newest_checkpoint(tmp_path)
+    with pytest.raises(CheckpointError, match="expected folders step_<number>, found nothing"):
+        accel_moe.newest_checkpoint(tmp_path / "nowhere", prefix="step_")
 
 
 def test_trainer_and_accelerate_alone_do_not_take_an_unfinished_folder_for_the_newest(tmp_path):

@@ -12,7 +12,7 @@ from torch import Tensor
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from . import hopper
+from . import hopper, hopper_parts
 from .tuning import Config
 
 
@@ -27,9 +27,9 @@ def _descriptor(t: Tensor, *block: int) -> TensorDescriptor:
 
 
 def _clipped(t: Tensor, *block: int) -> TensorDescriptor:
-    """Of rows t [R, ...], whose stores end at any row (`_rows` has the coordinates)."""
+    """Of rows t [R, ...], whose stores end at any row (`hopper_parts.clipped_rows` has the coordinates)."""
     stride, block = t.stride(0), (1, 1, *block)
-    shape = [2**31 - 2**16, 2**31 - 2**16, hopper.MANY.value, *t.shape[1:]]
+    shape = [2**31 - 2**16, 2**31 - 2**16, hopper_parts.MANY.value, *t.shape[1:]]
     return TensorDescriptor(t, shape, [2**34 - stride, stride, *t.stride()], list(block), _layout(block, t.dtype))
 
 

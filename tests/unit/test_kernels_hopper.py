@@ -111,11 +111,11 @@ def test_clipped_rows_are_those_of_the_tensor_and_end_where_they_are_told(monkey
     for t in (torch.empty(1000, 64, dtype=torch.bfloat16), torch.empty(1000, 2, 64, dtype=torch.bfloat16)):
         many, place = 2**30, (7,) if t.ndim == 2 else (1, 7)
         described = road._clipped(t, 128, *(1 for _ in t.shape[2:]), 64)
-        assert road.hopper.MANY.value == many and described.block_shape[:3] == [1, 1, 128]
+        assert road.hopper_parts.MANY.value == many and described.block_shape[:3] == [1, 1, 128]
         assert all(stride * t.element_size() < 2**40 for stride in described.strides)  # the copy engine's limit
         for row0, end in ((0, 128), (300, 333), (872, 1000), (500, 500), (500, 490)):
             for lane in range(128):
-                coordinates = (many, end, many - (end - row0) + lane, *place)  # those of hopper._rows
+                coordinates = (many, end, many - (end - row0) + lane, *place)  # those of hopper_parts.clipped_rows
                 written = all(c < size for c, size in zip(coordinates, described.shape, strict=True))
                 assert written == (row0 + lane < end)
                 if written:

@@ -1,4 +1,5 @@
-"""Three of gemm.py's GEMMs for Hopper, in Gluon: up_projection, grouped_rows and weight_grad.
+"""Three of gemm.py's four GEMMs for Hopper, in Gluon: up_projection, grouped_rows and weight_grad. hopper_backward.py
+has down_backward.
 
 They compute what their namesakes in gemm.py compute. What differs is who does it, and when:
 

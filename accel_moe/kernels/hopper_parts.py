@@ -1,6 +1,5 @@
-"""Parts that the GEMMs of hopper.py share: the ring and its barriers, the sum over it, a tile's place and its store.
-
-Also Gluon's functions that had other names until Triton 3.6.
+"""Parts that hopper.py and hopper_backward.py share: the ring and its barriers, the sum over it, a tile's place and its
+store; and Gluon's functions that had other names until Triton 3.6.
 """
 
 # pyright: reportAssignmentType=false
@@ -22,6 +21,7 @@ from .tile_loads import locate_tile
 # their names until Triton 3.6, and later ones
 copy_in = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 gather_in = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
+reinterpret = getattr(gl.shared_memory_descriptor, "_reinterpret", None) or gl.shared_memory_descriptor.reinterpret
 copy_out = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
 
 MANY = gl.constexpr(2**30)  # more rows than there are
@@ -36,13 +36,13 @@ def make_ring(desc, STAGES: gl.constexpr):
 
 
 @gluon.jit
-def make_barriers(STAGES: gl.constexpr, ARRIVALS: gl.constexpr):
-    """-> ready, which waits for as many arrivals, and free."""
+def make_barriers(STAGES: gl.constexpr, ARRIVALS: gl.constexpr, USERS: gl.constexpr = 1):
+    """-> ready, which waits for as many arrivals, and free, which waits for as many finishers."""
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):  # pyright: ignore
         mbarrier.init(ready.index(i), count=ARRIVALS)
-        mbarrier.init(free.index(i), count=1)
+        mbarrier.init(free.index(i), count=USERS)
     fence_async_shared()  # the copy engine counts on these barriers
     return ready, free
 
@@ -92,6 +92,50 @@ def sum_tile(
             phase ^= 1
     acc = warpgroup_mma_wait(0, deps=(acc,))
     mbarrier.arrive(free.index(gl.where(stage == 0, STAGES, stage) - 1), count=1, pred=steps > 0)
+    return acc
+
+
+@gluon.jit
+def sum_part(
+    rows_ring,
+    w_ring,
+    bars,
+    position,
+    steps,
+    WHICH: gl.constexpr,
+    K_CONTIGUOUS: gl.constexpr,
+    N: gl.constexpr,
+    K: gl.constexpr,
+):
+    """As sum_tile, for one of the finishers that share a ring: rows_ring has a buffer for each of them in each stage.
+
+    What differs from sum_tile: the step before the first product is given back here, too, once its buffer is stored.
+    """
+    ready, free = bars
+    M: gl.constexpr = rows_ring.shape[1]
+    STAGES: gl.constexpr = w_ring.shape[0]
+    LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, N, 16])
+    acc = gl.zeros([M, N], gl.float32, LAYOUT)
+    stage = position % STAGES
+    phase = (position // STAGES) & 1
+    for k in range(steps):
+        mbarrier.wait(ready.index(stage), phase)
+        right = w_ring.index(stage)
+        if K_CONTIGUOUS:
+            right = right.reshape([N, K]).permute((1, 0))
+        else:
+            right = right.reshape([K, N])
+        acc = warpgroup_mma(rows_ring.index(rows_ring.shape[0] // STAGES * stage + WHICH), right, acc, is_async=True)
+        acc = warpgroup_mma_wait(1, deps=(acc,))
+        # The step before this one is done: a product, or the last columns of the tile before, once they are stored.
+        tma.store_wait(0)
+        mbarrier.arrive(free.index(gl.where(stage == 0, STAGES, stage) - 1), count=1, pred=position + k > 0)
+        stage += 1
+        if stage == STAGES:
+            stage = 0
+            phase ^= 1
+    acc = warpgroup_mma_wait(0, deps=(acc,))
+    mbarrier.arrive(free.index(gl.where(stage == 0, STAGES, stage) - 1), count=1)
     return acc
 
 

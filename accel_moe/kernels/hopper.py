@@ -1,4 +1,5 @@
-"""Three of gemm.py's GEMMs for Hopper, in Gluon: up_projection, grouped_rows and weight_grad.
+"""Three of gemm.py's four GEMMs for Hopper, in Gluon: up_projection, grouped_rows and weight_grad. hopper_backward.py
+has down_backward.
 
 They compute what their namesakes in gemm.py compute. What differs is who does it, and when:
 
@@ -23,151 +24,26 @@ launch_hopper.py launches these kernels. Letters, terms and the order of every s
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import (
-    async_copy,
-    fence_async_shared,
-    mbarrier,
-    tma,
-    warpgroup_mma,
-    warpgroup_mma_wait,
-)
+from triton.experimental.gluon.language.nvidia.hopper import async_copy, mbarrier, tma
 
 from .activation import activation, glu
 from .cached_launch import cached_launch
-from .tile_loads import locate_tile
+from .hopper_parts import (
+    clipped_rows,
+    copy_in,
+    copy_weight,
+    find_tile,
+    gather_in,
+    halves,
+    make_barriers,
+    make_ring,
+    store_tile,
+    sum_tile,
+)
 
-# their names until Triton 3.6, and later ones
-_copy_in = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
-_gather_in = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
-_copy_out = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
-
-MANY = gl.constexpr(2**30)  # more rows than there are
 GATHERING_THREADS = gl.constexpr(128)
 
-# ---- The ring
-
-
-@gluon.jit
-def _ring(desc, STAGES: gl.constexpr):
-    shape: gl.constexpr = [STAGES] + desc.block_type.shape  # noqa: RUF005 - Triton reads no other form
-    return gl.allocate_shared_memory(desc.dtype, shape, desc.layout)
-
-
-@gluon.jit
-def _barriers(STAGES: gl.constexpr, ARRIVALS: gl.constexpr):
-    """-> ready, which waits for as many arrivals, and free."""
-    ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(STAGES):  # pyright: ignore
-        mbarrier.init(ready.index(i), count=ARRIVALS)
-        mbarrier.init(free.index(i), count=1)
-    fence_async_shared()  # the copy engine counts on these barriers
-    return ready, free
-
-
-@gluon.jit
-def _sum(
-    ring,
-    position,
-    steps,
-    TRANSPOSE: gl.constexpr,
-    K_CONTIGUOUS: gl.constexpr,
-    FENCE: gl.constexpr,
-    M: gl.constexpr,
-    N: gl.constexpr,
-    K: gl.constexpr,
-):
-    """The finisher's part of one tile: [M, N] in fp32, the sum over `steps` buffers of the ring from `position` on.
-
-    TRANSPOSE: left tiles are [K, M]. K_CONTIGUOUS: right tiles are [N, K]. FENCE: left tiles came by ordinary copies.
-    """
-    left_ring, right_ring, ready, free = ring
-    STAGES: gl.constexpr = left_ring.shape[0]
-    LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, N, 16])
-    acc = gl.zeros([M, N], gl.float32, LAYOUT)
-    stage = position % STAGES
-    phase = (position // STAGES) & 1
-    for k in range(steps):
-        mbarrier.wait(ready.index(stage), phase)
-        if FENCE:
-            fence_async_shared()
-        left = left_ring.index(stage)
-        if TRANSPOSE:
-            left = left.permute((1, 0))
-        right = right_ring.index(stage)
-        if K_CONTIGUOUS:
-            right = right.reshape([N, K]).permute((1, 0))
-        else:
-            right = right.reshape([K, N])
-        acc = warpgroup_mma(left, right, acc, is_async=True)
-        acc = warpgroup_mma_wait(1, deps=(acc,))
-        # The product before this one is done. Its buffer's number is computed, not kept in a variable: Triton 3.6 does
-        # not see that such a copy of `stage` changes in the loop.
-        mbarrier.arrive(free.index(gl.where(stage == 0, STAGES, stage) - 1), count=1, pred=k > 0)
-        stage += 1
-        if stage == STAGES:
-            stage = 0
-            phase ^= 1
-    acc = warpgroup_mma_wait(0, deps=(acc,))
-    mbarrier.arrive(free.index(gl.where(stage == 0, STAGES, stage) - 1), count=1, pred=steps > 0)
-    return acc
-
-
-# ---- Stores
-
-
-@gluon.jit
-def _halves(tile):
-    M: gl.constexpr = tile.shape[0]
-    N: gl.constexpr = tile.shape[1]
-    return tile.reshape([M, 2, N // 2]).permute(0, 2, 1).split()
-
-
-@gluon.jit
-def _store(desc, staging, tile, before, after, col, SLOT: gl.constexpr):
-    """tile [M, N] to columns col .. of desc, the other coordinates being `before` and, between them and the column,
-    `after`. As many columns at a time as the staging buffers are wide, which take turns."""
-    M: gl.constexpr = tile.shape[0]
-    N: gl.constexpr = tile.shape[1]
-    SLOTS: gl.constexpr = staging.shape[0]
-    WIDTH: gl.constexpr = desc.block_type.shape[-1]
-    if N > WIDTH:
-        left, right = _halves(tile)
-        _store(desc, staging, left, before, after, col, SLOT)
-        _store(desc, staging, right, before, after, col + N // 2, (SLOT + N // 2 // WIDTH) % SLOTS)
-    else:
-        tma.store_wait(SLOTS - 1)  # the copy engine has read what was in this buffer
-        buffer = staging.index(SLOT)
-        buffer.reshape([M, N]).store(tile.to(desc.dtype))
-        fence_async_shared()
-        _copy_out(desc, before + after + (col,), buffer.reshape(desc.block_type.shape))
-
-
-@gluon.jit
-def _rows(row0, end):
-    """The coordinates of rows row0 .. end in a clipped tensor."""
-    return MANY, end, MANY - (end - row0)
-
-
 # ---- Rows times weights
-
-
-@gluon.jit
-def _find(pid, walk, TILE: gl.constexpr):
-    tile_expert_ptr, tile_offset_ptr, expert_offset_ptr, num_col_tiles, _ = walk
-    expert = gl.load(tile_expert_ptr + pid // num_col_tiles)
-    row0, row_end, col_tile = locate_tile(pid, expert, tile_offset_ptr, expert_offset_ptr, num_col_tiles, TILE)
-    return expert, row0, row_end, col_tile
-
-
-@gluon.jit
-def _copy_weight(w_desc, bar, buffer, expert, col, k, PAIRED: gl.constexpr, LOADS: gl.constexpr):
-    if PAIRED:
-        _copy_in(w_desc, [expert, 0, col, k], bar, buffer)
-    elif LOADS.k_contiguous:
-        _copy_in(w_desc, [expert, col, k], bar, buffer)
-    else:
-        _copy_in(w_desc, [expert, k, col], bar, buffer)
 
 
 # fmt: off
@@ -184,15 +60,15 @@ def _load_rows(
     stage = 0
     phase = 1
     for tile in range(gl.program_id(0), walk[4], gl.num_programs(0)):
-        expert, row0, _, col_tile = _find(tile, walk, TILE)
+        expert, row0, _, col_tile = find_tile(tile, walk, TILE)
         if LOADS.pad:
             row0 += gl.load(place_ptr + expert) * LOADS.pad - gl.load(walk[2] + expert)
         for k in range(0, depth, TILE.block_k):
             mbarrier.wait(free.index(stage), phase)
             bar = ready.index(stage)
             mbarrier.expect(bar, BYTES)
-            _copy_in(x_desc, [row0, k], bar, x_ring.index(stage))
-            _copy_weight(w_desc, bar, w_ring.index(stage), expert, col_tile * STEP, k, PAIRED, LOADS)
+            copy_in(x_desc, [row0, k], bar, x_ring.index(stage))
+            copy_weight(w_desc, bar, w_ring.index(stage), expert, col_tile * STEP, k, PAIRED, LOADS)
             stage += 1
             if stage == TILE.num_stages:
                 stage = 0
@@ -215,7 +91,7 @@ def _gather_rows(
     stage = 0
     phase = 1
     for tile in range(gl.program_id(0), walk[4], gl.num_programs(0)):
-        expert, row0, row_end, col_tile = _find(tile, walk, TILE)
+        expert, row0, row_end, col_tile = find_tile(tile, walk, TILE)
         # A row past the expert's end reads token 0: real memory, and clipped at the store.
         slot = gl.load(row_slot_ptr + row0 + lane, mask=row0 + lane < row_end, other=0)
         rows = x_ptr + (slot // top_k).to(gl.int64)[:, None] * stride_x + column[None, :]
@@ -223,8 +99,8 @@ def _gather_rows(
             mbarrier.wait(free.index(stage), phase)
             bar = ready.index(stage)
             mbarrier.expect(bar, w_desc.block_type.nbytes)
-            _copy_weight(w_desc, bar, w_ring.index(stage), expert, col_tile * STEP, k, PAIRED, LOADS)
-            _gather_in(x_ring.index(stage), rows + k)
+            copy_weight(w_desc, bar, w_ring.index(stage), expert, col_tile * STEP, k, PAIRED, LOADS)
+            gather_in(x_ring.index(stage), rows + k)
             async_copy.mbarrier_arrive(bar, increment_count=False)  # of each thread, once its copies are done
             stage += 1
             if stage == TILE.num_stages:
@@ -249,14 +125,14 @@ def _finish_rows(
     steps = gl.cdiv(depth, TILE.block_k)
     position = 0
     for tile in range(gl.program_id(0), walk[4], gl.num_programs(0)):
-        expert, row0, row_end, col_tile = _find(tile, walk, TILE)
-        acc = _sum(ring, position, steps, False, LOADS.k_contiguous, False, M, N, TILE.block_k)
+        expert, row0, row_end, col_tile = find_tile(tile, walk, TILE)
+        acc = sum_tile(ring, position, steps, False, LOADS.k_contiguous, False, M, N, TILE.block_k)
         position += steps
         if LOADS.bias:
             cols = col_tile * N + gl.arange(0, N, gl.SliceLayout(0, acc.type.layout))
             bias = gl.load(bias_ptr + expert.to(gl.int64) * width + cols, mask=cols < width, other=0.0)
             acc += bias.to(gl.float32)[None, :]
-        _store(y_desc, staging, acc, _rows(row0, row_end), (), col_tile * N, 0)
+        store_tile(y_desc, staging, acc, clipped_rows(row0, row_end), (), col_tile * N, 0)
     tma.store_wait(0)
 
 
@@ -277,9 +153,9 @@ def grouped_rows(
     TILE: gl.constexpr,
 ):
     """y[row] = a[row] @ weight[e] (+ bias[e]), rows already grouped."""
-    ready, free = _barriers(TILE.num_stages, 1)
-    ring = _ring(a_desc, TILE.num_stages), _ring(w_desc, TILE.num_stages), ready, free
-    staging = _ring(y_desc, 256 // TILE.block_p)
+    ready, free = make_barriers(TILE.num_stages, 1)
+    ring = make_ring(a_desc, TILE.num_stages), make_ring(w_desc, TILE.num_stages), ready, free
+    staging = make_ring(y_desc, 256 // TILE.block_p)
     cols = gl.cdiv(width, TILE.block_n)
     walk = tile_expert_ptr, tile_offset_ptr, expert_offset_ptr, cols, gl.load(tile_offset_ptr + num_experts) * cols
     BLOCK_N: gl.constexpr = TILE.block_n
@@ -313,11 +189,11 @@ def _finish_up(
     steps = gl.cdiv(depth, TILE.block_k)
     position = 0
     for tile in range(gl.program_id(0), walk[4], gl.num_programs(0)):
-        expert, row0, row_end, col_tile = _find(tile, walk, TILE)
-        acc = _sum(ring, position, steps, False, LOADS.k_contiguous, LOADS.gather, M, WIDE * I, TILE.block_k)
+        expert, row0, row_end, col_tile = find_tile(tile, walk, TILE)
+        acc = sum_tile(ring, position, steps, False, LOADS.k_contiguous, LOADS.gather, M, WIDE * I, TILE.block_k)
         position += steps
         col0 = col_tile * I
-        h_place = _rows(row0, gl.minimum(row_end, h_rows))
+        h_place = clipped_rows(row0, gl.minimum(row_end, h_rows))
         if LOADS.bias:
             lane = gl.arange(0, WIDE * I, gl.SliceLayout(0, acc.type.layout))
             if GLU.gated and not GLU.interleaved:  # gate's columns, then up's
@@ -328,20 +204,20 @@ def _finish_up(
             bias = bias_ptr + expert.to(gl.int64) * (WIDE * intermediate) + col
             acc += gl.load(bias, mask=col < WIDE * intermediate, other=0.0).to(gl.float32)[None, :]
         if STORES.h and (GLU.interleaved or not GLU.gated):
-            _store(h_desc, staging, acc, h_place, (), WIDE * col0, 0)
+            store_tile(h_desc, staging, acc, h_place, (), WIDE * col0, 0)
         if GLU.gated:
             if GLU.interleaved:
                 gate, up = acc.reshape([M, I, 2]).split()
             else:
-                gate, up = _halves(acc)
+                gate, up = halves(acc)
                 if STORES.h:
-                    _store(h_desc, staging, gate, h_place, (0,), col0, 0)
-                    _store(h_desc, staging, up, h_place, (1,), col0, 0)
+                    store_tile(h_desc, staging, gate, h_place, (0,), col0, 0)
+                    store_tile(h_desc, staging, up, h_place, (1,), col0, 0)
             a, _, _ = glu(gate, up, GLU)
         else:
             a, _ = activation(acc, GLU)
         if STORES.a:
-            _store(a_desc, staging, a, _rows(row0, row_end), (), col0, 0)
+            store_tile(a_desc, staging, a, clipped_rows(row0, row_end), (), col0, 0)
     tma.store_wait(0)
 
 
@@ -371,15 +247,15 @@ def up_projection(
     """h[row] = x[token(row)] @ W1[e].T (+ bias[e]), and a = act(h). x_src: x if LOADS.gather, else x gathered."""
     PAIRED: gl.constexpr = GLU.gated and not GLU.interleaved
     STEP: gl.constexpr = 2 * TILE.block_n if GLU.gated and GLU.interleaved else TILE.block_n
-    ready, free = _barriers(TILE.num_stages, 1 + GATHERING_THREADS if LOADS.gather else 1)
+    ready, free = make_barriers(TILE.num_stages, 1 + GATHERING_THREADS if LOADS.gather else 1)
     if LOADS.gather:
         LAYOUT: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
         SHAPE: gl.constexpr = [TILE.num_stages, TILE.block_p, TILE.block_k]
         x_ring = gl.allocate_shared_memory(a_desc.dtype, SHAPE, LAYOUT)
     else:
-        x_ring = _ring(x_src, TILE.num_stages)
-    ring = x_ring, _ring(w_desc, TILE.num_stages), ready, free
-    staging = _ring(a_desc, 256 // TILE.block_p)
+        x_ring = make_ring(x_src, TILE.num_stages)
+    ring = x_ring, make_ring(w_desc, TILE.num_stages), ready, free
+    staging = make_ring(a_desc, 256 // TILE.block_p)
     cols = gl.cdiv(intermediate, TILE.block_n)
     walk = tile_expert_ptr, tile_offset_ptr, expert_offset_ptr, cols, gl.load(tile_offset_ptr + num_experts) * cols
     # fmt: off
@@ -446,8 +322,8 @@ def _load_row_blocks(
             mbarrier.wait(free.index(stage), phase)
             bar = ready.index(stage)
             mbarrier.expect(bar, BYTES)
-            _copy_in(left_desc, [row + left_shift, m0], bar, left_ring.index(stage))
-            _copy_in(right_desc, [row + right_shift, n0], bar, right_ring.index(stage))
+            copy_in(left_desc, [row + left_shift, m0], bar, left_ring.index(stage))
+            copy_in(right_desc, [row + right_shift, n0], bar, right_ring.index(stage))
             stage += 1
             if stage == TILE.num_stages:
                 stage = 0
@@ -463,9 +339,9 @@ def _finish_gradient(
     for tile in range(gl.program_id(0), num_tiles, gl.num_programs(0)):
         expert, m0, n0, start, end = _find_gradient(tile, experts, tiles_m, tiles_n, group_m, TILE)
         steps = gl.cdiv(end - start, TILE.block_p)
-        acc = _sum(ring, position, steps, True, False, False, M, TILE.block_n, TILE.block_p)
+        acc = sum_tile(ring, position, steps, True, False, False, M, TILE.block_n, TILE.block_p)
         position += steps
-        _store(dw_desc, staging, acc * scale, (expert, m0), (), n0, 0)
+        store_tile(dw_desc, staging, acc * scale, (expert, m0), (), n0, 0)
     tma.store_wait(0)
 
 
@@ -492,9 +368,9 @@ def weight_grad(
     The experts with the most rows come first, so that the programs end together: all tiles of an expert cost alike, and
     each program's share of the tiles is fixed.
     """
-    ready, free = _barriers(TILE.num_stages, 1)
-    ring = _ring(left_desc, TILE.num_stages), _ring(right_desc, TILE.num_stages), ready, free
-    staging = _ring(dw_desc, 256 // TILE.block_k)
+    ready, free = make_barriers(TILE.num_stages, 1)
+    ring = make_ring(left_desc, TILE.num_stages), make_ring(right_desc, TILE.num_stages), ready, free
+    staging = make_ring(dw_desc, 256 // TILE.block_k)
     tiles_m = gl.cdiv(left_width, TILE.block_k)
     tiles_n = gl.cdiv(right_width, TILE.block_n)
     tiles = num_experts * tiles_m * tiles_n

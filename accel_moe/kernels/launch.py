@@ -125,8 +125,7 @@ def likely_height(kernel: str, layer: Layer, rows: int, x: Tensor) -> int:
 def _problem(kernel: str, layer: Layer, rows: int, x: Tensor, term: "Term | None" = None) -> Problem:
     capability = _capability(x.device)
     gluon = (
-        kernel != "down_backward"
-        and term is None
+        term is None
         and capability[0] == 9
         and x.dtype != torch.float32
         and layer.hidden % 8 == layer.intermediate % 8 == 0
@@ -412,8 +411,7 @@ def down_backward(
     extra_parts: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """-> dh as h, sa [P, I], ds partials [parts, P] in fp32, of which the last extra_parts are left to the caller."""
-    intermediate, hidden = weight.width, weight.depth
-    num_rows = routing.num_rows
+    intermediate, hidden, num_rows = weight.width, weight.depth, routing.num_rows
     dh, sa = torch.empty_like(h), h.new_empty(num_rows, intermediate)
     parts = cdiv(intermediate, config.block_n)
     ds = torch.empty(parts + extra_parts, num_rows, dtype=torch.float32, device=h.device)
@@ -421,6 +419,13 @@ def down_backward(
     tma = _tma_fits(weight.stored, dout.data)
     even = hidden % config.block_k == 0 and (tma or intermediate % config.block_n == 0)
     low_rank, factor, rank = _parts(term, h)
+    loads = _loads(tma, even, weight.k_contiguous, precision(h), rank=rank)
+    # the copy engine steps by whole 16 bytes: over rows of sa, and from gate to up
+    runs = tma and rank == 0 and rows.max_tiles > 0 and intermediate % 8 == 0 and _tma_fits(h)
+    operands = dout, weight, h, weights, (dh, sa, ds), routing, rows, gate, loads
+    if roads.on_hopper("down_backward", config, runs, *operands):
+        return dh, sa, ds
+    config = config.plain
     if rows.max_tiles:
         gemm.down_backward[(rows.max_tiles * parts,)](
             _descriptor(dout.data, [config.block_p, config.block_k]) if tma else dout.data,
@@ -441,7 +446,7 @@ def down_backward(
             hidden,
             intermediate,
             GLU=gate,
-            LOADS=_loads(tma, even, weight.k_contiguous, precision(h), rank=rank),
+            LOADS=loads,
             TILE=config,
             num_warps=config.num_warps,
             num_stages=config.num_stages,

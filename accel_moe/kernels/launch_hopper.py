@@ -1,4 +1,4 @@
-"""Launches of hopper.py, as launch.py's of gemm.py: from tensors to grids.
+"""Launches of hopper.py and hopper_backward.py, as launch.py's of gemm.py: from tensors to grids.
 
 Imported only where Gluon is (roads.gluon_road). Weights, rows and tiles come as launch.py has them.
 """
@@ -12,7 +12,7 @@ from torch import Tensor
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from . import hopper
+from . import hopper, hopper_backward, hopper_parts
 from .tuning import Config
 
 
@@ -27,9 +27,9 @@ def _descriptor(t: Tensor, *block: int) -> TensorDescriptor:
 
 
 def _clipped(t: Tensor, *block: int) -> TensorDescriptor:
-    """Of rows t [R, ...], whose stores end at any row (`_rows` has the coordinates)."""
+    """Of rows t [R, ...], whose stores end at any row (`hopper_parts.clipped_rows` has the coordinates)."""
     stride, block = t.stride(0), (1, 1, *block)
-    shape = [2**31 - 2**16, 2**31 - 2**16, hopper.MANY.value, *t.shape[1:]]
+    shape = [2**31 - 2**16, 2**31 - 2**16, hopper_parts.MANY.value, *t.shape[1:]]
     return TensorDescriptor(t, shape, [2**34 - stride, stride, *t.stride()], list(block), _layout(block, t.dtype))
 
 
@@ -109,6 +109,42 @@ def up_projection(
         LOADS=replace(loads, pad=padded.tiles.block_p if padded else 0),
         GLU=gate,
         STORES=stores,
+        **_options(tile),
+    )
+
+
+def down_backward(
+    dout, weight, h: Tensor, weights: Tensor, outputs: tuple[Tensor, ...], routing, rows, gate, loads, tile: Config
+) -> None:
+    """Writes outputs: dh, sa and ds. dout: launch.Padded. tile: of 128 rows x 256 columns, with 4 warps a finisher."""
+    dh, sa, ds = outputs
+    m, n, k = tile.block_p, tile.block_n, tile.block_k
+    part = m // hopper_backward.FINISHERS.value  # rows of a finisher
+    if gate.gated and not gate.interleaved:
+        h_desc = _descriptor(h.unflatten(1, (2, -1)), m, 1, 64)
+        dh_desc = _clipped(dh.unflatten(1, (2, -1)), part, 1, 64)
+    else:
+        h_desc, dh_desc = _descriptor(h, m, 64), _clipped(dh, part, 64)
+    grid = min(_multiprocessors(h.device), rows.max_tiles * triton.cdiv(weight.width, n))
+    hopper_backward.down_backward[(grid,)](
+        _descriptor(dout.data, m, k),
+        _descriptor(weight.stored, 1, *((n, k) if weight.k_contiguous else (k, n))),
+        h_desc,
+        dh_desc,
+        _clipped(sa, part, 64),
+        weights,
+        ds,
+        dout.tiles.tile_offsets,
+        routing.row_slot,
+        rows.tile_expert,
+        rows.tile_offsets,
+        routing.expert_offsets,
+        routing.num_experts,
+        ds.shape[1],
+        weight.depth,
+        weight.width,
+        GLU=gate,
+        LOADS=loads,
         **_options(tile),
     )
 

@@ -228,6 +228,7 @@ def experts_backward(
             rows,
             x,
             lambda c: launch.down_backward(dout_rows, down, h, weights, routing, tiles, c, kind, down_term, biased),
+            down_term,
         )
         if b2 is not None:
             launch_passes.dot_bias(dout, b2.contiguous(), ds[-1], routing, tiles)

@@ -1,4 +1,5 @@
-"""Two roads for three of the GEMMs: gemm.py's kernels, which run everywhere, and hopper.py's, for Hopper GPUs."""
+"""Two roads for the four GEMMs: gemm.py's kernels, which run everywhere, and those of hopper.py and hopper_backward.py,
+for Hopper GPUs."""
 
 import functools
 import logging
@@ -12,8 +13,8 @@ from .tuning import Config
 
 logger = logging.getLogger(__name__)
 
-# Triton's versions that hopper.py was run with, on a GPU. Gluon is experimental: a later version may compile a kernel
-# and mean something else by it.
+# Triton's versions that Gluon's kernels were run with, on a GPU. Gluon is experimental: a later version may compile a
+# kernel and mean something else by it.
 RUN_WITH = ("3.6",)
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -35,11 +36,11 @@ def gluon_road() -> Any:
     return launch_hopper
 
 
-_did_not_compile: set[str] = set()  # kernels of hopper.py
+_did_not_compile: set[str] = set()  # Gluon's kernels
 
 
 def on_hopper(kernel: str, config: Config, runs: bool, *arguments: Any) -> bool:
-    """The choice between the two roads: launches hopper.py's kernel if `config` is one of its and it `runs` with these
+    """The choice between the two roads: launches Gluon's kernel if `config` is one of its and it `runs` with these
     operands. Whether it did."""
     road = gluon_road() if config.gluon and runs and kernel not in _did_not_compile else None
     if road is None:

@@ -6,8 +6,8 @@ needs one (a kernel only writes its outputs, so running it again is harmless and
 for a layer's six GEMMs, once. Ranks share the cache: the first to need a shape locks it and measures, the others wait
 for the result, never longer than WAIT_S, since a rank that waits may hold up a collective that the measuring one is
 queued behind. Measuring is left out under CUDA graph capture, for shapes of few rows, and with SCATTERMOE_AUTOTUNE=0.
-SCATTERMOE_CACHE names the cache's folder. Where roads.py lets them run, the kernels of hopper.py are candidates, too;
-shapes measured so have keys of their own.
+SCATTERMOE_CACHE names the cache's folder. Where roads.py lets them run, Gluon's kernels for Hopper are candidates,
+too; shapes measured so have keys of their own.
 
 A configuration changes no result beyond the order in which fp32 partial sums are added.
 """
@@ -54,12 +54,15 @@ class Config:
     group: int = 8
     gather: bool = True  # `up`: rows gathered by the GEMM's own loads, or copied once and read by TMA
     chunks: int = 2  # `down_backward`: column parts of the epilogue, one after the other (1, 2 or 4)
-    gluon: bool = False  # hopper.py's kernel, not gemm.py's
+    gluon: bool = False  # the kernel of hopper.py or hopper_backward.py, not gemm.py's
 
     @property
     def plain(self) -> "Config":
-        """For gemm.py's kernel, where hopper.py's was meant and cannot run."""
-        return replace(self, gluon=False, num_stages=3) if self.gluon else self
+        """For gemm.py's kernel, where Gluon's was meant and cannot run.
+
+        All of these run with 8 warps there: 4 are one of down_backward's two finishers. Only down_backward has chunks.
+        """
+        return replace(self, gluon=False, num_warps=8, num_stages=3, chunks=4) if self.gluon else self
 
 
 class Problem(NamedTuple):
@@ -72,7 +75,7 @@ class Problem(NamedTuple):
     intermediate: int
     dtype: torch.dtype
     capability: tuple[int, int]
-    gluon: bool = False  # hopper.py's kernels may be chosen, too
+    gluon: bool = False  # Gluon's kernels may be chosen, too
 
     @property
     def rows_per_expert(self) -> int:
@@ -187,7 +190,7 @@ def candidates(problem: Problem) -> list[Config]:
 
 
 def _on_hopper(problem: Problem) -> list[Config]:
-    """Those of hopper.py, with what has won on some shape first."""
+    """Those of Gluon's kernels, with what has won on some shape first."""
     if not problem.gluon or problem.rows_per_expert <= 128:
         return []
     wide, tall = Config(128, 256, 64, 8, 4, gluon=True), Config(256, 128, 64, 8, 4, gluon=True)
@@ -196,6 +199,9 @@ def _on_hopper(problem: Problem) -> list[Config]:
         return [replace(wide, block_n=width), replace(wide, block_n=width, gather=False)]
     if problem.kernel in ("down", "up_backward"):
         return [wide, replace(wide, group=1), tall]
+    if problem.kernel == "down_backward":  # two finishers, of 4 warps each
+        shared = replace(wide, num_warps=4)
+        return [shared, replace(shared, group=16), replace(shared, group=1)]
     short = Config(32, 256, 128, 8, 8, gluon=True)
     return [short, replace(short, block_n=128, block_k=256), replace(short, block_p=64, num_stages=4)]
 

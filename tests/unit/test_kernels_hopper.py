@@ -21,6 +21,7 @@ from accel_moe.kernels.scattermoe import road_of
 from accel_moe.kernels.tuning import Config, Problem
 
 WIDE, TALL = Config(128, 256, 64, 8, 4, gluon=True), Config(256, 128, 64, 8, 4, gluon=True)
+SHARED = Config(128, 256, 64, 4, 4, gluon=True)
 UP, GRADIENT = Config(128, 128, 64, 8, 4, gluon=True), Config(32, 256, 128, 8, 8, gluon=True)
 GPT_OSS = Glu(interleaved=True, alpha=1.702, shift=1.0, limit=7.0)
 
@@ -35,6 +36,13 @@ SILU, BOTH = Glu(), Stores(True, True)
 def up(x, w, h, gate=SILU, stores=BOTH, **options):
     types = {"x_src": x, "w_desc": w, "h_desc": h, "a_desc": [1, 1, 128, 64]}
     return "up_projection", types, {"LOADS": loads(**options), "GLU": gate, "STORES": stores, "TILE": UP}
+
+
+def backward(h, dh, gate=SILU, k_contiguous=False):
+    """k_contiguous: W2 is stored transposed, [E, I, H]."""
+    types = {"dout_desc": [128, 64], "w_desc": [1, 256, 64] if k_contiguous else [1, 64, 256], "h_desc": h}
+    types |= {"dh_desc": dh, "sa_desc": [1, 1, 64, 64], "weight_ptr": "*bf16", "ds_ptr": "*fp32"}
+    return "down_backward", types, {"GLU": gate, "LOADS": loads(k_contiguous, pad=64), "TILE": SHARED}
 
 
 PAIRED, HALVES = [1, 2, 128, 64], [1, 1, 128, 1, 64]
@@ -54,6 +62,9 @@ KERNELS = {
     "up, gathered, no h": up("*bf16", PAIRED, HALVES, stores=Stores(False, True), gather=True),
     "up of gpt-oss": up([128, 64], [1, 64, 256], [1, 1, 128, 64], GPT_OSS, k_contiguous=False, bias=True, pad=64),
     "up, not gated": up("*bf16", [1, 128, 64], [1, 1, 128, 64], Glu("relu2", gated=False), gather=True),
+    "backward": backward([128, 1, 64], [1, 1, 64, 1, 64]),
+    "backward of gpt-oss": backward([128, 64], [1, 1, 64, 64], GPT_OSS, k_contiguous=True),
+    "backward, not gated": backward([128, 64], [1, 1, 64, 64], Glu("relu2", gated=False)),
     "gradient": (
         "weight_grad",
         {"left_desc": [32, 128], "right_desc": [32, 256], "dw_desc": [1, 128, 64], "scale": "fp32"},
@@ -69,10 +80,10 @@ def compile_for_hopper(name):
     from triton.experimental.gluon import language as gl
     from triton.experimental.gluon._runtime import GluonASTSource
 
-    from accel_moe.kernels import hopper
+    from accel_moe.kernels import hopper, hopper_backward
 
     kernel, types, constants = KERNELS[name]
-    kernel = getattr(hopper, kernel).fn
+    kernel = getattr(hopper_backward if kernel == "down_backward" else hopper, kernel).fn
 
     def type_of(parameter):
         given = types.get(parameter, "*i32" if parameter.endswith("_ptr") else "i32")
@@ -82,14 +93,16 @@ def compile_for_hopper(name):
 
     signature = {p.name: "constexpr" if p.is_constexpr else type_of(p.name) for p in kernel.params}
     places = {p.name: i for i, p in enumerate(kernel.params)}
-    aligned = [n for n, t in signature.items() if t.startswith("*") or n in ("depth", "hidden", "stride_x")]
+    multiples = "depth", "hidden", "intermediate", "stride_x"
+    aligned = [n for n, t in signature.items() if t.startswith("*") or n in multiples]
     source = GluonASTSource(
         kernel,
         signature,
         {(places[n],): value for n, value in constants.items()},
         {(places[n],): [["tt.divisibility", 16]] for n in aligned},
     )
-    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 8, "maxnreg": 168})
+    options = {"num_warps": constants["TILE"].num_warps, "maxnreg": 168}
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
 
 
 def test_kernels_compile_for_hopper_and_fit():
@@ -111,11 +124,11 @@ def test_clipped_rows_are_those_of_the_tensor_and_end_where_they_are_told(monkey
     for t in (torch.empty(1000, 64, dtype=torch.bfloat16), torch.empty(1000, 2, 64, dtype=torch.bfloat16)):
         many, place = 2**30, (7,) if t.ndim == 2 else (1, 7)
         described = road._clipped(t, 128, *(1 for _ in t.shape[2:]), 64)
-        assert road.hopper.MANY.value == many and described.block_shape[:3] == [1, 1, 128]
+        assert road.hopper_parts.MANY.value == many and described.block_shape[:3] == [1, 1, 128]
         assert all(stride * t.element_size() < 2**40 for stride in described.strides)  # the copy engine's limit
         for row0, end in ((0, 128), (300, 333), (872, 1000), (500, 500), (500, 490)):
             for lane in range(128):
-                coordinates = (many, end, many - (end - row0) + lane, *place)  # those of hopper._rows
+                coordinates = (many, end, many - (end - row0) + lane, *place)  # those of hopper_parts.clipped_rows
                 written = all(c < size for c, size in zip(coordinates, described.shape, strict=True))
                 assert written == (row0 + lane < end)
                 if written:
@@ -142,7 +155,8 @@ def chosen(monkeypatch):
         ("up", torch.bfloat16, 64, None, True),
         ("down", torch.float16, 64, None, True),
         ("down", torch.float32, 64, None, False),
-        ("down_backward", torch.bfloat16, 64, None, False),
+        ("down_backward", torch.bfloat16, 64, None, True),
+        ("down_backward", torch.bfloat16, 64, "a low-rank term", False),
         ("up", torch.bfloat16, 65, None, False),
         ("up", torch.bfloat16, 64, "a low-rank term", False),
     ],
@@ -218,6 +232,10 @@ def test_a_model_says_which_road_runs(monkeypatch, capability, road, text):
 def test_a_configuration_of_one_road_has_its_like_on_the_other():
     assert not WIDE.plain.gluon and (WIDE.plain.block_n, WIDE.plain.group) == (256, 8)
     assert Config(64, 64, 64, 4, 3).plain == Config(64, 64, 64, 4, 3)
+    backward = Problem("down_backward", 2**17, 128, 2048, 768, torch.bfloat16, (9, 0), gluon=True)
+    for config in tuning._on_hopper(backward):  # 4 warps, or a tile's columns at once, would spill
+        like = replace(config.plain, group=8)
+        assert config.gluon and like in tuning.candidates(backward._replace(gluon=False))
 
 
 # ---- From tensors to grids
@@ -225,13 +243,17 @@ def test_a_configuration_of_one_road_has_its_like_on_the_other():
 
 @pytest.fixture
 def launched(monkeypatch):
-    """What hopper.py's kernels are launched with, on a Hopper GPU that is not there."""
+    """What Gluon's kernels are launched with, on a Hopper GPU that is not there."""
     road = pytest.importorskip("accel_moe.kernels.launch_hopper", exc_type=ImportError)
     calls = {}
 
     class Kernel:
         def __init__(self, name):
-            self.name, self.parameters = name, getattr(road.hopper, name).arg_names
+            self.name, self.parameters = name, getattr(self.module(name), name).arg_names
+
+        @staticmethod
+        def module(name):
+            return road.hopper_backward if name == "down_backward" else road.hopper
 
         def __getitem__(self, grid):
             def launch(*arguments, num_warps, maxnreg, **constants):
@@ -242,8 +264,8 @@ def launched(monkeypatch):
 
             return launch
 
-    for name in ("up_projection", "grouped_rows", "weight_grad"):
-        monkeypatch.setattr(road.hopper, name, Kernel(name))
+    for name in ("up_projection", "grouped_rows", "down_backward", "weight_grad"):
+        monkeypatch.setattr(Kernel.module(name), name, Kernel(name))
     monkeypatch.setattr(road, "_multiprocessors", lambda device: 132)
     monkeypatch.setattr(roads, "gluon_road", lambda: road)
     monkeypatch.setattr(roads, "_did_not_compile", set())
@@ -267,9 +289,13 @@ def test_every_kernel_is_launched_with_as_many_arguments_as_it_has(launched, glu
         source = launched["up_projection"][0]
         assert source is x if gather else source.base.shape[1] == hidden
     y = launch.grouped_rows(a, down, None, routing, tiles, WIDE)
-    dw = launch.weight_grad(launch.gather_rows(x, routing, tiles), y, routing, GRADIENT, 1.0, torch.float32)
+    rows = launch.gather_rows(x, routing, tiles)
+    back = launch.Weight(w2, transposed)
+    dh, sa, ds = launch.down_backward(rows, back, h, torch.rand(200, 2), routing, tiles, SHARED, glu, extra_parts=1)
+    assert dh.shape == h.shape and sa.shape == a.shape and ds.shape == (2, 400)
+    dw = launch.weight_grad(rows, y, routing, GRADIENT, 1.0, torch.float32)
     assert h.shape == (400, wide) and a.shape == (400, intermediate) and dw.shape == (4, hidden, hidden)
-    assert len(launched) == 3 and not roads._did_not_compile
+    assert len(launched) == 4 and not roads._did_not_compile
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ Tolerance: both sides sum the same fp32 products in another order; 1e-5 of the l
 import pytest
 import torch
 
+from accel_moe.kernels import launch
 from accel_moe.kernels.casts import Casts
 from accel_moe.kernels.deferred_count import DeferredCount
 from accel_moe.kernels.glu import Glu
@@ -193,3 +194,17 @@ def test_a_wrong_change_would_be_seen(fault):
     found = run(weights, options, factors, True, scales=SCALES if fault == "expert" else (1.0, 2.0))
     with pytest.raises(AssertionError):
         assert_close(found, expected)
+
+
+def test_every_gemm_with_a_change_says_so_when_its_configuration_is_chosen(monkeypatch):
+    """Only gemm.py's kernels add a change. One of Gluon's, chosen by its speed, could not run."""
+    told, tuned = {}, launch.tuned
+
+    def record(kernel, layer, rows, x, run, term=None):
+        told[kernel] = term is not None
+        return tuned(kernel, layer, rows, x, run, term)
+
+    monkeypatch.setattr(launch, "tuned", record)
+    weights, options, factors = make(Glu("silu"))
+    run(weights, options, factors, fused=True)
+    assert told == {"up": True, "down": True, "down_backward": True, "up_backward": True}

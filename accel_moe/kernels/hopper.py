@@ -1,5 +1,6 @@
-"""Three of gemm.py's four GEMMs for Hopper, in Gluon: up_projection, grouped_rows and weight_grad. hopper_backward.py
-has down_backward.
+"""gemm.py's up_projection and grouped_rows for Hopper, in Gluon: rows times weights.
+
+hopper_backward.py has down_backward, hopper_gradients.py weight_grad, and hopper_parts.py their common parts.
 
 They compute what their namesakes in gemm.py compute. What differs is who does it, and when:
 
@@ -29,6 +30,7 @@ from triton.experimental.gluon.language.nvidia.hopper import async_copy, mbarrie
 from .activation import activation, glu
 from .cached_launch import cached_launch
 from .hopper_parts import (
+    GATHERING_THREADS,
     clipped_rows,
     copy_in,
     copy_weight,
@@ -40,8 +42,6 @@ from .hopper_parts import (
     store_tile,
     sum_tile,
 )
-
-GATHERING_THREADS = gl.constexpr(128)
 
 # ---- Rows times weights
 
@@ -273,112 +273,4 @@ def up_projection(
             (_load_rows, (x_src, w_desc, ring, walk, place_ptr, hidden, stride_x, top_k,
                           PAIRED, STEP, LOADS, TILE)),
         ], [1], [24])
-    # fmt: on
-
-
-# ---- Gradients of weights
-
-
-@gluon.jit
-def _find_gradient(tile, experts, tiles_m, tiles_n, group_m, TILE: gl.constexpr):
-    """experts: largest_first and expert_offsets."""
-    largest_first_ptr, expert_offset_ptr = experts
-    expert = gl.load(largest_first_ptr + tile // (tiles_m * tiles_n))
-    local = tile % (tiles_m * tiles_n)
-    group = local // (group_m * tiles_n)
-    group_rows = gl.minimum(tiles_m - group * group_m, group_m)
-    local -= group * group_m * tiles_n
-    m0 = (group * group_m + local % group_rows) * TILE.block_k
-    n0 = (local // group_rows) * TILE.block_n
-    return expert, m0, n0, gl.load(expert_offset_ptr + expert), gl.load(expert_offset_ptr + expert + 1)
-
-
-@gluon.jit
-def _load_row_blocks(
-    left_desc,
-    right_desc,
-    ring,
-    experts,
-    pad_tile_ptr,
-    num_tiles,
-    tiles_m,
-    tiles_n,
-    group_m,
-    LEFT_PADDED: gl.constexpr,
-    PAD: gl.constexpr,
-    TILE: gl.constexpr,
-):
-    """The loader. Beyond the expert's last row the padded operand has zeros, and the other one finite numbers."""
-    left_ring, right_ring, ready, free = ring
-    BYTES: gl.constexpr = left_desc.block_type.nbytes + right_desc.block_type.nbytes
-    stage = 0
-    phase = 1
-    for tile in range(gl.program_id(0), num_tiles, gl.num_programs(0)):
-        expert, m0, n0, start, end = _find_gradient(tile, experts, tiles_m, tiles_n, group_m, TILE)
-        padding = gl.load(pad_tile_ptr + expert) * PAD - start  # from a row to the same row in the padded operand
-        left_shift = padding if LEFT_PADDED else 0
-        right_shift = 0 if LEFT_PADDED else padding
-        for row in range(start, end, TILE.block_p):
-            mbarrier.wait(free.index(stage), phase)
-            bar = ready.index(stage)
-            mbarrier.expect(bar, BYTES)
-            copy_in(left_desc, [row + left_shift, m0], bar, left_ring.index(stage))
-            copy_in(right_desc, [row + right_shift, n0], bar, right_ring.index(stage))
-            stage += 1
-            if stage == TILE.num_stages:
-                stage = 0
-                phase ^= 1
-
-
-@gluon.jit
-def _finish_gradient(
-    dw_desc, staging, ring, experts, num_tiles, tiles_m, tiles_n, group_m, scale, TILE: gl.constexpr
-):
-    M: gl.constexpr = TILE.block_k
-    position = 0
-    for tile in range(gl.program_id(0), num_tiles, gl.num_programs(0)):
-        expert, m0, n0, start, end = _find_gradient(tile, experts, tiles_m, tiles_n, group_m, TILE)
-        steps = gl.cdiv(end - start, TILE.block_p)
-        acc = sum_tile(ring, position, steps, True, False, False, M, TILE.block_n, TILE.block_p)
-        position += steps
-        store_tile(dw_desc, staging, acc * scale, (expert, m0), (), n0, 0)
-    tma.store_wait(0)
-
-
-@cached_launch
-@gluon.jit
-def weight_grad(
-    left_desc,
-    right_desc,
-    dw_desc,
-    largest_first_ptr,
-    expert_offset_ptr,
-    pad_tile_ptr,
-    num_experts,
-    left_width,
-    right_width,
-    scale,
-    group_m,
-    LEFT_PADDED: gl.constexpr,
-    PAD: gl.constexpr,
-    TILE: gl.constexpr,
-):
-    """dw[e] = scale * left[rows of e].T @ right[rows of e]; zeros for an idle expert.
-
-    The experts with the most rows come first, so that the programs end together: all tiles of an expert cost alike, and
-    each program's share of the tiles is fixed.
-    """
-    ready, free = make_barriers(TILE.num_stages, 1)
-    ring = make_ring(left_desc, TILE.num_stages), make_ring(right_desc, TILE.num_stages), ready, free
-    staging = make_ring(dw_desc, 256 // TILE.block_k)
-    tiles_m = gl.cdiv(left_width, TILE.block_k)
-    tiles_n = gl.cdiv(right_width, TILE.block_n)
-    tiles = num_experts * tiles_m * tiles_n
-    experts = largest_first_ptr, expert_offset_ptr
-    # fmt: off
-    gl.warp_specialize([
-        (_finish_gradient, (dw_desc, staging, ring, experts, tiles, tiles_m, tiles_n, group_m, scale, TILE)),
-        (_load_row_blocks, (left_desc, right_desc, ring, experts, pad_tile_ptr, tiles, tiles_m, tiles_n,
-                            group_m, LEFT_PADDED, PAD, TILE)),
-    ], [1], [24])
     # fmt: on

@@ -7,8 +7,8 @@ as early as an operand does, and needs no memory of its own.
 
     finishers   two of one warpgroup, each with half of the tile's rows, so that one's waits are the other's work
 
-What follows the sum is a loop over the columns, as short as can be: the kernel is 60 kB of code. Unrolled, it was
-158 kB, and a tile of Qwen3's took 56 us; with 124 kB of code, 34 us.
+What follows the sum is a loop over the columns, as short as can be (60 kB of code). Unrolled, the kernel was 158 kB,
+and a tile of Qwen3's took 56 us; with 124 kB of code, 34 us.
 
 launch_hopper.py launches this kernel. Letters, terms and the order of every sum are gemm.py's.
 """
@@ -18,16 +18,18 @@ launch_hopper.py launches this kernel. Letters, terms and the order of every sum
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
+from triton.experimental.gluon.language.nvidia.hopper import async_copy, fence_async_shared, mbarrier, tma
 
 from .activation import activation, glu
 from .cached_launch import cached_launch
 from .hopper_parts import (
+    GATHERING_THREADS,
     clipped_rows,
     copy_in,
     copy_out,
     copy_weight,
     find_tile,
+    gather_in,
     halves,
     make_barriers,
     make_ring,
@@ -43,37 +45,53 @@ ROWS_LAYOUT = gl.constexpr(gl.NVMMASharedLayout(128, 16, 2))
 
 @gluon.jit
 def _load_backward(
-    dout_desc,
+    dout_src,
     w_desc,
     h_desc,
     ring,
     walk,
-    pad_tile_ptr,
+    place_ptr,
     depth,
     intermediate,
+    top_k,
+    stride_dout,
     GLU: gl.constexpr,
     LOADS: gl.constexpr,
     TILE: gl.constexpr,
 ):
-    """The loader: of each tile the operands, then h."""
+    """The loader: of each tile the operands, then h. dout_src and place: as down_backward's."""
     dout_ring, w_ring, ready, free = ring
     M: gl.constexpr = TILE.block_p
     N: gl.constexpr = TILE.block_n
+    K: gl.constexpr = TILE.block_k
     STAGES: gl.constexpr = TILE.num_stages
-    BYTES: gl.constexpr = w_desc.block_type.nbytes + dout_desc.block_type.nbytes
+    BYTES: gl.constexpr = w_desc.block_type.nbytes + (0 if LOADS.gather else M * K * 2)
     H_BYTES: gl.constexpr = h_desc.block_type.nbytes * (2 if GLU.gated else 1)
     up_ring = reinterpret(w_ring, w_ring.dtype, [2 * STAGES, M, COLUMNS], ROWS_LAYOUT)
+    if LOADS.gather:
+        LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [gl.num_warps(), 1], [1, 0])
+        lane = gl.arange(0, M, gl.SliceLayout(1, LAYOUT))
+        column = gl.arange(0, K, gl.SliceLayout(0, LAYOUT))
     stage = 0
     phase = 1
     for tile in range(gl.program_id(0), walk[4], gl.num_programs(0)):
-        expert, row0, _, col_tile = find_tile(tile, walk, TILE)
-        dout_row = row0 + gl.load(pad_tile_ptr + expert) * LOADS.pad - gl.load(walk[2] + expert)
-        for k in range(0, depth, TILE.block_k):
+        expert, row0, row_end, col_tile = find_tile(tile, walk, TILE)
+        if LOADS.gather:
+            # A row past the expert's end reads token 0: real memory, and clipped at the store.
+            slot = gl.load(place_ptr + row0 + lane, mask=row0 + lane < row_end, other=0)
+            rows = dout_src + (slot // top_k).to(gl.int64)[:, None] * stride_dout + column[None, :]
+        else:
+            dout_row = row0 + gl.load(place_ptr + expert) * LOADS.pad - gl.load(walk[2] + expert)
+        for k in range(0, depth, K):
             mbarrier.wait(free.index(stage), phase)
             bar = ready.index(stage)
             mbarrier.expect(bar, BYTES)
             copy_weight(w_desc, bar, w_ring.index(stage), expert, col_tile * N, k, False, LOADS)
-            copy_in(dout_desc, [dout_row, k], bar, dout_ring.index(stage))
+            if LOADS.gather:
+                gather_in(dout_ring.index(stage), rows + k)
+                async_copy.mbarrier_arrive(bar, increment_count=False)  # of each thread, once its copies are done
+            else:
+                copy_in(dout_src, [dout_row, k], bar, dout_ring.index(stage))
             stage += 1
             if stage == STAGES:
                 stage = 0
@@ -90,6 +108,8 @@ def _load_backward(
                 copy_in(h_desc, [row0, 2 * col + COLUMNS], bar, up_ring.index(2 * stage))
             else:
                 copy_in(h_desc, [row0, col], bar, dout_ring.index(stage))
+            if LOADS.gather:
+                async_copy.mbarrier_arrive(bar, increment_count=False)
             stage += 1
             if stage == STAGES:
                 stage = 0
@@ -248,7 +268,9 @@ def _finish_backward(
     slot = gl.load(row_slot_ptr + row0 + lane, mask=row0 + lane < row_end, other=0)
     for tile in range(gl.program_id(0), walk[4], gl.num_programs(0)):
         scale = gl.load(weight_ptr + slot, mask=row0 + lane < row_end, other=0.0).to(gl.float32)
-        da = sum_part(rows_ring, w_ring, bars, position, steps, WHICH, LOADS.k_contiguous, N, TILE.block_k)
+        da = sum_part(
+            rows_ring, w_ring, bars, position, steps, WHICH, LOADS.k_contiguous, LOADS.gather, N, TILE.block_k
+        )
         position += steps
         next_row, next_end, next_col = _find_columns(tile + gl.num_programs(0), walk, TILE)
         slot = gl.load(row_slot_ptr + next_row + lane, mask=next_row + lane < next_end, other=0)
@@ -264,14 +286,14 @@ def _finish_backward(
 @cached_launch
 @gluon.jit(do_not_specialize=["num_rows"])
 def down_backward(
-    dout_desc,
+    dout_src,
     w_desc,
     h_desc,
     dh_desc,
     sa_desc,
     weight_ptr,
     ds_ptr,
-    pad_tile_ptr,
+    place_ptr,
     row_slot_ptr,
     tile_expert_ptr,
     tile_offset_ptr,
@@ -280,25 +302,34 @@ def down_backward(
     num_rows,
     hidden,
     intermediate,
+    top_k,
+    stride_dout,
     GLU: gl.constexpr,
     LOADS: gl.constexpr,
     TILE: gl.constexpr,
 ):
-    """da = dout[token] @ W2[e], kept in registers, dout as gather_rows left it; writes dh as h, sa [P, I] and ds
-    partials [column tiles, P]. dh_desc and sa_desc have a finisher's rows.
+    """da = dout[token] @ W2[e], kept in registers; writes dh as h, sa [P, I] and ds partials [column tiles, P].
+    dh_desc and sa_desc have a finisher's rows.
+
+    dout_src: dout if LOADS.gather, else dout gathered. place: the rows' slots if LOADS.gather, else the experts' first
+    padded tiles.
     """
     gl.static_assert(TILE.block_n == 4 * COLUMNS and TILE.block_k == COLUMNS)
-    ready, free = make_barriers(TILE.num_stages, 1, FINISHERS)
-    ring = make_ring(dout_desc, TILE.num_stages), make_ring(w_desc, TILE.num_stages), ready, free
+    ready, free = make_barriers(TILE.num_stages, 1 + GATHERING_THREADS if LOADS.gather else 1, FINISHERS)
+    SHAPE: gl.constexpr = [TILE.num_stages, TILE.block_p, TILE.block_k]
+    dout_ring = gl.allocate_shared_memory(sa_desc.dtype, SHAPE, ROWS_LAYOUT)
+    ring = dout_ring, make_ring(w_desc, TILE.num_stages), ready, free
     cols = gl.cdiv(intermediate, TILE.block_n)
     walk = tile_expert_ptr, tile_offset_ptr, expert_offset_ptr, cols, gl.load(tile_offset_ptr + num_experts) * cols
     descs = dh_desc, sa_desc
+    LOADERS: gl.constexpr = 4 if LOADS.gather else 1  # warps
     # fmt: off
     gl.warp_specialize([
         (_finish_backward, (0, descs, weight_ptr, ds_ptr, row_slot_ptr, ring, walk, num_rows, hidden, intermediate,
                             LOADS, GLU, TILE)),
         (_finish_backward, (1, descs, weight_ptr, ds_ptr, row_slot_ptr, ring, walk, num_rows, hidden, intermediate,
                             LOADS, GLU, TILE)),
-        (_load_backward, (dout_desc, w_desc, h_desc, ring, walk, pad_tile_ptr, hidden, intermediate, GLU, LOADS, TILE)),
-    ], [4, 1], [240, 24])
+        (_load_backward, (dout_src, w_desc, h_desc, ring, walk, place_ptr, hidden, intermediate, top_k, stride_dout,
+                          GLU, LOADS, TILE)),
+    ], [4, LOADERS], [224, 56] if LOADS.gather else [240, 24])
     # fmt: on

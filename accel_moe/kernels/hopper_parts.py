@@ -25,6 +25,7 @@ reinterpret = getattr(gl.shared_memory_descriptor, "_reinterpret", None) or gl.s
 copy_out = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
 
 MANY = gl.constexpr(2**30)  # more rows than there are
+GATHERING_THREADS = gl.constexpr(128)  # of a loader that gathers rows
 
 # ---- The ring
 
@@ -104,6 +105,7 @@ def sum_part(
     steps,
     WHICH: gl.constexpr,
     K_CONTIGUOUS: gl.constexpr,
+    FENCE: gl.constexpr,
     N: gl.constexpr,
     K: gl.constexpr,
 ):
@@ -120,6 +122,8 @@ def sum_part(
     phase = (position // STAGES) & 1
     for k in range(steps):
         mbarrier.wait(ready.index(stage), phase)
+        if FENCE:
+            fence_async_shared()
         right = w_ring.index(stage)
         if K_CONTIGUOUS:
             right = right.reshape([N, K]).permute((1, 0))

@@ -5,24 +5,23 @@ ops.py joins them into the layer's forward and backward. No host sync anywhere.
 
 import contextlib
 import functools
-import os
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from . import gemm, passes, roads, tuning
-from .arithmetic import cdiv, power_of_2
+from . import gemm, roads, tuning
+from .arithmetic import cdiv
+from .gathered import INTERPRETED, PAD, Gathered, TileLists
 from .glu import Glu
-from .routing import Routing, Tiles, list_tiles
+from .routing import Routing
 from .tuning import Config, Problem
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _Result = TypeVar("_Result")
 
 
@@ -160,9 +159,6 @@ def _descriptor(
     return made
 
 
-PAD = 64  # rows; weight_grad's blocks must divide it
-
-
 @dataclass(frozen=True)
 class Loads:
     """How a GEMM's operands are loaded. A constant of the kernels."""
@@ -234,64 +230,6 @@ class Weight:
         return _tma_fits(self.stored) and (not halves or self.k_contiguous or half_row % 16 == 0)
 
 
-class TileLists:
-    """Tile lists by height, each made once per op call.
-
-    together: heights that are likely to be asked for; one launch then makes a first one and one of these.
-    """
-
-    def __init__(self, routing: Routing, made: Tiles | None = None, together: Iterable[int] = ()):
-        self.routing, self._together = routing, together
-        self._by_height = {} if made is None else {made.block_p: made}
-
-    def __getitem__(self, block_p: int) -> Tiles:
-        if block_p not in self._by_height:
-            other = next((p for p in self._together if p != block_p and p not in self._by_height), 0)
-            tiles, others = list_tiles(self.routing, block_p, other)
-            self._by_height.update({tiles.block_p: tiles, others.block_p: others})
-        return self._by_height[block_p]
-
-
-class Padded(NamedTuple):
-    """x[token] by rows, each expert's padded with zero rows to a multiple of `tiles.block_p` (passes.gather_rows)."""
-
-    data: Tensor  # [tiles.max_tiles * tiles.block_p, H]
-    tiles: Tiles
-
-
-def gather_rows(x: Tensor, routing: Routing, tiles: TileLists) -> Padded:
-    """x [T, H] -> each row's token, padded per expert."""
-    pad, width = tiles[PAD], x.shape[1]
-    out = x.new_empty(pad.max_tiles * PAD, width)
-    place = torch.empty_like(routing.slot_row)
-    block = min(power_of_2(width), 64 if INTERPRETED else 2048)
-    if out.numel():
-        passes.place_rows[(pad.max_tiles,)](
-            out,
-            place,
-            routing.row_slot,
-            pad.tile_expert,
-            pad.tile_offsets,
-            routing.expert_offsets,
-            width,
-            PAD=PAD,
-            BLOCK=block,
-            num_warps=4,
-        )
-        passes.spread_rows[(x.shape[0], cdiv(width, block))](
-            x,
-            out,
-            routing.slot_row,
-            place,
-            width,
-            x.stride(0),
-            TOP_K=routing.top_k,
-            BLOCK=block,
-            num_warps=4,
-        )
-    return Padded(out, pad)
-
-
 def up_projection(
     x: Tensor,
     weight: Weight,
@@ -313,7 +251,7 @@ def up_projection(
     rows = tiles[config.block_p]
     tma = weight.fits_tma(halves)
     gather = config.gather or not tma
-    padded = None if gather else gather_rows(x, routing, tiles)
+    padded = None if gather else Gathered(x, routing, tiles).padded
     source = weight.gate_up_source if halves else weight.source
     block_n = config.block_n * (2 if gate.interleaved else 1)
     even = hidden % config.block_k == 0 and (tma or intermediate % config.block_n == 0)
@@ -399,7 +337,7 @@ def grouped_rows(
 
 
 def down_backward(
-    dout: Padded,
+    dout: Gathered,
     weight: Weight,
     h: Tensor,
     weights: Tensor,
@@ -416,19 +354,20 @@ def down_backward(
     parts = cdiv(intermediate, config.block_n)
     ds = torch.empty(parts + extra_parts, num_rows, dtype=torch.float32, device=h.device)
     rows = tiles[config.block_p]
-    tma = _tma_fits(weight.stored, dout.data)
-    even = hidden % config.block_k == 0 and (tma or intermediate % config.block_n == 0)
     low_rank, factor, rank = _parts(term, h)
-    loads = _loads(tma, even, weight.k_contiguous, precision(h), rank=rank)
+    config, fits = _for_rows(dout, config, weight.stored, h)
     # the copy engine steps by whole 16 bytes: over rows of sa, and from gate to up
-    runs = tma and rank == 0 and rows.max_tiles > 0 and intermediate % 8 == 0 and _tma_fits(h)
+    runs = fits and rank == 0 and rows.max_tiles > 0 and intermediate % 8 == 0
+    loads = _loads(True, True, weight.k_contiguous, precision(h))
     operands = dout, weight, h, weights, (dh, sa, ds), routing, rows, gate, loads
     if roads.on_hopper("down_backward", config, runs, *operands):
         return dh, sa, ds
-    config = config.plain
+    config, padded = config.plain, dout.padded
+    tma = _tma_fits(weight.stored, padded.data)
+    even = hidden % config.block_k == 0 and (tma or intermediate % config.block_n == 0)
     if rows.max_tiles:
         gemm.down_backward[(rows.max_tiles * parts,)](
-            _descriptor(dout.data, [config.block_p, config.block_k]) if tma else dout.data,
+            _descriptor(padded.data, [config.block_p, config.block_k]) if tma else padded.data,
             weight.source(tma, config.block_n, config.block_k),
             low_rank,
             factor,
@@ -438,7 +377,7 @@ def down_backward(
             sa,
             ds,
             routing.row_slot,
-            dout.tiles.tile_offsets,
+            padded.tiles.tile_offsets,
             rows.tile_expert,
             rows.tile_offsets,
             routing.expert_offsets,
@@ -446,7 +385,7 @@ def down_backward(
             hidden,
             intermediate,
             GLU=gate,
-            LOADS=loads,
+            LOADS=_loads(tma, even, weight.k_contiguous, precision(h), rank=rank),
             TILE=config,
             num_warps=config.num_warps,
             num_stages=config.num_stages,
@@ -454,20 +393,37 @@ def down_backward(
     return dh, sa, ds
 
 
+def _for_rows(rows: Gathered, config: Config, *others: Tensor) -> tuple[Config, bool]:
+    """A configuration of Gluon's, without `gather` where loads cannot gather these rows; and whether the copy engine
+    takes all else that it reads and writes."""
+    if not config.gluon:
+        return config, False
+    if config.gather and not rows.loadable:
+        config = replace(config, gather=False)
+    return config, _tma_fits(*others, *([] if config.gather else [rows.padded.data]))
+
+
 def weight_grad(
-    left: Tensor | Padded, right: Tensor | Padded, routing: Routing, config: Config, scale: float, dtype: torch.dtype
+    left: Tensor | Gathered,
+    right: Tensor | Gathered,
+    routing: Routing,
+    config: Config,
+    scale: float,
+    dtype: torch.dtype,
 ) -> Tensor:
-    """scale * left.T @ right per expert, [E, left width, right width] in dtype; exactly one operand is padded."""
-    padded = left if isinstance(left, Padded) else right
-    left_data, right_data = (t.data if isinstance(t, Padded) else t for t in (left, right))
-    m, n = left_data.shape[1], right_data.shape[1]
-    dw = left_data.new_empty(routing.num_experts, m, n, dtype=dtype)
-    tma = _tma_fits(left_data, right_data)
-    operands = left_data, right_data, dw, routing, padded, padded is left, float(scale)
-    runs = tma and _tma_fits(dw) and padded.tiles.largest_first is not None
-    if roads.on_hopper("weight_grad", config, runs, *operands):
+    """scale * left.T @ right per expert, [E, left width, right width] in dtype; exactly one operand is Gathered."""
+    is_left = isinstance(left, Gathered)
+    rows, plain = (left, right) if is_left else (right, left)
+    assert isinstance(rows, Gathered) and isinstance(plain, Tensor)
+    m, n = (rows.x.shape[1], plain.shape[1]) if is_left else (plain.shape[1], rows.x.shape[1])
+    dw = plain.new_empty(routing.num_experts, m, n, dtype=dtype)
+    config, runs = _for_rows(rows, config, plain, dw)
+    if roads.on_hopper("weight_grad", config, runs, rows, plain, is_left, dw, routing, float(scale)):
         return dw
     config = config.plain
+    padded = rows.padded
+    left_data, right_data = (padded.data, plain) if is_left else (plain, padded.data)
+    tma = _tma_fits(left_data, right_data)
     block_m, block_n, block_p = config.block_k, config.block_n, config.block_p
     grid = (routing.num_experts * cdiv(m, block_m) * cdiv(n, block_n),)
     if grid[0]:
@@ -481,7 +437,7 @@ def weight_grad(
             n,
             scale,
             config.group,
-            LEFT_PADDED=padded is left,
+            LEFT_PADDED=is_left,
             USE_TMA=tma,
             EVEN=m % block_m == 0 and n % block_n == 0,
             PRECISION=precision(left_data),

@@ -1,4 +1,4 @@
-"""Launches of hopper.py and hopper_backward.py, as launch.py's of gemm.py: from tensors to grids.
+"""Launches of hopper.py, hopper_backward.py and hopper_gradients.py, as launch.py's of gemm.py: from tensors to grids.
 
 Imported only where Gluon is (roads.gluon_road). Weights, rows and tiles come as launch.py has them.
 """
@@ -12,7 +12,7 @@ from torch import Tensor
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from . import hopper, hopper_backward, hopper_parts
+from . import hopper, hopper_backward, hopper_gradients, hopper_parts
 from .tuning import Config
 
 
@@ -116,8 +116,10 @@ def up_projection(
 def down_backward(
     dout, weight, h: Tensor, weights: Tensor, outputs: tuple[Tensor, ...], routing, rows, gate, loads, tile: Config
 ) -> None:
-    """Writes outputs: dh, sa and ds. dout: launch.Padded. tile: of 128 rows x 256 columns, with 4 warps a finisher."""
+    """Writes outputs: dh, sa and ds. dout: gathered.Gathered. tile: of 128 rows x 256 columns, with 4 warps a
+    finisher."""
     dh, sa, ds = outputs
+    padded = None if tile.gather else dout.padded
     m, n, k = tile.block_p, tile.block_n, tile.block_k
     part = m // hopper_backward.FINISHERS.value  # rows of a finisher
     if gate.gated and not gate.interleaved:
@@ -127,14 +129,14 @@ def down_backward(
         h_desc, dh_desc = _descriptor(h, m, 64), _clipped(dh, part, 64)
     grid = min(_multiprocessors(h.device), rows.max_tiles * triton.cdiv(weight.width, n))
     hopper_backward.down_backward[(grid,)](
-        _descriptor(dout.data, m, k),
+        _descriptor(padded.data, m, k) if padded else dout.x,
         _descriptor(weight.stored, 1, *((n, k) if weight.k_contiguous else (k, n))),
         h_desc,
         dh_desc,
         _clipped(sa, part, 64),
         weights,
         ds,
-        dout.tiles.tile_offsets,
+        padded.tiles.tile_offsets if padded else routing.row_slot,
         routing.row_slot,
         rows.tile_expert,
         rows.tile_offsets,
@@ -143,31 +145,35 @@ def down_backward(
         ds.shape[1],
         weight.depth,
         weight.width,
+        routing.top_k,
+        dout.x.stride(0),
         GLU=gate,
-        LOADS=loads,
+        LOADS=replace(loads, gather=padded is None, pad=padded.tiles.block_p if padded else 0),
         **_options(tile),
     )
 
 
-def weight_grad(
-    left: Tensor, right: Tensor, dw: Tensor, routing, padded, left_padded: bool, scale: float, tile: Config
-) -> None:
-    """Writes dw [E, M, N]. padded: which of the two operands is launch.Padded."""
+def weight_grad(gathered, other: Tensor, is_left: bool, dw: Tensor, routing, scale: float, tile: Config) -> None:
+    """Writes dw [E, M, N]. gathered.Gathered, the left operand if is_left; other: of as many rows [P, N or M]."""
     m, n, rows = tile.block_k, tile.block_n, tile.block_p
-    tiles = routing.num_experts * triton.cdiv(left.shape[1], m) * triton.cdiv(right.shape[1], n)
-    hopper.weight_grad[(min(_multiprocessors(left.device), tiles),)](
-        _descriptor(left, rows, m),
-        _descriptor(right, rows, n),
+    tiles = routing.num_experts * triton.cdiv(dw.shape[1], m) * triton.cdiv(dw.shape[2], n)
+    x, padded = gathered.x, None if tile.gather else gathered.padded
+    hopper_gradients.weight_grad[(min(_multiprocessors(other.device), tiles),)](
+        _descriptor(padded.data, rows, m if is_left else n) if padded else x,
+        _descriptor(other, rows, n if is_left else m),
         _descriptor(dw, 1, m, 128 // dw.element_size()),
-        padded.tiles.largest_first,
+        gathered.tiles.largest_first,
         routing.expert_offsets,
-        padded.tiles.tile_offsets,
+        padded.tiles.tile_offsets if padded else routing.row_slot,
         routing.num_experts,
-        left.shape[1],
-        right.shape[1],
+        dw.shape[1],
+        dw.shape[2],
+        x.stride(0),
         scale,
         tile.group,
-        LEFT_PADDED=left_padded,
-        PAD=padded.tiles.block_p,
+        GATHER=padded is None,
+        LEFT=is_left,
+        TOP_K=routing.top_k,
+        PAD=padded.tiles.block_p if padded else 0,
         **_options(tile),
     )

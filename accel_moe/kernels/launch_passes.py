@@ -5,7 +5,8 @@ from torch import Tensor
 
 from . import passes, sort
 from .arithmetic import cdiv, power_of_2
-from .launch import INTERPRETED, PAD, TileLists, on_device
+from .gathered import INTERPRETED, PAD, TileLists
+from .launch import on_device
 from .routing import Routing
 
 

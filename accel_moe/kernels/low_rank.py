@@ -21,7 +21,8 @@ from torch import Tensor
 
 from .arithmetic import cdiv, power_of_2
 from .cached_launch import cached_launch
-from .launch import INTERPRETED, PAD, Term, TileLists, precision
+from .gathered import INTERPRETED, PAD, TileLists
+from .launch import Term, precision
 from .routing import Routing
 
 

@@ -21,8 +21,9 @@ import torch
 from torch import Tensor
 
 from . import launch, launch_passes, low_rank
+from .gathered import PAD, Gathered, TileLists
 from .glu import Glu
-from .launch import PAD, Layer, Term, TileLists, Weight
+from .launch import Layer, Term, Weight
 from .low_rank import Change
 from .routing import Routing, sort_and_tile
 
@@ -220,7 +221,7 @@ def experts_backward(
         heights = [launch.likely_height(kernel, layer, rows, x) for kernel in ("down_backward", "up_backward")]
         tiles = TileLists(routing, together=heights)
         down, (up_change, down_change) = Weight(w2, depth_last=transposed), _changes(factors, scales)
-        dout_rows, up_term = launch.gather_rows(dout, routing, tiles), None
+        dout_rows, up_term = Gathered(dout, routing, tiles), None
         down_term = down_change and down_change.up(dout, routing, tiles, gather=True)
         dh, sa, ds = launch.tuned(
             "down_backward",
@@ -281,8 +282,8 @@ def _(dout, x, w1, w2, b1, b2, factors, scales, weights, *rest):
 def _weight_grad(
     kernel, layer: Layer, left, right, swap: bool, routing: Routing, scale: float, needed: bool, dtype: torch.dtype
 ) -> Tensor:
-    """scale * left.T @ right per expert, or its transpose, in dtype; one of the two is launch.Padded."""
-    plain = right if isinstance(left, launch.Padded) else left
+    """scale * left.T @ right per expert, or its transpose, in dtype; one of the two is Gathered."""
+    plain = right if isinstance(left, Gathered) else left
     if not needed:
         return plain.new_empty(0)
     if swap:
@@ -297,7 +298,7 @@ def _up_weight_grad(
     """dh.T @ x[token] per expert, as w1 is stored."""
     if not needed:
         return x.new_empty(0)
-    x_rows = launch.gather_rows(x, routing, tiles)
+    x_rows = Gathered(x, routing, tiles)
     return _weight_grad("up_weight_grad", layer, dh, x_rows, layer.transposed, routing, scale, True, dtype)
 
 

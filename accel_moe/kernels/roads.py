@@ -1,5 +1,4 @@
-"""Two roads for the four GEMMs: gemm.py's kernels, which run everywhere, and those of hopper.py and hopper_backward.py,
-for Hopper GPUs."""
+"""Two roads for the GEMMs: gemm.py's kernels, which run everywhere, and those of hopper*.py for Hopper GPUs."""
 
 import functools
 import logging

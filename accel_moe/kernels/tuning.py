@@ -52,9 +52,9 @@ class Config:
     num_warps: int
     num_stages: int
     group: int = 8
-    gather: bool = True  # `up`: rows gathered by the GEMM's own loads, or copied once and read by TMA
+    gather: bool = True  # rows of tokens are gathered by the GEMM's own loads (gemm.py: `up` alone), or copied once
     chunks: int = 2  # `down_backward`: column parts of the epilogue, one after the other (1, 2 or 4)
-    gluon: bool = False  # the kernel of hopper.py or hopper_backward.py, not gemm.py's
+    gluon: bool = False  # a kernel of hopper*.py, not gemm.py's
 
     @property
     def plain(self) -> "Config":
@@ -154,7 +154,7 @@ def rule(problem: Problem) -> Config:
         return Config(block_p=128, block_n=128, block_k=64, num_warps=8, num_stages=3)
     if problem.kernel == "down_backward":
         return Config(block_p=128, block_n=256, block_k=64, num_warps=8, num_stages=4, chunks=4)
-    if problem.kernel == "down" and problem.intermediate <= 1024:
+    if problem.kernel == "down" and problem.intermediate <= 768:
         # A short sum: two small programs on a multiprocessor hide each other's first loads and last stores.
         return Config(block_p=128, block_n=128, block_k=64, num_warps=4, num_stages=3)
     return Config(block_p=128, block_n=256, block_k=64, num_warps=8, num_stages=3)
@@ -186,7 +186,16 @@ def candidates(problem: Problem) -> list[Config]:
             others += [Config(64, 128, 128, 4, 3), Config(64, 256, 128, 8, 3), Config(32, 256, 128, 8, 3)]
     elif problem.dtype != torch.float32:
         others += [replace(first, num_stages=4), replace(first, block_n=first.block_n * 2)]
+    if _gathers(problem):  # gemm.py's would need a copy, whose time is not measured with theirs
+        return _on_hopper(problem)
     return list(dict.fromkeys([first, *_on_hopper(problem), *others]))
+
+
+def _gathers(problem: Problem) -> bool:
+    """Whether the backward's GEMMs gather rows by their loads, with Gluon's kernels. The copy that they save grows with
+    H, what their slower loads cost with H * I: at I of 512 and 768 it pays, at 1024 and more it does not."""
+    backward = problem.kernel in ("down_backward", "down_weight_grad", "up_weight_grad")
+    return problem.gluon and backward and problem.rows_per_expert > 128 and problem.intermediate <= 768
 
 
 def _on_hopper(problem: Problem) -> list[Config]:
@@ -200,9 +209,11 @@ def _on_hopper(problem: Problem) -> list[Config]:
     if problem.kernel in ("down", "up_backward"):
         return [wide, replace(wide, group=1), tall]
     if problem.kernel == "down_backward":  # two finishers, of 4 warps each
-        shared = replace(wide, num_warps=4)
+        shared = replace(wide, num_warps=4, gather=_gathers(problem))
         return [shared, replace(shared, group=16), replace(shared, group=1)]
-    short = Config(32, 256, 128, 8, 8, gluon=True)
+    if _gathers(problem):
+        return [Config(64, 256, 128, 8, 4, gluon=True), Config(64, 128, 256, 8, 4, gluon=True)]
+    short = Config(32, 256, 128, 8, 8, gather=False, gluon=True)
     return [short, replace(short, block_n=128, block_k=256), replace(short, block_p=64, num_stages=4)]
 
 

@@ -38,11 +38,19 @@ def up(x, w, h, gate=SILU, stores=BOTH, **options):
     return "up_projection", types, {"LOADS": loads(**options), "GLU": gate, "STORES": stores, "TILE": UP}
 
 
-def backward(h, dh, gate=SILU, k_contiguous=False):
+def backward(h, dh, gate=SILU, k_contiguous=False, gather=False):
     """k_contiguous: W2 is stored transposed, [E, I, H]."""
-    types = {"dout_desc": [128, 64], "w_desc": [1, 256, 64] if k_contiguous else [1, 64, 256], "h_desc": h}
-    types |= {"dh_desc": dh, "sa_desc": [1, 1, 64, 64], "weight_ptr": "*bf16", "ds_ptr": "*fp32"}
-    return "down_backward", types, {"GLU": gate, "LOADS": loads(k_contiguous, pad=64), "TILE": SHARED}
+    types = {"dout_src": "*bf16" if gather else [128, 64], "w_desc": [1, 256, 64] if k_contiguous else [1, 64, 256]}
+    types |= {"h_desc": h, "dh_desc": dh, "sa_desc": [1, 1, 64, 64], "weight_ptr": "*bf16", "ds_ptr": "*fp32"}
+    return "down_backward", types, {"GLU": gate, "LOADS": loads(k_contiguous, gather=gather, pad=64), "TILE": SHARED}
+
+
+def gradient(left, gather, tile):
+    """left: x is the left operand."""
+    rows, widths = tile.block_p, (tile.block_k, tile.block_n)[:: 1 if left else -1]
+    types = {"x_src": "*bf16" if gather else [rows, widths[0]], "other_desc": [rows, widths[1]], "scale": "fp32"}
+    types |= {"dw_desc": [1, tile.block_k, 64]}
+    return "weight_grad", types, {"GATHER": gather, "LEFT": left, "TOP_K": 8, "PAD": 64, "TILE": tile}
 
 
 PAIRED, HALVES = [1, 2, 128, 64], [1, 1, 128, 1, 64]
@@ -65,12 +73,19 @@ KERNELS = {
     "backward": backward([128, 1, 64], [1, 1, 64, 1, 64]),
     "backward of gpt-oss": backward([128, 64], [1, 1, 64, 64], GPT_OSS, k_contiguous=True),
     "backward, not gated": backward([128, 64], [1, 1, 64, 64], Glu("relu2", gated=False)),
-    "gradient": (
-        "weight_grad",
-        {"left_desc": [32, 128], "right_desc": [32, 256], "dw_desc": [1, 128, 64], "scale": "fp32"},
-        {"LEFT_PADDED": True, "PAD": 64, "TILE": GRADIENT},
+    "backward, gathered": backward([128, 1, 64], [1, 1, 64, 1, 64], gather=True),
+    "gradient": gradient(True, False, GRADIENT),
+    "gradient, x on the right": gradient(False, False, GRADIENT),
+    "gradient, gathered": gradient(True, True, replace(GRADIENT, block_p=64, num_stages=4)),
+    "gradient, gathered on the right": gradient(
+        False, True, replace(GRADIENT, block_p=64, block_n=128, block_k=256, num_stages=4)
     ),
 }
+
+
+def home_of(road, kernel):
+    """The module of a kernel; road: launch_hopper."""
+    return {"down_backward": road.hopper_backward, "weight_grad": road.hopper_gradients}.get(kernel, road.hopper)
 
 
 def compile_for_hopper(name):
@@ -80,10 +95,10 @@ def compile_for_hopper(name):
     from triton.experimental.gluon import language as gl
     from triton.experimental.gluon._runtime import GluonASTSource
 
-    from accel_moe.kernels import hopper, hopper_backward
+    from accel_moe.kernels import launch_hopper
 
     kernel, types, constants = KERNELS[name]
-    kernel = getattr(hopper_backward if kernel == "down_backward" else hopper, kernel).fn
+    kernel = getattr(home_of(launch_hopper, kernel), kernel).fn
 
     def type_of(parameter):
         given = types.get(parameter, "*i32" if parameter.endswith("_ptr") else "i32")
@@ -93,7 +108,7 @@ def compile_for_hopper(name):
 
     signature = {p.name: "constexpr" if p.is_constexpr else type_of(p.name) for p in kernel.params}
     places = {p.name: i for i, p in enumerate(kernel.params)}
-    multiples = "depth", "hidden", "intermediate", "stride_x"
+    multiples = "depth", "hidden", "intermediate", "stride_x", "stride_dout", "left_width", "right_width"
     aligned = [n for n, t in signature.items() if t.startswith("*") or n in multiples]
     source = GluonASTSource(
         kernel,
@@ -249,11 +264,7 @@ def launched(monkeypatch):
 
     class Kernel:
         def __init__(self, name):
-            self.name, self.parameters = name, getattr(self.module(name), name).arg_names
-
-        @staticmethod
-        def module(name):
-            return road.hopper_backward if name == "down_backward" else road.hopper
+            self.name, self.parameters = name, getattr(home_of(road, name), name).arg_names
 
         def __getitem__(self, grid):
             def launch(*arguments, num_warps, maxnreg, **constants):
@@ -265,7 +276,7 @@ def launched(monkeypatch):
             return launch
 
     for name in ("up_projection", "grouped_rows", "down_backward", "weight_grad"):
-        monkeypatch.setattr(Kernel.module(name), name, Kernel(name))
+        monkeypatch.setattr(home_of(road, name), name, Kernel(name))
     monkeypatch.setattr(road, "_multiprocessors", lambda device: 132)
     monkeypatch.setattr(roads, "gluon_road", lambda: road)
     monkeypatch.setattr(roads, "_did_not_compile", set())
@@ -289,11 +300,17 @@ def test_every_kernel_is_launched_with_as_many_arguments_as_it_has(launched, glu
         source = launched["up_projection"][0]
         assert source is x if gather else source.base.shape[1] == hidden
     y = launch.grouped_rows(a, down, None, routing, tiles, WIDE)
-    rows = launch.gather_rows(x, routing, tiles)
     back = launch.Weight(w2, transposed)
-    dh, sa, ds = launch.down_backward(rows, back, h, torch.rand(200, 2), routing, tiles, SHARED, glu, extra_parts=1)
-    assert dh.shape == h.shape and sa.shape == a.shape and ds.shape == (2, 400)
-    dw = launch.weight_grad(rows, y, routing, GRADIENT, 1.0, torch.float32)
+    for gather in (True, False):
+        rows = launch.Gathered(x, routing, tiles)
+        tile, weights = replace(SHARED, gather=gather), torch.rand(200, 2)
+        dh, sa, ds = launch.down_backward(rows, back, h, weights, routing, tiles, tile, glu, extra_parts=1)
+        assert dh.shape == h.shape and sa.shape == a.shape and ds.shape == (2, 400)
+        for operands in ((rows, y), (y, rows)):
+            dw = launch.weight_grad(*operands, routing, replace(GRADIENT, gather=gather), 1.0, torch.float32)
+        for kernel in ("down_backward", "weight_grad"):
+            assert launched[kernel][0] is x if gather else launched[kernel][0].base is rows.padded.data
+        assert ("padded" in vars(rows)) != gather  # nothing was copied that is gathered
     assert h.shape == (400, wide) and a.shape == (400, intermediate) and dw.shape == (4, hidden, hidden)
     assert len(launched) == 4 and not roads._did_not_compile
 

@@ -281,7 +281,7 @@ def test_non_contiguous_input_weights_and_gradient():
 def test_gathered_rows_are_padded_with_zeros_to_whole_blocks():
     x, *_, index, _ = make(T=40, K=3)
     routing = sort_slots(index, 4, 120)
-    padded = launch.gather_rows(x, routing, launch.TileLists(routing))
+    padded = launch.Gathered(x, routing, launch.TileLists(routing)).padded
     offsets, tiles = routing.expert_offsets.tolist(), padded.tiles.tile_offsets.tolist()
     for e in range(4):
         block = padded.data[tiles[e] * launch.PAD : tiles[e + 1] * launch.PAD]

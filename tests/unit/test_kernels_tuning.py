@@ -128,3 +128,24 @@ def test_the_shipped_table_is_readable_and_keyed_as_looked_up():
     keys = tuning._shipped()
     qwen3 = [Problem(k, 16384 * 8, 128, 2048, 768, torch.bfloat16, (9, 0)).key for k in KERNELS]
     assert set(qwen3) <= set(keys)
+
+
+@pytest.mark.parametrize("kernel", ["down_backward", "down_weight_grad", "up_weight_grad"])
+def test_narrow_experts_gather_in_the_backward_and_wide_ones_copy(kernel):
+    """Of candidates that are measured against each other either all need the copy of rows or none, for the copy is not
+    measured."""
+    problem = Problem(kernel, 131072, 128, 2048, 768, torch.bfloat16, (9, 0), gluon=True)
+    assert all(c.gluon and c.gather for c in tuning.candidates(problem))
+    wide = tuning.candidates(problem._replace(intermediate=1024))
+    assert any(c.gluon for c in wide) and not any(c.gluon and c.gather for c in wide)
+    for few in (problem._replace(rows=4096), problem._replace(gluon=False)):
+        assert not any(c.gluon for c in tuning.candidates(few))
+
+
+def test_the_shipped_configurations_of_a_layer_gather_together():
+    """The copy of dout serves the down-projection's backward and its weight gradient: one alone would not save it."""
+    shipped = {key: config for key, config in tuning._shipped().items() if key.endswith("gluon")}
+    for key, config in shipped.items():
+        if " down_backward " in key:
+            other = shipped[key.replace("down_backward", "down_weight_grad")]
+            assert config.gather == (other.gluon and other.gather), key

@@ -219,7 +219,7 @@ def experts_backward(
         routing = Routing(row_slot, slot_row, expert_offsets, top_k=weights.shape[1])
         rows = routing.num_rows
         heights = [launch.likely_height(kernel, layer, rows, x) for kernel in ("down_backward", "up_backward")]
-        tiles = TileLists(routing, together=heights)
+        tiles = TileLists(routing, together=[*heights, PAD])
         down, (up_change, down_change) = Weight(w2, depth_last=transposed), _changes(factors, scales)
         dout_rows, up_term = Gathered(dout, routing, tiles), None
         down_term = down_change and down_change.up(dout, routing, tiles, gather=True)

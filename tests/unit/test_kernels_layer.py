@@ -9,11 +9,12 @@ shapes are in tests/gpu.
 import pytest
 import torch
 
-from accel_moe.kernels import activations, launch, ops
+from accel_moe.kernels import activations, launch, ops, sort, tuning
 from accel_moe.kernels.casts import Casts
 from accel_moe.kernels.deferred_count import DeferredCount
 from accel_moe.kernels.glu import Glu
 from accel_moe.kernels.routing import sort_slots
+from accel_moe.kernels.tuning import Config
 from tests.experts_layer import experts
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="interpreted: see tests/gpu")
@@ -353,6 +354,24 @@ def test_backward_launches_no_gemm_for_frozen_weights(monkeypatch):
     experts(x.requires_grad_(), w1, w2, index, weights, "silu").sum().backward()
     with pytest.raises(AssertionError, match="weight gradient computed"):
         experts(x, w1.requires_grad_(), w2, index, weights, "silu").sum().backward()
+
+
+def test_a_backward_lists_its_tiles_in_one_launch(monkeypatch):
+    """Those of the GEMMs, here 32 rows high, and those of the copy of rows."""
+    kernel, launches = sort.list_tiles, []
+
+    class Counted:
+        def __getitem__(self, grid):
+            launches.append(grid)
+            return kernel[grid]
+
+    tall, flat = (Config(rows, 16, 16, num_warps=1, num_stages=1, group=2) for rows in (32, 16))
+    monkeypatch.setattr(tuning, "_known", lambda problem: flat if problem.kernel.endswith("grad") else tall)
+    x, w1, w2, index, weights = make()
+    out = experts(x.requires_grad_(), w1.requires_grad_(), w2.requires_grad_(), index, weights, "silu")
+    monkeypatch.setattr(sort, "list_tiles", Counted())
+    out.sum().backward()
+    assert len(launches) == 1
 
 
 def test_weights_of_another_dtype_are_cast_twice_and_get_their_gradients_in_their_own():

@@ -66,8 +66,8 @@ class Gathered:
 
     @property
     def loadable(self) -> bool:
-        """Whether hopper.py's loaders can gather the rows: whole steps of 64 columns, copies of 16 bytes, offsets of 32
-        bits."""
+        """Whether the loaders of hopper_backward.py and hopper_gradients.py can gather the rows: whole steps of 64
+        columns, copies of 16 bytes, offsets of 32 bits."""
         stride, width = self.x.stride(0), self.x.shape[1]
         aligned = self.x.data_ptr() % 16 == 0 and stride % 16 == 0 and self.x.stride(1) == 1
         return aligned and width % 64 == 0 and 0 < self.x.shape[0] * stride < 2**31

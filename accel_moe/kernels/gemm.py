@@ -21,10 +21,11 @@ A low-rank change of a weight, W + outer.T @ inner with frozen W (LoRA), is neve
 begins its sum with (rows @ inner[e].T) @ outer[e], R columns more. low_rank.py makes these narrow rows [P, R]
 and the gradients of inner and outer.
 
-`x[token]` and `dout[token]` are gathered by the GEMMs' own loads. Every sum has one owner and a fixed order:
-no atomics, so two runs give the same bits. One tile belongs to one expert; tiles are listed on the GPU
-(sort.list_tiles). Kernels that are launched carry `@cached_launch`; the others are parts of them. Beside the GEMMs
-there are the sort (sort.py), the passes that move and add (passes.py), and the gate in the epilogues (activation.py).
+`x[token]` is gathered by the forward's own loads, or copied; the backward's rows are copied (gathered.py).
+Every sum has one owner and a fixed order: no atomics, so two runs give the same bits. One tile belongs to one
+expert; tiles are listed on the GPU (sort.list_tiles). Kernels that are launched carry `@cached_launch`; the
+others are parts of them. Beside the GEMMs there are the sort (sort.py), the passes that move and add
+(passes.py), and the gate in the epilogues (activation.py).
 
 Operands named `*_src` are a TMA tensor descriptor where USE_TMA says so and a plain pointer elsewhere; one
 source serves both. Row numbers are widened to 64 bits before they are multiplied by a stride: T*K*H passes
@@ -260,8 +261,8 @@ def down_backward(
     LOADS: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """da = dout[token] @ W2[e], kept in registers, dout as gather_rows left it; writes dh as h, sa [P, I] and ds
-    partials [column tiles, P].
+    """da = dout[token] @ W2[e], kept in registers, dout copied by rows (gathered.Padded); writes dh as h, sa [P, I] and
+    ds partials [column tiles, P].
     """
     pid = tl.program_id(0)
     num_col_tiles = tl.cdiv(intermediate, TILE.block_n)
@@ -388,7 +389,7 @@ def weight_grad(
 ):
     """dw[e] = scale * left[rows of e].T @ right[rows of e], [left_width, right_width]; zeros for an idle expert.
 
-    One operand is padded as gather_rows leaves it (the left one if LEFT_PADDED), the other is not. PAD is a multiple
+    One operand is padded (gathered.Padded; the left one if LEFT_PADDED), the other is not. PAD is a multiple
     of BLOCK_P.
     """
     pid = tl.program_id(0)

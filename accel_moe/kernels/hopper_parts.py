@@ -1,5 +1,5 @@
-"""Parts that hopper.py and hopper_backward.py share: the ring and its barriers, the sum over it, a tile's place and its
-store; and Gluon's functions that had other names until Triton 3.6.
+"""Parts that hopper.py, hopper_backward.py and hopper_gradients.py share: the ring and its barriers, the sum over it, a
+tile's place and its store; and Gluon's functions that had other names until Triton 3.6.
 """
 
 # pyright: reportAssignmentType=false

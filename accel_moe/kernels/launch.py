@@ -250,7 +250,7 @@ def up_projection(
     h = x.new_empty(h_rows, width)
     rows = tiles[config.block_p]
     tma = weight.fits_tma(halves)
-    gather = config.gather or not tma
+    gather = config.gather or not tma or hidden * x.element_size() % 16 != 0  # the copy's rows, too, are read by TMA
     padded = None if gather else Gathered(x, routing, tiles).padded
     source = weight.gate_up_source if halves else weight.source
     block_n = config.block_n * (2 if gate.interleaved else 1)
@@ -400,7 +400,8 @@ def _for_rows(rows: Gathered, config: Config, *others: Tensor) -> tuple[Config, 
         return config, False
     if config.gather and not rows.loadable:
         config = replace(config, gather=False)
-    return config, _tma_fits(*others, *([] if config.gather else [rows.padded.data]))
+    known = all(t.dtype in DTYPES for t in others)
+    return config, known and _tma_fits(*others, *([] if config.gather else [rows.padded.data]))
 
 
 def weight_grad(

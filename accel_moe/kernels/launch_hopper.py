@@ -13,7 +13,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from . import hopper, hopper_backward, hopper_gradients, hopper_parts
-from .tuning import Config
+from .tuning import Config, beside_collectives
 
 
 @functools.cache
@@ -38,6 +38,11 @@ def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+def _programs(device: torch.device, tiles: int) -> int:
+    """One for each multiprocessor; beside collectives, which hold some of them, four smaller ones."""
+    return min(_multiprocessors(device) * (4 if beside_collectives() else 1), tiles)
+
+
 def _options(tile: Config) -> dict[str, object]:
     # 168 registers a thread at the start: what 12 warps have; the loader then gives most of its own away
     return {"TILE": tile, "num_warps": tile.num_warps, "maxnreg": 168}
@@ -46,7 +51,7 @@ def _options(tile: Config) -> dict[str, object]:
 def grouped_rows(a: Tensor, weight, bias: Tensor | None, y: Tensor, routing, rows, loads, tile: Config) -> None:
     """Writes y [P, width]. weight: launch.Weight; rows: the tiles of height tile.block_p, not none."""
     m, n, k = tile.block_p, tile.block_n, tile.block_k
-    grid = min(_multiprocessors(a.device), rows.max_tiles * triton.cdiv(weight.width, n))
+    grid = _programs(a.device, rows.max_tiles * triton.cdiv(weight.width, n))
     hopper.grouped_rows[(grid,)](
         _descriptor(a, m, k),
         _descriptor(weight.stored, 1, *((n, k) if weight.k_contiguous else (k, n))),
@@ -77,7 +82,7 @@ def up_projection(
     loads,
     tile: Config,
 ) -> None:
-    """Writes h and a, those that `stores` asks for. padded: x gathered before (launch.Padded), or None."""
+    """Writes h and a, those that `stores` asks for. padded: x gathered before (gathered.Padded), or None."""
     m, n, k = tile.block_p, tile.block_n, tile.block_k
     intermediate = a.shape[1]
     h = h if stores.h else a.new_empty(1, weight.width)  # stands for what is not written
@@ -89,7 +94,7 @@ def up_projection(
         wide = 2 * n if gate.gated else n
         w_desc = _descriptor(weight.stored, 1, *((wide, k) if weight.k_contiguous else (k, wide)))
         h_desc = _clipped(h, m, 64)
-    grid = min(_multiprocessors(x.device), rows.max_tiles * triton.cdiv(intermediate, n))
+    grid = _programs(x.device, rows.max_tiles * triton.cdiv(intermediate, n))
     hopper.up_projection[(grid,)](
         _descriptor(padded.data, m, k) if padded else x,
         w_desc,
@@ -127,7 +132,7 @@ def down_backward(
         dh_desc = _clipped(dh.unflatten(1, (2, -1)), part, 1, 64)
     else:
         h_desc, dh_desc = _descriptor(h, m, 64), _clipped(dh, part, 64)
-    grid = min(_multiprocessors(h.device), rows.max_tiles * triton.cdiv(weight.width, n))
+    grid = _programs(h.device, rows.max_tiles * triton.cdiv(weight.width, n))
     hopper_backward.down_backward[(grid,)](
         _descriptor(padded.data, m, k) if padded else dout.x,
         _descriptor(weight.stored, 1, *((n, k) if weight.k_contiguous else (k, n))),
@@ -158,7 +163,7 @@ def weight_grad(gathered, other: Tensor, is_left: bool, dw: Tensor, routing, sca
     m, n, rows = tile.block_k, tile.block_n, tile.block_p
     tiles = routing.num_experts * triton.cdiv(dw.shape[1], m) * triton.cdiv(dw.shape[2], n)
     x, padded = gathered.x, None if tile.gather else gathered.padded
-    hopper_gradients.weight_grad[(min(_multiprocessors(other.device), tiles),)](
+    hopper_gradients.weight_grad[(_programs(other.device, tiles),)](
         _descriptor(padded.data, rows, m if is_left else n) if padded else x,
         _descriptor(other, rows, n if is_left else m),
         _descriptor(dw, 1, m, 128 // dw.element_size()),

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import triton
 
+from . import tuning
 from .tuning import Config
 
 logger = logging.getLogger(__name__)
@@ -18,30 +19,43 @@ RUN_WITH = ("3.6",)
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
-@functools.cache
 def gluon_road() -> Any:
-    """The module launch_hopper. None: Triton is none of RUN_WITH, or Gluon is not here as it is used there.
+    """The module launch_hopper, or None.
 
-    SCATTERMOE_GLUON=1 asks for it with any version, SCATTERMOE_GLUON=0 with none.
+    None unless SCATTERMOE_GLUON=1 asks for it: with SCATTERMOE_GLUON=0; where Triton is none of RUN_WITH; and beside
+    collectives, where it was not measured. Its programs fill a multiprocessor each, and their shares of a GEMM's tiles
+    are fixed: one that waits for a collective's multiprocessor holds up its GEMM. None also where Gluon is not here as
+    it is used there.
+
+    Raises:
+        ValueError: SCATTERMOE_GLUON is something else.
     """
-    known = triton.__version__.startswith(tuple(f"{version}." for version in RUN_WITH))
-    if INTERPRETED or os.environ.get("SCATTERMOE_GLUON", "1" if known else "0") != "1":
+    return _gluon_road(tuning.beside_collectives())
+
+
+@functools.cache
+def _gluon_road(collectives: bool) -> Any:
+    asked = os.environ.get("SCATTERMOE_GLUON", "")
+    if asked not in ("", "0", "1"):
+        raise ValueError(f"SCATTERMOE_GLUON is {asked!r}: expected 0 or 1. Set one of them, or unset it.")
+    known = triton.__version__.startswith(tuple(f"{version}." for version in RUN_WITH)) and not collectives
+    if INTERPRETED or torch.version.hip or asked == "0" or not (known or asked):
         return None
     try:
         from . import launch_hopper
     except Exception as error:  # an experimental interface: names move between Triton's versions
-        logger.info("Gluon's kernels are not used: %s", error)
+        logger.warning("Gluon's kernels are not used: %s", error)
         return None
     return launch_hopper
 
 
-_did_not_compile: set[str] = set()  # Gluon's kernels
+_failed: set[tuple[str, Config]] = set()  # Gluon's kernels
 
 
 def on_hopper(kernel: str, config: Config, runs: bool, *arguments: Any) -> bool:
     """The choice between the two roads: launches Gluon's kernel if `config` is one of its and it `runs` with these
-    operands. Whether it did."""
-    road = gluon_road() if config.gluon and runs and kernel not in _did_not_compile else None
+    operands. Whether it did. While configurations are measured, raises what the launch raises."""
+    road = gluon_road() if config.gluon and runs and (kernel, config) not in _failed else None
     if road is None:
         return False
     try:
@@ -49,7 +63,9 @@ def on_hopper(kernel: str, config: Config, runs: bool, *arguments: Any) -> bool:
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
-        logger.info("Gluon's %s does not compile here; Triton's is used: %s", kernel, error)
-        _did_not_compile.add(kernel)
+        if tuning.measuring():
+            raise
+        logger.warning("Gluon's %s does not run here with %s; Triton's is used: %s", kernel, config, error)
+        _failed.add((kernel, config))
         return False
     return True

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 import torch
+import torch.distributed as dist
 import triton
 
 logger = logging.getLogger(__name__)
@@ -33,8 +34,10 @@ logger = logging.getLogger(__name__)
 WAIT_S = 20.0
 MEASURE_S = 8.0  # for one GEMM's candidates, compiling included; the one under way is finished
 MIN_ROWS = 16  # per expert: fewer is generation, where the number of tokens changes from call to call
+MEANING = 2  # of an entry on disk: one more when a field of Config comes to mean something else
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _Result = TypeVar("_Result")
+_TOO_LARGE = (triton.runtime.errors.OutOfResources, triton.CompilationError)
 
 
 @dataclass(frozen=True)
@@ -154,7 +157,7 @@ def rule(problem: Problem) -> Config:
         return Config(block_p=128, block_n=128, block_k=64, num_warps=8, num_stages=3)
     if problem.kernel == "down_backward":
         return Config(block_p=128, block_n=256, block_k=64, num_warps=8, num_stages=4, chunks=4)
-    if problem.kernel == "down" and problem.intermediate <= 768:
+    if problem.kernel == "down" and problem.intermediate <= 1024:
         # A short sum: two small programs on a multiprocessor hide each other's first loads and last stores.
         return Config(block_p=128, block_n=128, block_k=64, num_warps=4, num_stages=3)
     return Config(block_p=128, block_n=256, block_k=64, num_warps=8, num_stages=3)
@@ -217,6 +220,11 @@ def _on_hopper(problem: Problem) -> list[Config]:
     return [short, replace(short, block_n=128, block_k=256), replace(short, block_p=64, num_stages=4)]
 
 
+def beside_collectives() -> bool:
+    """Whether this process has others beside it, whose collectives hold multiprocessors while a GEMM runs."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
 # ---- Measuring, and sharing what was measured
 
 _measured: dict[str, Config] = {}
@@ -231,7 +239,7 @@ def _worth_measuring(problem: Problem) -> bool:
 def _cache_folder() -> Path:
     folder = os.environ.get("SCATTERMOE_CACHE") or Path.home() / ".cache" / "accel_moe"
     # What is fastest depends on the compiler as much as on the chip.
-    return Path(folder) / f"triton-{triton.__version__}"
+    return Path(folder) / f"triton-{triton.__version__}-{MEANING}"
 
 
 def _measure_or_wait(problem: Problem, launch: Callable[[Config], _Result]) -> Config:
@@ -283,16 +291,34 @@ def _read(entry: Path) -> Config | None:
         return None
 
 
+_under_way = 0  # measurements
+
+
+def measuring() -> bool:
+    """Whether a launch is one of a measurement."""
+    return _under_way > 0
+
+
 def _fastest(problem: Problem, launch: Callable[[Config], _Result]) -> Config:
     """Times every candidate on this call. Waits for the device: the only host sync in kernels/, once per shape."""
+    global _under_way
     deadline, times = time.monotonic() + MEASURE_S, {}
-    for config in candidates(problem):
-        if times and time.monotonic() > deadline:
-            break
-        try:
-            times[config] = _time_ms(lambda config=config: launch(config))
-        except (triton.runtime.errors.OutOfResources, triton.CompilationError) as error:
-            logger.debug("%s: %s does not run here: %s", problem.key, config, error)
+    _under_way += 1
+    try:
+        for config in candidates(problem):
+            if times and time.monotonic() > deadline:
+                break
+            try:
+                times[config] = _time_ms(lambda config=config: launch(config))
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:
+                # of Gluon, an experimental interface, any; of Triton those that say that a configuration is too large
+                if not config.gluon and not isinstance(error, _TOO_LARGE):
+                    raise
+                logger.debug("%s: %s does not run here: %s", problem.key, config, error)
+    finally:
+        _under_way -= 1
     if not times:
         return rule(problem)
     best = min(times, key=times.__getitem__)
@@ -302,7 +328,8 @@ def _fastest(problem: Problem, launch: Callable[[Config], _Result]) -> Config:
 
 def _time_ms(run: Callable[[], object], repeats: int = 5) -> float:
     """The median time of run, after one call that compiles it and one that warms up."""
-    run(), run()
+    run()
+    run()
     marks = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
     marks[0].record()
     for mark in marks[1:]:

@@ -202,7 +202,7 @@ def test_experts_with_few_rows_do_not_take_tall_tiles():
     )
 
 
-def test_a_kernel_that_does_not_compile_is_tried_once_and_in_silence(monkeypatch):
+def test_a_kernel_that_does_not_run_is_tried_once_and_told_once(monkeypatch, caplog):
     calls = []
 
     class Road:
@@ -211,26 +211,62 @@ def test_a_kernel_that_does_not_compile_is_tried_once_and_in_silence(monkeypatch
             raise RuntimeError("async_store has been renamed")
 
     monkeypatch.setattr(roads, "gluon_road", lambda: Road())
-    monkeypatch.setattr(roads, "_did_not_compile", set())
+    monkeypatch.setattr(roads, "_failed", set())
     for _ in range(2):
         assert not roads.on_hopper("grouped_rows", WIDE, True, "operands")
-    assert len(calls) == 1
+    assert len(calls) == 1 and len(caplog.records) == 1
+    assert not roads.on_hopper("grouped_rows", TALL, True, "operands")  # may be another fault
+    assert len(calls) == 2
+
+
+def test_a_kernel_that_does_not_run_is_no_candidate(monkeypatch):
+    """Triton's would be timed in its place, and kept as Gluon's."""
+
+    class Road:
+        def grouped_rows(self, *arguments):
+            raise RuntimeError("async_store has been renamed")
+
+    monkeypatch.setattr(roads, "gluon_road", lambda: Road())
+    monkeypatch.setattr(tuning, "_time_ms", lambda run: run())
+    problem = Problem("down", 4096, 8, 512, 256, torch.bfloat16, (9, 0), gluon=True)
+    times = {True: 1.0, False: 2.0}
+    launch = lambda config: times[roads.on_hopper("grouped_rows", config, True)]  # noqa: E731
+    assert not tuning._fastest(problem, launch).gluon and not tuning.measuring()
+    assert not roads._failed
 
 
 @pytest.mark.parametrize(
     "version, asked, taken",
     [("3.6.0", None, True), ("3.6.0", "0", False), ("3.60.1", None, False), ("3.9.0", "1", True)],
 )
-def test_the_road_is_taken_with_versions_of_triton_that_it_was_run_with_and_where_asked(
-    monkeypatch, version, asked, taken
-):
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_the_road_is_taken_as_it_was_run_and_where_asked(monkeypatch, version, asked, taken, ranks):
     pytest.importorskip("accel_moe.kernels.launch_hopper", exc_type=ImportError)
     monkeypatch.setattr(roads, "INTERPRETED", False)
     monkeypatch.setattr(roads.triton, "__version__", version)
-    roads.gluon_road.cache_clear()
+    monkeypatch.setattr(tuning, "beside_collectives", lambda: ranks > 1)
+    roads._gluon_road.cache_clear()
     monkeypatch.setenv("SCATTERMOE_GLUON", asked) if asked else monkeypatch.delenv("SCATTERMOE_GLUON", False)
-    assert (roads.gluon_road() is not None) == taken
-    roads.gluon_road.cache_clear()
+    assert (roads.gluon_road() is not None) == (taken and (ranks == 1 or asked == "1"))
+    roads._gluon_road.cache_clear()
+
+
+def test_an_answer_that_is_neither_0_nor_1_is_refused(monkeypatch):
+    monkeypatch.setenv("SCATTERMOE_GLUON", "on")
+    roads._gluon_road.cache_clear()
+    with pytest.raises(ValueError, match="'on': expected 0 or 1"):
+        roads.gluon_road()
+    roads._gluon_road.cache_clear()
+
+
+def test_beside_collectives_a_kernel_has_more_programs(monkeypatch):
+    road = pytest.importorskip("accel_moe.kernels.launch_hopper", exc_type=ImportError)
+    monkeypatch.setattr(road, "_multiprocessors", lambda device: 132)
+    found = []
+    for several in (False, True):
+        monkeypatch.setattr(road, "beside_collectives", lambda several=several: several)
+        found.append([road._programs(torch.device("cpu"), tiles) for tiles in (100, 300, 5000)])
+    assert found == [[100, 132, 132], [100, 300, 528]]
 
 
 @pytest.mark.parametrize(
@@ -268,7 +304,7 @@ def launched(monkeypatch):
 
         def __getitem__(self, grid):
             def launch(*arguments, num_warps, maxnreg, **constants):
-                assert 0 < grid[0] <= 132
+                assert 0 < grid[0] <= 132  # one rank
                 calls[self.name] = arguments
                 assert len(arguments) + len(constants) == len(self.parameters)
                 assert list(constants) == self.parameters[len(arguments) :]
@@ -279,7 +315,7 @@ def launched(monkeypatch):
         monkeypatch.setattr(home_of(road, name), name, Kernel(name))
     monkeypatch.setattr(road, "_multiprocessors", lambda device: 132)
     monkeypatch.setattr(roads, "gluon_road", lambda: road)
-    monkeypatch.setattr(roads, "_did_not_compile", set())
+    monkeypatch.setattr(roads, "_failed", set())
     monkeypatch.setattr(launch, "_capability", lambda device: (9, 0))
     return calls
 
@@ -312,7 +348,7 @@ def test_every_kernel_is_launched_with_as_many_arguments_as_it_has(launched, glu
             assert launched[kernel][0] is x if gather else launched[kernel][0].base is rows.padded.data
         assert ("padded" in vars(rows)) != gather  # nothing was copied that is gathered
     assert h.shape == (400, wide) and a.shape == (400, intermediate) and dw.shape == (4, hidden, hidden)
-    assert len(launched) == 4 and not roads._did_not_compile
+    assert len(launched) == 4 and not roads._failed
 
 
 if __name__ == "__main__":

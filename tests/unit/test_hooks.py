@@ -177,10 +177,16 @@ def test_every_row_gives_its_reason_and_tested_versions(patch):
 
 
 def test_deepspeed_with_expert_parallelism_is_refused_by_name():
-    from accelerate.utils import DistributedType
+    from accelerate.utils import DistributedType, TorchDynamoPlugin
 
     model = accel_moe.prepare(tiny_model(), moe_ep_degree=2)
-    accelerator = types.SimpleNamespace(is_fsdp2=False, distributed_type=DistributedType.DEEPSPEED)
+    accelerator = types.SimpleNamespace(
+        is_fsdp2=False,
+        distributed_type=DistributedType.DEEPSPEED,
+        state=types.SimpleNamespace(dynamo_plugin=TorchDynamoPlugin()),
+        parallelism_config=None,
+        mixed_precision="no",
+    )
     with pytest.raises(ValueError, match=r"moe_ep_degree=2 .* needs FSDP2, but this Accelerator runs DEEPSPEED"):
         in_accelerator._check_accelerator(accelerator, model._accel_moe)
 

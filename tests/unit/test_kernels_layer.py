@@ -28,6 +28,14 @@ ACTIVATIONS = {
 }
 
 
+def crossed(firsts, seconds):
+    """All pairs. Ordinary are those with the first of either: the two do not meet in the code."""
+    for first in firsts:
+        for second in seconds:
+            ordinary = first == firsts[0] or second == seconds[0]
+            yield pytest.param(first, second, marks=[] if ordinary else pytest.mark.slow)
+
+
 def eager(x, w1, w2, index, weights, act="silu", gate=None):
     """The meaning of the layer."""
     out = torch.zeros_like(x)
@@ -153,8 +161,7 @@ def test_a_sentinel_ignores_its_index_above_num_experts_and_its_weight():
     assert_close(run(experts, args, torch.ones(9, 24), act="silu"), expected)
 
 
-@pytest.mark.parametrize("share", [0.01, 0.3, 1.0])
-@pytest.mark.parametrize("kind", ["gated", "interleaved", "not gated"])
+@pytest.mark.parametrize("kind, share", crossed(["gated", "interleaved", "not gated"], [0.3, 0.01, 1.0]))
 def test_pairs_that_are_counted_later_give_the_same_bits_whatever_was_kept(kind, share, poisoned):
     args, sentinel = make_with_sentinels()
     options = options_of(kind, args)
@@ -169,8 +176,7 @@ def test_pairs_that_are_counted_later_give_the_same_bits_whatever_was_kept(kind,
         assert torch.equal(experts(*args[:3], *args[3:], num_pairs=later, **options), found[0])
 
 
-@pytest.mark.parametrize("kind", ["gated", "biased", "not gated"])
-@pytest.mark.parametrize("pairs", ["unknown", "counted", "later"])
+@pytest.mark.parametrize("kind, pairs", crossed(["gated", "biased", "not gated"], ["counted", "unknown", "later"]))
 def test_an_up_projection_that_is_computed_again_gives_the_same_bits_and_is_not_kept(pairs, kind, poisoned):
     args, sentinel = make_with_sentinels()
     options = options_of(kind, args)

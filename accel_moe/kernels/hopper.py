@@ -39,6 +39,7 @@ from .hopper_parts import (
     halves,
     make_barriers,
     make_ring,
+    next_step,
     store_tile,
     sum_tile,
 )
@@ -69,10 +70,7 @@ def _load_rows(
             mbarrier.expect(bar, BYTES)
             copy_in(x_desc, [row0, k], bar, x_ring.index(stage))
             copy_weight(w_desc, bar, w_ring.index(stage), expert, col_tile * STEP, k, PAIRED, LOADS)
-            stage += 1
-            if stage == TILE.num_stages:
-                stage = 0
-                phase ^= 1
+            stage, phase = next_step(stage, phase, TILE.num_stages)
 
 
 # fmt: off
@@ -102,10 +100,7 @@ def _gather_rows(
             copy_weight(w_desc, bar, w_ring.index(stage), expert, col_tile * STEP, k, PAIRED, LOADS)
             gather_in(x_ring.index(stage), rows + k)
             async_copy.mbarrier_arrive(bar, increment_count=False)  # of each thread, once its copies are done
-            stage += 1
-            if stage == TILE.num_stages:
-                stage = 0
-                phase ^= 1
+            stage, phase = next_step(stage, phase, TILE.num_stages)
 
 
 @gluon.jit

@@ -33,6 +33,7 @@ from .hopper_parts import (
     halves,
     make_barriers,
     make_ring,
+    next_step,
     reinterpret,
     sum_part,
 )
@@ -92,10 +93,7 @@ def _load_backward(
                 async_copy.mbarrier_arrive(bar, increment_count=False)  # of each thread, once its copies are done
             else:
                 copy_in(dout_src, [dout_row, k], bar, dout_ring.index(stage))
-            stage += 1
-            if stage == STAGES:
-                stage = 0
-                phase ^= 1
+            stage, phase = next_step(stage, phase, STAGES)
         for col in range(col_tile * N, gl.minimum(col_tile * N + N, intermediate), COLUMNS):
             mbarrier.wait(free.index(stage), phase)
             bar = ready.index(stage)
@@ -110,10 +108,7 @@ def _load_backward(
                 copy_in(h_desc, [row0, col], bar, dout_ring.index(stage))
             if LOADS.gather:
                 async_copy.mbarrier_arrive(bar, increment_count=False)
-            stage += 1
-            if stage == STAGES:
-                stage = 0
-                phase ^= 1
+            stage, phase = next_step(stage, phase, STAGES)
 
 
 # ---- What follows the sum

@@ -11,7 +11,16 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import async_copy, mbarrier, tma
 
 from .cached_launch import cached_launch
-from .hopper_parts import GATHERING_THREADS, copy_in, gather_in, make_barriers, make_ring, store_tile, sum_tile
+from .hopper_parts import (
+    GATHERING_THREADS,
+    copy_in,
+    gather_in,
+    make_barriers,
+    make_ring,
+    next_step,
+    store_tile,
+    sum_tile,
+)
 
 
 @gluon.jit
@@ -61,10 +70,7 @@ def _load_row_blocks(
             else:
                 copy_in(x_desc, [row + padding, n0], bar, right_ring.index(stage))
                 copy_in(other_desc, [row, m0], bar, left_ring.index(stage))
-            stage += 1
-            if stage == TILE.num_stages:
-                stage = 0
-                phase ^= 1
+            stage, phase = next_step(stage, phase, TILE.num_stages)
 
 
 @gluon.jit
@@ -99,11 +105,7 @@ def _gather_step(
         copy_in(desc, [row, desc_col], bar, left_ring.index(stage))
         gather_in(right_ring.index(stage), pointers, mask)
     async_copy.mbarrier_arrive(bar, increment_count=False)  # of each thread, once its copies are done
-    stage += 1
-    if stage == STAGES:
-        stage = 0
-        phase ^= 1
-    return stage, phase
+    return next_step(stage, phase, STAGES)
 
 
 @gluon.jit

@@ -49,6 +49,26 @@ def make_barriers(STAGES: gl.constexpr, ARRIVALS: gl.constexpr, USERS: gl.conste
 
 
 @gluon.jit
+def next_step(stage, phase, STAGES: gl.constexpr):
+    """-> the next buffer of the ring, and the phase of its barriers."""
+    stage += 1
+    if stage == STAGES:
+        stage = 0
+        phase ^= 1
+    return stage, phase
+
+
+@gluon.jit
+def right_operand(buffer, N: gl.constexpr, K: gl.constexpr, K_CONTIGUOUS: gl.constexpr):
+    """[K, N] of a buffer that holds [N, K] if K_CONTIGUOUS."""
+    if K_CONTIGUOUS:
+        right = buffer.reshape([N, K]).permute((1, 0))
+    else:
+        right = buffer.reshape([K, N])
+    return right
+
+
+@gluon.jit
 def sum_tile(
     ring,
     position,
@@ -77,20 +97,13 @@ def sum_tile(
         left = left_ring.index(stage)
         if TRANSPOSE:
             left = left.permute((1, 0))
-        right = right_ring.index(stage)
-        if K_CONTIGUOUS:
-            right = right.reshape([N, K]).permute((1, 0))
-        else:
-            right = right.reshape([K, N])
+        right = right_operand(right_ring.index(stage), N, K, K_CONTIGUOUS)
         acc = warpgroup_mma(left, right, acc, is_async=True)
         acc = warpgroup_mma_wait(1, deps=(acc,))
         # The product before this one is done. Its buffer's number is computed, not kept in a variable: Triton 3.6 does
         # not see that such a copy of `stage` changes in the loop.
         mbarrier.arrive(free.index(gl.where(stage == 0, STAGES, stage) - 1), count=1, pred=k > 0)
-        stage += 1
-        if stage == STAGES:
-            stage = 0
-            phase ^= 1
+        stage, phase = next_step(stage, phase, STAGES)
     acc = warpgroup_mma_wait(0, deps=(acc,))
     mbarrier.arrive(free.index(gl.where(stage == 0, STAGES, stage) - 1), count=1, pred=steps > 0)
     return acc
@@ -124,20 +137,13 @@ def sum_part(
         mbarrier.wait(ready.index(stage), phase)
         if FENCE:
             fence_async_shared()
-        right = w_ring.index(stage)
-        if K_CONTIGUOUS:
-            right = right.reshape([N, K]).permute((1, 0))
-        else:
-            right = right.reshape([K, N])
+        right = right_operand(w_ring.index(stage), N, K, K_CONTIGUOUS)
         acc = warpgroup_mma(rows_ring.index(rows_ring.shape[0] // STAGES * stage + WHICH), right, acc, is_async=True)
         acc = warpgroup_mma_wait(1, deps=(acc,))
         # The step before this one is done: a product, or the last columns of the tile before, once they are stored.
         tma.store_wait(0)
         mbarrier.arrive(free.index(gl.where(stage == 0, STAGES, stage) - 1), count=1, pred=position + k > 0)
-        stage += 1
-        if stage == STAGES:
-            stage = 0
-            phase ^= 1
+        stage, phase = next_step(stage, phase, STAGES)
     acc = warpgroup_mma_wait(0, deps=(acc,))
     mbarrier.arrive(free.index(gl.where(stage == 0, STAGES, stage) - 1), count=1)
     return acc

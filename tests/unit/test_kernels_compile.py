@@ -4,10 +4,7 @@ that has another shape after a branch.
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from importlib import import_module
 from pathlib import Path
 
@@ -15,6 +12,7 @@ from accel_moe.dispatch.rows_triton import Parts
 from accel_moe.kernels.glu import Glu
 from accel_moe.kernels.launch import Loads, Stores
 from accel_moe.kernels.tuning import Config
+from tests.kernels import arguments_of, compiled_by
 
 TILE, BINS = Config(64, 64, 64, 4, 2), {"BINS": 8}
 TERM, PLAIN = Loads(False, True, True, "ieee", True, True, rank=16), Loads(False, False, False, "ieee")
@@ -73,19 +71,13 @@ def compile_for_a_gpu(module: str, name: str, constants: dict):
         integer = "weight" not in parameter and any(word in parameter for word in INTEGERS)
         return "*i32" if integer else "*fp32" if parameter == "ds_ptr" else "*bf16"
 
-    signature = {p.name: "constexpr" if p.is_constexpr else type_of(p.name) for p in kernel.params}
-    places = {p.name: i for i, p in enumerate(kernel.params)}
-    source = ASTSource(kernel, signature, {(places[n],): value for n, value in constants.items()})
+    signature, values, _ = arguments_of(kernel, constants, type_of)
+    source = ASTSource(kernel, signature, values)
     return triton.compile(source, target=GPUTarget("cuda", 80, 32), options={"num_warps": 4, "num_stages": 2})
 
 
 def test_kernels_compile_for_a_gpu():
-    """In a process of its own: here Triton was imported for the interpreter."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "tests.unit.test_kernels_compile"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.split() == [name for kernels in KERNELS.values() for name in kernels]
+    assert compiled_by("tests.unit.test_kernels_compile") == [n for kernels in KERNELS.values() for n in kernels]
 
 
 def test_every_kernel_that_is_launched_is_in_the_list():

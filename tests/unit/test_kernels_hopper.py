@@ -5,9 +5,6 @@ What they compute is compared on a GPU (tests/gpu/test_kernels.py, both roads).
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
@@ -19,6 +16,7 @@ from accel_moe.kernels.launch import Layer, Loads, Stores
 from accel_moe.kernels.routing import sort_slots
 from accel_moe.kernels.scattermoe import road_of
 from accel_moe.kernels.tuning import Config, Problem
+from tests.kernels import arguments_of, compiled_by
 
 WIDE, TALL = Config(128, 256, 64, 8, 4, gluon=True), Config(256, 128, 64, 8, 4, gluon=True)
 SHARED = Config(128, 256, 64, 4, 4, gluon=True)
@@ -106,14 +104,13 @@ def compile_for_hopper(name):
             return "*bf16" if parameter == "bias_ptr" else given
         return f"tensordesc<bf16{given},{gl.NVMMASharedLayout.get_default_for(given, gl.bfloat16)!r}>"
 
-    signature = {p.name: "constexpr" if p.is_constexpr else type_of(p.name) for p in kernel.params}
-    places = {p.name: i for i, p in enumerate(kernel.params)}
+    signature, values, places = arguments_of(kernel, constants, type_of)
     multiples = "depth", "hidden", "intermediate", "stride_x", "stride_dout", "left_width", "right_width"
     aligned = [n for n, t in signature.items() if t.startswith("*") or n in multiples]
     source = GluonASTSource(
         kernel,
         signature,
-        {(places[n],): value for n, value in constants.items()},
+        values,
         {(places[n],): [["tt.divisibility", 16]] for n in aligned},
     )
     options = {"num_warps": constants["TILE"].num_warps, "maxnreg": 168}
@@ -121,13 +118,8 @@ def compile_for_hopper(name):
 
 
 def test_kernels_compile_for_hopper_and_fit():
-    """In a process of its own: here Triton was imported for the interpreter, which does not know Gluon."""
     pytest.importorskip("triton.experimental.gluon")
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "tests.unit.test_kernels_hopper"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.split("\n")[:-1] == list(KERNELS)
+    assert compiled_by("tests.unit.test_kernels_hopper") == list(KERNELS)
 
 
 # ---- Rows that end at any row

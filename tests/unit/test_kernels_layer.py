@@ -16,6 +16,7 @@ from accel_moe.kernels.glu import Glu
 from accel_moe.kernels.routing import sort_slots
 from accel_moe.kernels.tuning import Config
 from tests.experts_layer import experts
+from tests.kernels import count_launches
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="interpreted: see tests/gpu")
 
@@ -364,18 +365,11 @@ def test_backward_launches_no_gemm_for_frozen_weights(monkeypatch):
 
 def test_a_backward_lists_its_tiles_in_one_launch(monkeypatch):
     """Those of the GEMMs, here 32 rows high, and those of the copy of rows."""
-    kernel, launches = sort.list_tiles, []
-
-    class Counted:
-        def __getitem__(self, grid):
-            launches.append(grid)
-            return kernel[grid]
-
     tall, flat = (Config(rows, 16, 16, num_warps=1, num_stages=1, group=2) for rows in (32, 16))
     monkeypatch.setattr(tuning, "_known", lambda problem: flat if problem.kernel.endswith("grad") else tall)
     x, w1, w2, index, weights = make()
     out = experts(x.requires_grad_(), w1.requires_grad_(), w2.requires_grad_(), index, weights, "silu")
-    monkeypatch.setattr(sort, "list_tiles", Counted())
+    launches = count_launches(monkeypatch, sort, "list_tiles")
     out.sum().backward()
     assert len(launches) == 1
 

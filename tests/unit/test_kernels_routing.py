@@ -8,6 +8,7 @@ from accel_moe.kernels import sort
 from accel_moe.kernels.launch import TileLists
 from accel_moe.kernels.launch_passes import add_counts
 from accel_moe.kernels.routing import list_tiles, sort_and_tile, sort_slots
+from tests.kernels import count_launches
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="interpreted: see tests/gpu")
 
@@ -62,15 +63,8 @@ def test_experts_are_listed_by_their_rows(num_experts):
 
 
 def test_one_launch_lists_tiles_of_two_heights(monkeypatch):
-    routing, launches = sort_slots(routed(90, 3, 7, 0.3), 7, 270), []
-    kernel = sort.list_tiles
-
-    class Counted:
-        def __getitem__(self, grid):
-            launches.append(grid)
-            return kernel[grid]
-
-    monkeypatch.setattr(sort, "list_tiles", Counted())
+    routing = sort_slots(routed(90, 3, 7, 0.3), 7, 270)
+    launches = count_launches(monkeypatch, sort, "list_tiles")
     lists = TileLists(routing, together=[64, 1])
     for block_p in (64, 1):
         check_tiles(lists[block_p], routing, block_p)

@@ -25,7 +25,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
 from accel_moe import long_context, mesh, positions, ranks, recompute, ring_limits, shard, whereabouts
 from accel_moe.accelerate_settings import AccelerateSettings
 from accel_moe.agreement import compare_ranks
-from accel_moe.experts import early_casts, forwards
+from accel_moe.experts import forwards
 from accel_moe.experts.adapters import adopt_adapters, patch_peft
 from accel_moe.experts.pack import check_packable, pack_experts
 from accel_moe.experts.recognise import find_experts
@@ -263,7 +263,6 @@ def _shard(accelerator, model: nn.Module, state: PreparedState) -> list[nn.Modul
     if state.config.moe_keep_exchanged:
         recompute.keep_exchanges(model)
     positions.trust_own_positions(model)
-    early_casts.within_forwards_of(model)
     settings = shard.FsdpSettings(
         mp_policy=plugin.mixed_precision_policy or MixedPrecisionPolicy(),
         offload_policy=plugin.cpu_offload,

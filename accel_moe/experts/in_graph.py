@@ -28,7 +28,6 @@ import torch
 from torch import Tensor
 
 from accel_moe.dispatch.base import RoutedTokens
-from accel_moe.kernels.casts import one_backward
 from accel_moe.kernels.hints import LowRank
 
 _layers: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
@@ -109,7 +108,7 @@ def _backward(grad: Tensor, ticket: Tensor, weights: Tensor, factors: Sequence[T
             "backward(retain_graph=True) the first time, or compute the second gradient from a forward of its own."
         )
     out, gradients = kept
-    with _autograd(), torch.enable_grad(), one_backward():
+    with _autograd(), torch.enable_grad():
         torch.autograd.backward(out, grad, retain_graph=keep)
     like = grad, weights, *factors
     given = [torch.zeros_like(t) if g is None else g for t, g in zip(like, gradients or [None] * len(like))]

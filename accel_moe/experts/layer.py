@@ -50,7 +50,6 @@ class ScatterMoE(nn.Module):
             view = work.view(sent)
             with view.keeping:
                 rows = experts(view, work.rows(sent), sent.local_index, sent.local_weights)
-            work.prepare_next()
             return layer.dispatcher.combine(rows.to(tokens.rows.dtype), sent, work)
 
         return in_chunks(one_pass, tokens, layer.chunk_tokens, layer.dispatcher.group)

@@ -52,8 +52,6 @@ class LayerState:
     prepared: PreparedState
     num_experts: int
     kernel: str
-    position: int = 0
-    """Among the model's experts layers, in the order in which they are found."""
     shim: Shim | None = None
     glu: Glu | None = None
     """The gate, for our kernels."""

@@ -29,11 +29,11 @@ def swap(modules: dict[str, nn.Module], prepared: PreparedState) -> None:
         _refuse_tied(modules)
     if prepared.config.moe_ep_degree > 1 and isinstance(modules, FoundExperts):
         adopt_adapters(modules)
-    for position, module in enumerate(modules.values()):
+    for module in modules.values():
         layout = as_interface(module)
         # a gate of the module's own is tried now, where torch.compile does not look
         glu = glu_of(layout) if prepared.kernel == "scattermoe" else None
-        layer = LayerState(prepared, layout.num_experts, prepared.kernel, position, shim_of(module), glu)
+        layer = LayerState(prepared, layout.num_experts, prepared.kernel, shim_of(module), glu)
         layer.dispatcher = _first_dispatcher(type(module).__name__, layer)
         mixin = WithIdentityExperts if layer.splits_identity_experts else ScatterMoE
         module._accel_moe_layer = layer

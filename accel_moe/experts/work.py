@@ -13,7 +13,6 @@ from torch.distributed.tensor import DTensor
 
 from accel_moe.dispatch.base import Dispatched, Overlap, RoutedTokens
 from accel_moe.dispatch.replay import runs_again
-from accel_moe.experts import early_casts
 from accel_moe.experts.expert_counts import count_tokens
 from accel_moe.experts.packing import KeptPacked, Unpacked
 from accel_moe.experts.state import LayerState
@@ -53,8 +52,6 @@ class LayerWork(Overlap):
     def bytes_of_weights(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
         """Bytes this rank's expert weights take once cast to the compute dtype; weights already in it count as 0."""
         layer, dtype = self._layer, self._dtype
-        if early_casts.is_ahead(self._module, dtype):
-            return 0  # taken already
         if dtype not in layer.cast_bytes:
             stored = {name: p for name, p in parameters_of(self._module).items() if p.dtype != dtype}
             values = sum(layer.values_of(name, p) for name, p in stored.items())
@@ -68,10 +65,6 @@ class LayerWork(Overlap):
         if (casts := self._view.hints.casts) is not None:
             casts.prepare()
         self._ready = True
-
-    def prepare_next(self) -> None:
-        """The casts of the layer after this one, beside what is left of this one's forward."""
-        early_casts.make_next(self._module, self._dtype, _local_to_cast)
 
     def for_backward(self) -> Callable[[], None] | None:
         casts = None if self._view is None else self._view.hints.casts
@@ -215,31 +208,17 @@ def _add_to_weights(changes: dict[str, LowRank], local: dict[str, torch.Tensor],
 def _casts_of(module: Any, layer: LayerState, weights: dict[str, torch.Tensor], dtype: torch.dtype) -> Casts | None:
     """Casts for our kernels, which take weights as they are stored and write their gradients in that dtype. None if all
     weights are in `dtype`, and for other kernels, whose weights are cast under autograd."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or all(w.dtype == dtype for w in weights.values()):
         return None
-    parameters = _to_cast(module, weights, dtype)
-    if parameters is None:
+    if layer.glu is None or layer.shim is not None:
         return None
+    names = scattermoe.parameter_names(module)
     if layer.packed:
-        return Unpacked(parameters, layer.packed, dtype)
-    return early_casts.started(module, list(parameters.values()), dtype)
-
-
-def _to_cast(module: Any, weights: dict[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor] | None:
-    """The weights that our kernels ask for, in their order. None where they take them as they are."""
-    layer = module._accel_moe_layer
-    if layer.glu is None or layer.shim is not None or all(w.dtype == dtype for w in weights.values()):
+        return Unpacked({name: weights[name] for name in names}, layer.packed, dtype)
+    if any(storage_of(w) is not DENSE for w in weights.values()):
         return None
-    if not layer.packed and any(storage_of(w) is not DENSE for w in weights.values()):
-        return None
-    return {name: weights[name] for name in scattermoe.parameter_names(module)}
-
-
-def _local_to_cast(module: Any, dtype: torch.dtype) -> list[torch.Tensor] | None:
-    """`_to_cast` of a layer outside its forward."""
-    with torch.no_grad():
-        parameters = _to_cast(module, _local_parts(parameters_of(module)), dtype)
-    return None if parameters is None else list(parameters.values())
+    # with ep 1, PEFT computes the weights for the length of a forward
+    return Casts([weights[name] for name in names], dtype, of_module=layer.ep > 1)
 
 
 def parameters_of(module: Any) -> dict[str, torch.Tensor]:

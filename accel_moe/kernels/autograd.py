@@ -63,9 +63,6 @@ class _Experts(torch.autograd.Function):
         backward = ops.bypass_dispatcher(ops.experts_backward, x)
         early = {} if backward is ops.experts_backward else {"on_input_grads": ctx.on_input_grads}
         gradients = backward(dout, x, *casts, factors, ctx.scales, *saved, *options, **early)
-        if ctx.casts is not None:
-            del casts  # not beside the next layer's
-            ctx.casts.prepare_next_in_backward()
         dx, dw1, dw2, db1, db2, dweights, *dfactors = _where_needed(gradients, needs)
         return dx, dw1, dw2, db1, db2, None, dweights, None, None, *dfactors
 

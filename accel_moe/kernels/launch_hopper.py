@@ -39,7 +39,8 @@ def _multiprocessors(device: torch.device) -> int:
 
 
 def _programs(device: torch.device, tiles: int) -> int:
-    """One for each multiprocessor; beside collectives, which hold some of them, four smaller ones."""
+    """One for each multiprocessor. Beside collectives, which hold some of them, four with smaller shares of the tiles:
+    a program that waits for a multiprocessor holds up its GEMM."""
     return min(_multiprocessors(device) * (4 if beside_collectives() else 1), tiles)
 
 

@@ -19,26 +19,18 @@ RUN_WITH = ("3.6",)
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
+@functools.cache
 def gluon_road() -> Any:
-    """The module launch_hopper, or None.
-
-    None unless SCATTERMOE_GLUON=1 asks for it: with SCATTERMOE_GLUON=0; where Triton is none of RUN_WITH; and beside
-    collectives, where it was not measured. Its programs fill a multiprocessor each, and their shares of a GEMM's tiles
-    are fixed: one that waits for a collective's multiprocessor holds up its GEMM. None also where Gluon is not here as
-    it is used there.
+    """The module launch_hopper, or None: with SCATTERMOE_GLUON=0; where Triton is none of RUN_WITH, unless
+    SCATTERMOE_GLUON=1 asks for it; and where Gluon is not here as it is used there.
 
     Raises:
         ValueError: SCATTERMOE_GLUON is something else.
     """
-    return _gluon_road(tuning.beside_collectives())
-
-
-@functools.cache
-def _gluon_road(collectives: bool) -> Any:
     asked = os.environ.get("SCATTERMOE_GLUON", "")
     if asked not in ("", "0", "1"):
         raise ValueError(f"SCATTERMOE_GLUON is {asked!r}: expected 0 or 1. Set one of them, or unset it.")
-    known = triton.__version__.startswith(tuple(f"{version}." for version in RUN_WITH)) and not collectives
+    known = triton.__version__.startswith(tuple(f"{version}." for version in RUN_WITH))
     if INTERPRETED or torch.version.hip or asked == "0" or not (known or asked):
         return None
     try:

@@ -99,7 +99,7 @@ def _ours(gluon: bool) -> Forward:
 
     def forward(*arguments: Tensor) -> Tensor:
         os.environ["SCATTERMOE_GLUON"] = str(int(gluon))
-        roads._gluon_road.cache_clear()
+        roads.gluon_road.cache_clear()
         return _registered(scattermoe_experts_forward)(*arguments)
 
     return forward

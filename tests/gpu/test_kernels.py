@@ -28,7 +28,7 @@ def road(request, monkeypatch):
     """gluon: the kernels of hopper*.py, even where experts have too few rows for them to be worth it."""
     gluon = request.param == "gluon"
     monkeypatch.setenv("SCATTERMOE_GLUON", "1" if gluon else "0")
-    roads._gluon_road.cache_clear()
+    roads.gluon_road.cache_clear()
     if gluon and (torch.cuda.get_device_capability()[0] != 9 or roads.gluon_road() is None):
         pytest.skip("needs a Hopper GPU and a Triton with Gluon")
     choose = tuning.choose
@@ -40,7 +40,7 @@ def road(request, monkeypatch):
 
     monkeypatch.setattr(tuning, "choose", choose_gluon)
     yield request.param
-    roads._gluon_road.cache_clear()
+    roads.gluon_road.cache_clear()
     assert not roads._failed
 
 

@@ -231,24 +231,22 @@ def test_a_kernel_that_does_not_run_is_no_candidate(monkeypatch):
     "version, asked, taken",
     [("3.6.0", None, True), ("3.6.0", "0", False), ("3.60.1", None, False), ("3.9.0", "1", True)],
 )
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_the_road_is_taken_as_it_was_run_and_where_asked(monkeypatch, version, asked, taken, ranks):
+def test_the_road_is_taken_as_it_was_run_and_where_asked(monkeypatch, version, asked, taken):
     pytest.importorskip("accel_moe.kernels.launch_hopper", exc_type=ImportError)
     monkeypatch.setattr(roads, "INTERPRETED", False)
     monkeypatch.setattr(roads.triton, "__version__", version)
-    monkeypatch.setattr(tuning, "beside_collectives", lambda: ranks > 1)
-    roads._gluon_road.cache_clear()
+    roads.gluon_road.cache_clear()
     monkeypatch.setenv("SCATTERMOE_GLUON", asked) if asked else monkeypatch.delenv("SCATTERMOE_GLUON", False)
-    assert (roads.gluon_road() is not None) == (taken and (ranks == 1 or asked == "1"))
-    roads._gluon_road.cache_clear()
+    assert (roads.gluon_road() is not None) == taken
+    roads.gluon_road.cache_clear()
 
 
 def test_an_answer_that_is_neither_0_nor_1_is_refused(monkeypatch):
     monkeypatch.setenv("SCATTERMOE_GLUON", "on")
-    roads._gluon_road.cache_clear()
+    roads.gluon_road.cache_clear()
     with pytest.raises(ValueError, match="'on': expected 0 or 1"):
         roads.gluon_road()
-    roads._gluon_road.cache_clear()
+    roads.gluon_road.cache_clear()
 
 
 def test_beside_collectives_a_kernel_has_more_programs(monkeypatch):

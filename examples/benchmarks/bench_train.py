@@ -121,6 +121,8 @@ def run_way(args: argparse.Namespace, way: str, scenario: Scenario, gpus: int, f
         return {"eager": {"why_not": why}}
     if transformers_ep and scenario.lora_rank:
         return {"eager": {"why_not": "it shards while it loads, before there are adapters"}}
+    if transformers_ep and not scenario.reshard_after_forward:
+        return {"eager": {"why_not": "its DistributedConfig has no such option"}}
     if way == TRANSFORMERS_EP and scenario.cp > 1:
         return {"eager": {"why_not": "it has no context parallelism"}}
     result = folder / "result.json"

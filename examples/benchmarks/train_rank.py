@@ -81,6 +81,8 @@ class Scenario:
     from_files: bool = False
     """Weights come from a checkpoint in bf16; no rank makes the whole model."""
     activation_checkpointing: bool = False
+    reshard_after_forward: bool = True
+    """False keeps what FSDP gathered in forward until backward has used it."""
     bf16_weights: bool = False
     """Weights and AdamW's moments in bf16, with no fp32 master copy."""
     bf16_base: bool = False
@@ -201,6 +203,7 @@ def build_with_accelerate(scenario: Scenario, checkpoint: Path, ours: bool) -> T
         auto_wrap_policy="transformer_based_wrap",
         cpu_ram_efficient_loading=False,
         activation_checkpointing=scenario.activation_checkpointing,
+        reshard_after_forward=scenario.reshard_after_forward,
         state_dict_type="SHARDED_STATE_DICT",
     )
     mesh = ParallelismConfig(cp_size=scenario.cp, dp_shard_size=int(os.environ["WORLD_SIZE"]) // scenario.cp)

@@ -38,6 +38,8 @@ LAYOUTS = {
     "one process": Case(1, 1),
     "w3 without us": Case(3, 1, ours=False),
 }
+WIDE = {"hsdp 2x2 ep2", "w4 ep4 cp2", "w3 without us"}
+"""What they save is loaded by the others; what they load is left to the slow tests."""
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +63,7 @@ def without(tensors: dict[str, torch.Tensor], names: set[str]) -> dict[str, torc
     return {name: tensor for name, tensor in tensors.items() if name not in names}
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in WIDE)) for n in LAYOUTS])
 def test_every_layout_loads_what_every_other_saved_bit_for_bit_and_trains_on_alike(saved, name):
     case = LAYOUTS[name]
     folders = [folder for folder, _ in saved.values()]

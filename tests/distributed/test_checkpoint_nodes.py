@@ -133,6 +133,7 @@ def launch_on_two_nodes(root, what: str) -> None:
 
 
 @pytest.mark.launch
+@pytest.mark.slow
 def test_two_launchers_save_resume_and_consolidate(tmp_path):
     launch_on_two_nodes(tmp_path, "save")
     for node in (0, 1):  # the first of two checkpoints is gone, on each disk

@@ -34,9 +34,8 @@ def many_lengths(case: Case, steps: int) -> list[tuple[int, int, int]]:
     return found
 
 
-@pytest.mark.parametrize(
-    "checkpointing", [pytest.param(False, marks=pytest.mark.slow), True], ids=["", "checkpointing"]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
 def test_changing_lengths_stop_recompiling_and_leave_no_memory_behind(checkpointing):
     case = Case(2, 2, compiled="fullgraph", checkpointing=checkpointing)
     for (graphs, early, kept), (graphs_at_the_end, late, kept_at_the_end) in run_ranks(many_lengths, 2, case, 200):

@@ -119,7 +119,9 @@ def test_chunks_need_less_than_the_whole():
     assert all(text == "" for text, _ in run_ranks(runs.crowded, 2, in_chunks, free))
 
 
-@pytest.mark.parametrize("dispatcher", ["all_to_all", "all_gather", pytest.param("symmetric", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "dispatcher", ["all_gather", *(pytest.param(name, marks=pytest.mark.slow) for name in ("all_to_all", "symmetric"))]
+)
 def test_a_rank_that_counts_its_operations_in_backward_exchanges_with_those_that_do_not(dispatcher):
     """Under a dispatch mode our kernels run as operators, which start no gradient early: the order must not change."""
     case = Case(2, 2, kernel="scattermoe", interpret=True, options=(("moe_dispatcher", dispatcher),))
@@ -155,7 +157,7 @@ def test_a_dispatcher_from_outside_the_package_trains_alike():
     "case",
     [
         pytest.param(Case(2, 2), marks=pytest.mark.slow),
-        Case(2, 2, checkpointing=True),
+        pytest.param(Case(2, 2, checkpointing=True), marks=pytest.mark.slow),
         pytest.param(Case(2, 2, options=(("moe_dispatch_chunk_tokens", 200),)), marks=pytest.mark.slow),
         Case(2, 2, options=SHARED),
     ],
@@ -175,7 +177,7 @@ def test_two_hundred_steps_with_changing_routings_leave_no_memory_behind(case):
         pytest.param("stuck", "_send_out", Case(4, 2, options=TO_ALL), marks=pytest.mark.slow),
         ("killed", "gather_rows", Case(2, 2, options=TO_EVERY_RANK)),
         pytest.param("stuck", "gather_rows", Case(2, 2, options=TO_EVERY_RANK), marks=pytest.mark.slow),
-        ("stuck", "agree", Case(2, 2)),
+        pytest.param("stuck", "agree", Case(2, 2), marks=pytest.mark.slow),
         ("stuck", "gather", Case(2, 2, options=SHARED)),
         pytest.param("stuck", "sum", Case(2, 2, options=SHARED), marks=pytest.mark.slow),
     ],

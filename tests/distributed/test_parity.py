@@ -73,7 +73,7 @@ TABLE = [
     slow(Case(2, 2, **SCATTERMOE, options=(SHARED,), nothing_received=True)),
     Case(4, 4, options=(SHARED,), checkpointing=True, nothing_received=True),
     Case(4, 2, options=(SHARED, ("moe_dispatch_chunk_tokens", 5), ("moe_keep_exchanged", False)), checkpointing=True),
-    Case(2, 2, **SCATTERMOE, options=(RECOMPUTE_UP, TO_ALL)),
+    slow(Case(2, 2, **SCATTERMOE, options=(RECOMPUTE_UP, TO_ALL))),
     slow(Case(2, 2, **SCATTERMOE, options=(RECOMPUTE_UP,))),
     slow(Case(2, 2, **SCATTERMOE, options=(RECOMPUTE_UP,), nothing_received=True)),
     slow(Case(2, 2, **SCATTERMOE, options=(RECOMPUTE_UP, TO_ALL), checkpointing=True, nothing_received=True)),
@@ -82,7 +82,7 @@ TABLE = [
     Case(2, 2, compiled="fullgraph", lengths=(6, 6, 9), accumulation=2),
     Case(2, 2, compiled="fullgraph", checkpointing=True, nothing_received=True, options=(SHARED,)),
     slow(Case(2, 2, compiled="inductor", lengths=(6, 6, 9))),
-    Case(4, 4, compiled="fullgraph", options=(("moe_dispatch_chunk_tokens", 5),), nothing_received=True),
+    slow(Case(4, 4, compiled="fullgraph", options=(("moe_dispatch_chunk_tokens", 5),), nothing_received=True)),
     slow(Case(2, 2, compiled="regional", checkpointing=True, nothing_received=True)),
 ]
 

@@ -51,6 +51,10 @@ class Case:
     """Ranks that share a sequence. Above 1 attention is sdpa, and the oracle's, too."""
     masked: bool = False
     """Leave out the labels of some tokens: no two ranks then have the same number of labels."""
+    reshard: bool = True
+    """False: FSDP keeps what it gathered in forward until backward has used it."""
+    offload: bool = False
+    """Weights, gradients and the optimizer's state in host memory."""
     aux: float = 0.0
     """The load-balancing loss's factor."""
     options: tuple[tuple[str, object], ...] = ()
@@ -131,12 +135,15 @@ def accelerator_for(case: Case, model):
     from accelerate import Accelerator
     from accelerate.parallelism_config import ParallelismConfig
     from accelerate.utils import FullyShardedDataParallelPlugin, TorchDynamoPlugin
+    from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy
 
     plugin = FullyShardedDataParallelPlugin(
         fsdp_version=2,
         auto_wrap_policy="transformer_based_wrap",
         transformer_cls_names_to_wrap=decoder_layer_names(model),
         activation_checkpointing=case.checkpointing,
+        reshard_after_forward=case.reshard,
+        cpu_offload=CPUOffloadPolicy(pin_memory=torch.cuda.is_available()) if case.offload else OffloadPolicy(),
         cpu_ram_efficient_loading=case.ram_efficient,
         state_dict_type="SHARDED_STATE_DICT",
     )

@@ -73,6 +73,7 @@ def test_the_checkpoint_holds_the_adapter_its_optimizer_and_nothing_of_the_base(
     assert set(entry.base_tensors) == set(read_weights(Path(base)))
 
 
+@pytest.mark.slow
 def test_frozen_parameters_that_the_optimizer_was_given_change_nothing(base, tmp_path):
     case, folder = TWO, str(tmp_path / "c")
     written = run_ranks(partial(save_run, everything=True), 2, case, base, folder)[0]
@@ -102,7 +103,7 @@ def test_full_state_dicts_leave_the_base_out_too(base, tmp_path, capsys):
     assert "as FULL_STATE_DICT saves it" in one_line_error(capsys, folder, tmp_path / "out", base)
 
 
-@pytest.mark.parametrize("kind", ["with base", "peft"])
+@pytest.mark.parametrize("kind", ["with base", pytest.param("peft", marks=pytest.mark.slow)])
 def test_checkpoints_of_before_and_of_accelerate_itself_load(base, tmp_path, kind):
     folder = str(tmp_path / "c")
     written = run_ranks(save_run, 2, TWO, base, folder, kind)[0]

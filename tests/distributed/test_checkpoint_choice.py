@@ -83,6 +83,7 @@ def test_a_bit_that_flipped_after_the_best_checkpoint_was_loaded_is_seen_when_th
         assert error.startswith("CheckpointError") and "does not match its checksum" in error, error
 
 
+@pytest.mark.slow
 def test_a_run_that_was_moved_finds_its_best_checkpoint_again(tmp_path):
     best, first = run_ranks(runs.train_with_best, 2, str(tmp_path / "before"), 2, None)[0]
     assert best == str(tmp_path / "before" / "checkpoint-1")

@@ -20,7 +20,7 @@ from tests.ranks import run_ranks
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
-@pytest.mark.parametrize("how", ["returns", "destroys the process group"])
+@pytest.mark.parametrize("how", [pytest.param("returns", marks=pytest.mark.slow), "destroys the process group"])
 def test_a_background_save_outlives_a_script_that(how, tmp_path):
     assert run_ranks(runs.save_and_end, 2, str(tmp_path), how, timeout_s=90) == ["", ""]
     assert sorted(os.listdir(tmp_path)) == ["checkpoint-1", "checkpoint-2"]
@@ -50,7 +50,9 @@ def test_a_background_save_outlives_a_real_script_that(how, status, tmp_path):
     assert (tmp_path / "checkpoint-1" / "accel_moe_manifest.json").is_file()
 
 
-@pytest.mark.parametrize("background", [False, True], ids=["at once", "in the background"])
+@pytest.mark.parametrize(
+    "background", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["at once", "in the background"]
+)
 def test_sigterm_in_a_save_takes_effect_when_it_is_committed(background, tmp_path):
     """Two real processes and real signals, as torchrun's agent and a preempted machine send them."""
     with tempfile.TemporaryDirectory() as logs:

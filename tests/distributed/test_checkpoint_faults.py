@@ -74,7 +74,7 @@ def test_damage_to_any_file_is_refused_on_every_rank_before_the_model_is_touched
 # --- a save that fails -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("background", [False, True])
+@pytest.mark.parametrize("background", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("fault", ["file size limit on one rank", "small files fail on one rank"])
 def test_a_write_that_fails_on_one_rank_is_raised_on_all_and_the_last_checkpoint_loads(tmp_path, fault, background):
     for kind, text, loaded in run_ranks(runs.fail_to_save, 2, str(tmp_path), fault, {"moe_async_save": background}):

@@ -44,7 +44,9 @@ def assert_checkpoint_and(folder, files) -> None:
         assert (folder / name).read_text() == content
 
 
-@pytest.mark.parametrize("background", [False, True], ids=["at once", "in the background"])
+@pytest.mark.parametrize(
+    "background", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["at once", "in the background"]
+)
 def test_a_folder_with_other_things_the_working_directory_and_symlinks_keep_what_is_theirs(tmp_path, background):
     put(tmp_path / "project")
     put(tmp_path / "work")

@@ -32,7 +32,7 @@ def assert_same(found: dict, wanted: dict) -> None:
     "nothing_received", [pytest.param(False, marks=pytest.mark.slow), True], ids=["", "nothing received"]
 )
 @pytest.mark.parametrize(
-    "dispatcher", [pytest.param(d, marks=[pytest.mark.slow] if d == "auto" else []) for d in EXCHANGES]
+    "dispatcher", [pytest.param(d, marks=[pytest.mark.slow] if d in ("auto", "all_gather") else []) for d in EXCHANGES]
 )
 def test_activation_checkpointing_does_not_exchange_twice(dispatcher, nothing_received):
     options = (("moe_dispatcher", dispatcher),)

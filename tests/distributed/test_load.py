@@ -17,7 +17,7 @@ LAYOUTS = [
     (Case(4, 1, two_groups=True), Load()),
     (Case(4, 2), Load()),
     (Case(4, 4), Load()),
-    (Case(4, 1, dp_replicate=2), Load()),
+    slow(Case(4, 1, dp_replicate=2), Load()),
     (Case(4, 2, dp_replicate=2, tie=True), Load()),
     (Case(4, 2, num_experts=6), Load()),
     (Case(2, 2, mesh=False), Load()),
@@ -28,9 +28,9 @@ LAYOUTS = [
     (Case(2, 1), Load(prepare=False)),
     (Case(2, 2), Load(mixed_precision="bf16")),
     (Case(2, 2), Load(dtype="bfloat16", mixed_precision="bf16")),
-    (Case(4, 2, num_experts=6), Load(dtype="bfloat16")),
+    slow(Case(4, 2, num_experts=6), Load(dtype="bfloat16")),
     (Case(2, 2), Load(frozen=True, dtype="bfloat16", mixed_precision="bf16")),
-    (Case(4, 2, dp_replicate=2), Load(head="SequenceClassification")),
+    slow(Case(4, 2, dp_replicate=2), Load(head="SequenceClassification")),
     (Case(2, 2, family="mixtral"), Load()),
     slow(Case(2, 2, family="olmoe"), Load()),  # stored as Mixtral and DeepSeek are, under other names
     (Case(2, 2, family="granitemoe"), Load()),
@@ -88,7 +88,8 @@ def families() -> list[str]:
     return [source.name for source in tiny_families.families()]
 
 
-@pytest.mark.parametrize("part", [*(pytest.param(part, marks=pytest.mark.slow) for part in range(3)), 3])
+@pytest.mark.slow  # tests/unit/test_load_families.py loads each of them on one process
+@pytest.mark.parametrize("part", range(4))
 def test_every_family_is_loaded_alike_at_ep_2(part, tmp_path):
     from tests.families import tiny_families
 

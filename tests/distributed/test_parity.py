@@ -26,6 +26,7 @@ SCATTERMOE = dict(kernel="scattermoe", interpret=True)
 RECOMPUTE_UP = ("moe_recompute_up_projection", True)
 TO_ALL, TO_EVERY_RANK = ("moe_dispatcher", "all_to_all"), ("moe_dispatcher", "all_gather")
 SHARED = ("moe_dispatcher", "symmetric")
+AGAIN_IN_FIVES = ("moe_dispatch_chunk_tokens", 5), ("moe_keep_exchanged", False)
 
 slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 TABLE = [
@@ -51,7 +52,7 @@ TABLE = [
     slow(Case(2, 2, ram_efficient=True, checkpointing=True, nothing_received=True)),
     slow(Case(4, 2, ram_efficient=True, tie=True)),
     Case(4, 2, ram_efficient=True, checkpointing=True, tie=True),
-    Case(4, 2, two_groups=True),
+    slow(Case(4, 2, two_groups=True)),
     Case(2, 2, offload=True),
     slow(Case(4, 2, offload=True, accumulation=2)),
     slow(Case(2, 1, offload=True)),
@@ -77,12 +78,12 @@ TABLE = [
     slow(Case(2, 2, **SCATTERMOE, checkpointing=True, nothing_received=True)),
     Case(2, 2, options=(TO_ALL, ("moe_dispatch_chunk_tokens", 7)), nothing_received=True),
     Case(4, 4, options=(TO_EVERY_RANK,), checkpointing=True, nothing_received=True),
-    Case(4, 4, options=(TO_EVERY_RANK, ("moe_dispatch_chunk_tokens", 5), ("moe_keep_exchanged", False))),
+    slow(Case(4, 4, options=(TO_EVERY_RANK, *AGAIN_IN_FIVES))),
     Case(2, 2, options=(TO_ALL, ("moe_keep_exchanged", False)), checkpointing=True, nothing_received=True),
     Case(2, 2, options=(SHARED,), accumulation=2),
     slow(Case(2, 2, **SCATTERMOE, options=(SHARED,), nothing_received=True)),
     Case(4, 4, options=(SHARED,), checkpointing=True, nothing_received=True),
-    Case(4, 2, options=(SHARED, ("moe_dispatch_chunk_tokens", 5), ("moe_keep_exchanged", False)), checkpointing=True),
+    slow(Case(4, 2, options=(SHARED, *AGAIN_IN_FIVES), checkpointing=True)),
     slow(Case(2, 2, **SCATTERMOE, options=(RECOMPUTE_UP, TO_ALL))),
     slow(Case(2, 2, **SCATTERMOE, options=(RECOMPUTE_UP,))),
     slow(Case(2, 2, **SCATTERMOE, options=(RECOMPUTE_UP,), nothing_received=True)),

@@ -267,7 +267,7 @@ on_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="no kernel of sdpa
     "train",
     [
         pytest.param(sft, marks=pytest.mark.slow, id="SFT with packing"),
-        pytest.param(sft_lora, id="SFT with peft_config"),
+        pytest.param(sft_lora, marks=pytest.mark.slow, id="SFT with peft_config"),
         pytest.param(sft_split, marks=on_cpu, id="SFT with context parallelism and the load-balancing loss"),
         pytest.param(sft_chat, id="SFT on the assistant's tokens, padding-free, accumulated"),
         pytest.param(dpo, marks=pytest.mark.slow, id="DPO with a loaded reference"),

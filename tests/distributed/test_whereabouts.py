@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from tests.distributed import whereabouts_runs as runs
 from tests.ranks import run_ranks
 
@@ -38,6 +40,7 @@ def test_a_rank_that_is_only_slow_is_waited_for_and_forwards_ask_nothing_of_the_
             assert not heard
 
 
+@pytest.mark.slow
 def test_a_save_that_ends_at_the_timeout_says_what_every_rank_was_doing(tmp_path):
     error = run_ranks(runs.gone_while_others_save, 2, str(tmp_path), 8.0, timeout_s=120)[0]
     assert "last seen: rank 0 waiting in Accelerator.save_state" in error, error

@@ -42,7 +42,7 @@ TABLE = [
     Case(2, 2, modules=(), parameters=EXPERTS[1:], r=2, alpha=5),
     Case(2, 2, modules=("q_proj",), parameters=EXPERTS, checkpointing=True),
     Case(2, 2, modules=(), parameters=EXPERTS, prepared_first=True),
-    Case(2, 2, parameters=EXPERTS, compiled="aot_eager"),
+    slow(Case(2, 2, parameters=EXPERTS, compiled="aot_eager")),
     slow(Case(2, 2, parameters=EXPERTS, compiled="inductor")),  # which looks at strides, too
 ]
 
@@ -205,7 +205,7 @@ rows could be with them, and not."""
     ("trained", "to_all", "to_every_rank"),
     [
         # 2 layers; a forward sends rows out and brings them home; each has its backward where it is needed
-        ("lm_head.weight", [], []),
+        slow("lm_head.weight", [], []),
         # layer 1; from its experts only the weights' gradients
         ("model.layers.1.mlp.gate.weight", [ROW, PADDED], [ROW, WEIGHTS]),
         ("model.layers.1.self_attn.q_proj.weight", [ROW, WITH_WEIGHTS], [ROW, WEIGHTS, ROW]),

@@ -73,6 +73,7 @@ def test_accelerate_launch_with_an_absolute_path_and_a_script_with_a_config_file
     assert start(place, command, cwd=place / "below") == found(place)
 
 
+@pytest.mark.slow
 def test_accelerate_dash_launch_with_an_equals_sign(place):
     command = [SCRIPTS / "accelerate-launch", f"--config_file={place / 'ep2.yaml'}", "probe.py"]
     assert start(place, command) == found(place)
@@ -85,6 +86,7 @@ def test_the_launcher_as_a_module_with_a_relative_path(place):
     assert start(place, command, cwd=place / "below") == found(place)
 
 
+@pytest.mark.slow
 def test_bash_wrappers_that_change_directory_before_and_after_the_launcher(place):
     launcher = shlex.quote(str(SCRIPTS / "accelerate"))
     (place / "inner.sh").write_text(f"cd below\n{shlex.quote(sys.executable)} ../probe.py\n")

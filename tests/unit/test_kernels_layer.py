@@ -201,7 +201,7 @@ def test_an_up_projection_that_is_computed_again_gives_the_same_bits_and_is_not_
     assert kept[True] - kept[False] == rows * args[1].shape[1]
 
 
-@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("biased", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_an_up_projection_that_is_computed_again_compiles_into_one_graph(biased):
     x, w1, w2, index, weights = make()
     biases = dict(b1=torch.randn(4, 40, requires_grad=True), b2=torch.randn(4, 24)) if biased else {}
@@ -213,7 +213,7 @@ def test_an_up_projection_that_is_computed_again_compiles_into_one_graph(biased)
         torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("keep_h", [True, False])
+@pytest.mark.parametrize("keep_h", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_forward_its_repetition_and_evaluation_are_tuned_for_the_same_number_of_rows(keep_h, monkeypatch):
     tuned, tuned_for = launch.tuned, []
 

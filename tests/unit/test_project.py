@@ -260,7 +260,13 @@ print(*sys.modules)
     assert not {"torch.distributed.fsdp", "torch", "transformers", "accelerate", "peft"} & set(imported)
 
 
-@pytest.mark.parametrize("first, then", [("transformers.integrations.moe", "accel_moe"), ("accel_moe", "transformers")])
+@pytest.mark.parametrize(
+    "first, then",
+    [
+        ("transformers.integrations.moe", "accel_moe"),
+        pytest.param("accel_moe", "transformers", marks=pytest.mark.slow),
+    ],
+)
 def test_scattermoe_is_registered_whichever_is_imported_first(first, then):
     probe = f"""
 import sys, {first}, {then}

@@ -60,6 +60,10 @@ MEASURED = [
     Run(SIX, 4, 30.9, H200, COMPILED),
     Run(f"{SIX}_32k_cp2", 2, 64.5, H200),  # planned before it ran
     Run(f"{SIX}_32k_cp2", 2, 61.1, H200, COMPILED),
+    # planned as it was before these three ran
+    Run(f"{SIX}_lora_experts", 2, 26.9, H200, COMPILED),
+    Run("mixtral_8x7b_2_layers", 2, 30.4, H200),
+    Run("mixtral_8x7b_2_layers", 2, 29.4, H200, COMPILED),
     Run("mixtral_8x7b_2_layers", 2, 29.6),  # of an earlier run, which RESULTS.md does not have
 ]
 
@@ -102,7 +106,7 @@ def test_the_peak_and_the_verdict_are_those_of_a_measured_run(run):
     assert traced.tokens == scenario["batch_size"] * part, traced.why
     training = training_of(scenario, traced.saved_bytes, run.memory, run.options)
     (found,) = meshes.plans_of(shapes, training, [plan_mesh(run.gpus, run.gpus, cp=training.cp)])
-    # a tenth: what the planner promises. The worst is off by 2%: room for what fits a GPU by a hair
+    # a tenth: what the planner promises. The worst is off by 4.5%: room for what fits a GPU by a hair
     assert found.use.peak[0] / GIB == pytest.approx(run.peak, rel=0.1)
     assert found.verdict == "yes", "it ran"
 

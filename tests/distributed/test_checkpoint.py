@@ -38,7 +38,7 @@ LAYOUTS = {
     "one process": Case(1, 1),
     "w3 without us": Case(3, 1, ours=False),
 }
-WIDE = {"w4 ep2", "hsdp 2x2 ep2", "w4 ep4 cp2", "w3 without us"}
+WIDE = {"hsdp 2x2 ep2", "w4 ep4 cp2", "w3 without us"}
 """Left to the slow tests."""
 
 

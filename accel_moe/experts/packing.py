@@ -170,4 +170,4 @@ class Unpacked(Casts):
 
     def _make(self) -> list[torch.Tensor]:
         pairs = zip(self._parameters, self._packings, strict=True)
-        return [p.detach().to(self.dtype) if how is None else how.dense(p, self.dtype) for p, how in pairs]
+        return [p.detach().to(self._dtype) if how is None else how.dense(p, self._dtype) for p, how in pairs]

@@ -20,8 +20,8 @@ class Casts:
 
     def __init__(self, parameters: list[Tensor], dtype: torch.dtype, of_module: bool = False):
         self.of_module = of_module
-        self.dtype = dtype
         self._parameters = parameters
+        self._dtype = dtype
         self._made: list[Tensor] | None = None
 
     def prepare(self) -> None:
@@ -34,4 +34,4 @@ class Casts:
         return self._make() if made is None else made
 
     def _make(self) -> list[Tensor]:
-        return [p.detach().to(self.dtype) for p in self._parameters]
+        return [p.detach().to(self._dtype) for p in self._parameters]

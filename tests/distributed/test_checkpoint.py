@@ -38,17 +38,16 @@ LAYOUTS = {
     "one process": Case(1, 1),
     "w3 without us": Case(3, 1, ours=False),
 }
-WIDE = {"hsdp 2x2 ep2", "w4 ep4 cp2", "w3 without us"}
-"""Left to the slow tests."""
+LOAD_IN_SLOW_TESTS = {"hsdp 2x2 ep2", "w4 ep4 cp2", "w3 without us"}
+"""What they save is loaded by the others all the same."""
 
 
 @pytest.fixture(scope="module")
-def saved(tmp_path_factory, request) -> dict[str, tuple[str, Snapshot]]:
+def saved(tmp_path_factory) -> dict[str, tuple[str, Snapshot]]:
     """A checkpoint of every layout, and what the run that wrote it had and did."""
     root = tmp_path_factory.mktemp("layouts")
     made = {}
-    every = request.config.getoption("--slow")
-    for i, (name, case) in enumerate((n, c) for n, c in LAYOUTS.items() if every or n not in WIDE):
+    for i, (name, case) in enumerate(LAYOUTS.items()):
         made[name] = (str(root / f"c{i}"), run_ranks(save_run, case.world, case, str(root / f"c{i}"))[0])
     return made
 
@@ -64,7 +63,9 @@ def without(tensors: dict[str, torch.Tensor], names: set[str]) -> dict[str, torc
     return {name: tensor for name, tensor in tensors.items() if name not in names}
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in WIDE)) for n in LAYOUTS])
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.slow] * (n in LOAD_IN_SLOW_TESTS)) for n in LAYOUTS]
+)
 def test_every_layout_loads_what_every_other_saved_bit_for_bit_and_trains_on_alike(saved, name):
     case = LAYOUTS[name]
     folders = [folder for folder, _ in saved.values()]

@@ -32,7 +32,7 @@ def assert_same(found: dict, wanted: dict) -> None:
     "nothing_received", [pytest.param(False, marks=pytest.mark.slow), True], ids=["", "nothing received"]
 )
 @pytest.mark.parametrize(
-    "dispatcher", [pytest.param(d, marks=[pytest.mark.slow] if d in ("auto", "all_gather") else []) for d in EXCHANGES]
+    "dispatcher", [pytest.param(d, marks=[pytest.mark.slow] if d in ("auto", "symmetric") else []) for d in EXCHANGES]
 )
 def test_activation_checkpointing_does_not_exchange_twice(dispatcher, nothing_received):
     options = (("moe_dispatcher", dispatcher),)
@@ -157,9 +157,9 @@ def test_a_dispatcher_from_outside_the_package_trains_alike():
     "case",
     [
         pytest.param(Case(2, 2), marks=pytest.mark.slow),
-        pytest.param(Case(2, 2, checkpointing=True), marks=pytest.mark.slow),
+        Case(2, 2, checkpointing=True),
         pytest.param(Case(2, 2, options=(("moe_dispatch_chunk_tokens", 200),)), marks=pytest.mark.slow),
-        Case(2, 2, options=SHARED),
+        pytest.param(Case(2, 2, options=SHARED), marks=pytest.mark.slow),
     ],
     ids=lambda case: getattr(case, "name", None),
 )

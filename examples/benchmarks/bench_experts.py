@@ -5,11 +5,12 @@
 
 T tokens, K experts per token, H hidden, I intermediate, E experts. Peers: `eager` (the loop over experts) and
 `grouped_mm` of transformers always; upstream `scattermoe` (github.com/shawntan/scattermoe) and `sonicmoe` (PyPI
-sonic-moe, called as transformers calls it) when they import. Routing is random with a mild skew: softmax of
-randn(T, E) + 0.5 * randn(E). Printed per implementation: milliseconds of a forward and of forward + backward (median of
-CUDA events), useful TFLOP/s of the latter (18*T*K*H*I), MiB saved for backward beyond inputs and weights, MiB at the
-peak, and the relative error (Frobenius norm) of the output and each gradient against the loop in fp32. Writes a
-Markdown table and, with matplotlib, a chart, into --out.
+sonic-moe: called as transformers calls it, and as its own top-k layer does) when they import. SonicMoE first measures
+its tile sizes for each shape, which takes minutes; QUACK_CACHE_AUTOTUNING=1 keeps them for the next run. Routing is
+random with a mild skew: softmax of randn(T, E) + 0.5 * randn(E). Printed per implementation: milliseconds of a forward
+and of forward + backward (median of CUDA events), useful TFLOP/s of the latter (18*T*K*H*I), MiB saved for backward
+beyond inputs and weights, MiB at the peak, and the relative error (Frobenius norm) of the output and each gradient
+against the loop in fp32. Writes a Markdown table and, with matplotlib, a chart, into --out.
 """
 
 import argparse
@@ -126,6 +127,7 @@ def _upstream_scattermoe() -> Forward | None:
 
 
 def _sonicmoe() -> Forward | None:
+    """As transformers calls it: it sorts (token, expert) pairs that any routing may have made."""
     try:
         from sonicmoe.enums import ActivationType
         from sonicmoe.functional import moe_general_routing_inputs
@@ -149,6 +151,33 @@ def _sonicmoe() -> Forward | None:
     return forward
 
 
+def _sonicmoe_top_k() -> Forward | None:
+    """As its own top-k layer calls its functions after the router (0.1.2): each token has exactly K experts."""
+    try:
+        from sonicmoe import functional
+        from sonicmoe.enums import ActivationType
+    except ImportError:
+        return None
+
+    def forward(x: Tensor, w1: Tensor, w2: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        (T, K), E = index.shape, len(w1)
+        counts, offsets, token, scatter, reverse = (
+            torch.empty(n, dtype=torch.int32, device=x.device) for n in (E, E + 1, T * K, T * K, T * K)
+        )
+        functional.TC_topk_router_metadata_triton(index.int(), E, counts, offsets, token, scatter, reverse)
+        sorting = token, scatter, reverse, None, False
+        infer = not torch.is_grad_enabled()
+        a, h = functional._UpProjection.apply(
+            *(x, w1.permute(1, 2, 0), None, offsets, T * K, K, *sorting, ActivationType.SWIGLU, infer),
+            True,  # gate rows, then up rows
+        )
+        return functional._DownProjection.apply(
+            *(a, h, w2.permute(1, 2, 0), None, weights.float(), offsets, T, K, *sorting, ActivationType.SWIGLU)
+        )
+
+    return forward
+
+
 def implementations(names: list[str] | None) -> dict[str, Forward]:
     """All implementations that can run here, ours first; or only the named ones."""
     found: dict[str, Forward | None] = {
@@ -158,6 +187,7 @@ def implementations(names: list[str] | None) -> dict[str, Forward]:
         "eager": eager,
         "scattermoe upstream": _upstream_scattermoe(),
         "sonicmoe": _sonicmoe(),
+        "sonicmoe top-k": _sonicmoe_top_k(),
     }
     return {n: f for n, f in found.items() if f is not None and (names is None or n in names)}
 

@@ -19,12 +19,14 @@ class AccelerateSettings:
         sizes: of the axes of parallelism_config, by their names without `_size`. One that is missing is 1.
         mixed_precision: "no", "bf16" or "fp16".
         fullgraph: torch.compile runs, with dynamo_use_fullgraph.
+        offloads_over: the backends of the process group, "cuda:nccl", if FSDP offloads to host memory; else "".
     """
 
     kind: str
     sizes: Mapping[str, int]
     mixed_precision: str = "no"
     fullgraph: bool = False
+    offloads_over: str = ""
 
     def refusal(self, found: str) -> str | None:
         """Why expert parallelism refuses them; None if it does not. `found` says which degree, and where it is set."""
@@ -43,6 +45,13 @@ class AccelerateSettings:
             return (
                 f"{found} with mixed_precision: fp16 is not supported: the gradient scaler looks for overflow on each "
                 "parameter's own mesh only. Use mixed_precision: bf16."
+            )
+        if self.offloads_over and "cpu:" not in self.offloads_over:
+            return (
+                f"{found} with FSDP's offloading to host memory needs a process group that also sums what is in host "
+                f"memory, the gradients' norm, but this one has {self.offloads_over} alone. `accelerate launch` with "
+                "fsdp_offload_params: true starts one; else give Accelerator kwargs_handlers="
+                '[InitProcessGroupKwargs(backend="cuda:nccl,cpu:gloo")].'
             )
         if self.fullgraph and (cp := self.sizes.get("cp", 1)) > 1:
             return (

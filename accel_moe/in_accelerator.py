@@ -141,7 +141,9 @@ def _check_accelerator(accelerator, state: PreparedState) -> None:
     dynamo, parallelism = accelerator.state.dynamo_plugin, accelerator.parallelism_config
     sizes = {axis: getattr(parallelism, f"{axis}_size", 1) or 1 for axis in ("tp", "sp", "cp")}
     fullgraph = dynamo.backend.value != "NO" and bool(dynamo.fullgraph)
-    settings = AccelerateSettings(_kind(accelerator), sizes, accelerator.mixed_precision, fullgraph)
+    offloads = accelerator.is_fsdp2 and isinstance(accelerator.state.fsdp_plugin.cpu_offload, CPUOffloadPolicy)
+    backends = dist.get_backend_config() if offloads else ""
+    settings = AccelerateSettings(_kind(accelerator), sizes, accelerator.mixed_precision, fullgraph, backends)
     if (why := settings.refusal(found)) is not None:
         raise ValueError(why)
     plan = _plan(accelerator, state)

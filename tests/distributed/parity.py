@@ -134,7 +134,7 @@ def train_on_one_process(case: Case) -> Run:
 def accelerator_for(case: Case, model):
     from accelerate import Accelerator
     from accelerate.parallelism_config import ParallelismConfig
-    from accelerate.utils import FullyShardedDataParallelPlugin, TorchDynamoPlugin
+    from accelerate.utils import FullyShardedDataParallelPlugin, InitProcessGroupKwargs, TorchDynamoPlugin
     from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy
 
     plugin = FullyShardedDataParallelPlugin(
@@ -158,11 +158,13 @@ def accelerator_for(case: Case, model):
     if case.mesh and case.world > 1:
         shard = case.world // case.dp_replicate // case.cp
         mesh = ParallelismConfig(dp_replicate_size=case.dp_replicate, dp_shard_size=shard, cp_size=case.cp)
+    both = torch.cuda.is_available() and case.offload  # as `accelerate launch` does it for fsdp_offload_params
     accelerator = Accelerator(
         fsdp_plugin=plugin,
         parallelism_config=mesh,
         dynamo_plugin=dynamo,
         gradient_accumulation_steps=case.accumulation,
+        kwargs_handlers=[InitProcessGroupKwargs(backend="cuda:nccl,cpu:gloo")] if both else [],
     )
     torch.backends.cuda.matmul.allow_tf32 = False  # accelerate allows it where it compiles; the oracle is in fp32
     return accelerator

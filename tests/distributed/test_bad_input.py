@@ -77,6 +77,14 @@ def fp16() -> str:
     return launch(Case(2, 2), fsdp_plugin=FullyShardedDataParallelPlugin(fsdp_version=2), mixed_precision="fp16")
 
 
+def offload_over_nccl_alone() -> str:
+    from accelerate.utils import FullyShardedDataParallelPlugin
+
+    if not torch.cuda.is_available():  # then it is gloo alone, which has all
+        torch.distributed.get_backend_config = lambda: "cuda:nccl"
+    return launch(Case(2, 2), fsdp_plugin=FullyShardedDataParallelPlugin(fsdp_version=2, cpu_offload=True))
+
+
 def fullgraph(ep: int, regional: bool) -> str:
     from accelerate.utils import FullyShardedDataParallelPlugin, TorchDynamoPlugin
 
@@ -135,6 +143,7 @@ def prepared_too_late() -> str:
         (sequence_parallel, 4, ["sp_size=2 is not supported"]),
         (fullgraph_with_context_parallel, 2, ["dynamo_use_fullgraph: true is not supported with cp_size=2"]),
         (fp16, 2, ["mixed_precision: fp16 is not supported", "bf16"]),
+        (offload_over_nccl_alone, 2, ["this one has cuda:nccl alone", 'backend="cuda:nccl,cpu:gloo"']),
         (fullgraph_over_efsdp, 4, ["dynamo_use_fullgraph: true is not supported", "dynamo_use_fullgraph: false"]),
         (fullgraph_of_the_whole_model, 4, ["dynamo_use_fullgraph: true needs dynamo_use_regional_compilation: true"]),
         (degree_that_does_not_divide_the_ranks, 4, ["moe_ep_degree=8 does not divide", "(4 ranks)", "1, 2, 4"]),

@@ -113,18 +113,18 @@ def tuned(
 ) -> _Result:
     """Launches one GEMM of the layer with the configuration that suits it; x only names dtype and device. term: the
     GEMM's, which only gemm.py's kernels add."""
-    return launch(tuning.choose(_problem(kernel, layer, rows, x, term), launch))
+    return launch(tuning.choose(_problem(kernel, layer, rows, x, term is not None), launch))
 
 
-def likely_height(kernel: str, layer: Layer, rows: int, x: Tensor) -> int:
-    """The height of row tiles that `tuned` takes, as long as nothing is to be measured."""
-    return tuning.expected(_problem(kernel, layer, rows, x)).block_p
+def likely_height(kernel: str, layer: Layer, rows: int, x: Tensor, low_rank: bool) -> int:
+    """The height of row tiles that `tuned` takes, as long as nothing is to be measured. low_rank: with a term."""
+    return tuning.expected(_problem(kernel, layer, rows, x, low_rank)).block_p
 
 
-def _problem(kernel: str, layer: Layer, rows: int, x: Tensor, term: "Term | None" = None) -> Problem:
+def _problem(kernel: str, layer: Layer, rows: int, x: Tensor, low_rank: bool) -> Problem:
     capability = _capability(x.device)
     gluon = (
-        term is None
+        not low_rank
         and capability[0] == 9
         and x.dtype != torch.float32
         and layer.hidden % 8 == layer.intermediate % 8 == 0

@@ -98,11 +98,11 @@ def experts_forward(
         x, weights = launch.row_major(x), weights.contiguous()
         layer = Layer.of(w1, w2, gated, transposed)
         rows = _num_rows(index, num_pairs)
-        height = launch.likely_height(_up_kernel(layer), layer, likely, x)
+        up_change, down_change = _changes(factors, scales)
+        height = launch.likely_height(_up_kernel(layer), layer, likely, x, up_change is not None)
         routing, made = sort_and_tile(index, layer.num_experts, rows, height)
         tiles = TileLists(routing, made)
         up, down = Weight(w1, depth_last=not transposed), Weight(w2, depth_last=not transposed)
-        up_change, down_change = _changes(factors, scales)
         up_term = up_change and up_change.down(x, routing, tiles, gather=True)
         h, a = _up(layer, x, up, b1, routing, tiles, kind, likely, h_rows, term=up_term)
         down_term = down_change and down_change.down(a, routing, tiles)
@@ -218,9 +218,11 @@ def experts_backward(
         layer = Layer.of(w1, w2, gated, transposed)
         routing = Routing(row_slot, slot_row, expert_offsets, top_k=weights.shape[1])
         rows = routing.num_rows
-        heights = [launch.likely_height(kernel, layer, rows, x) for kernel in ("down_backward", "up_backward")]
-        tiles = TileLists(routing, together=[*heights, PAD])
-        down, (up_change, down_change) = Weight(w2, depth_last=transposed), _changes(factors, scales)
+        up_change, down_change = _changes(factors, scales)
+        of_down = launch.likely_height("down_backward", layer, rows, x, down_change is not None)
+        of_up = launch.likely_height("up_backward", layer, rows, x, up_change is not None)
+        tiles = TileLists(routing, together=[of_down, of_up, PAD])
+        down = Weight(w2, depth_last=transposed)
         dout_rows, up_term = Gathered(dout, routing, tiles), None
         down_term = down_change and down_change.up(dout, routing, tiles, gather=True)
         dh, sa, ds = launch.tuned(

@@ -38,6 +38,8 @@ def units_of_one_dtype(model: nn.Module, policy: Policy | None, ignored: set[nn.
     Raises:
         ValueError: one module has trained parameters of two dtypes itself.
     """
+    if len({parameter.dtype for parameter in model.parameters() if _counts(parameter, ignored)}) < 2:
+        return policy  # the rest reads the modules' sources, which takes seconds
     wrapped: set[nn.Module] = {m for m in model.modules() if isinstance(m, FSDPModule) or (policy and policy(m))}
     own_units: set[nn.Module] = set()
     while odd := _odd_modules(model, wrapped | own_units, ignored):
@@ -90,10 +92,14 @@ def _trained(module: nn.Module, ignored: set[nn.Parameter]) -> Counter[torch.dty
     counts: Counter[torch.dtype] = Counter()
     read = [child for name, child in module.named_children() if name in _reads(type(module))]
     for parameter in (p for m in (module, *read) for p in m._parameters.values()):
-        if parameter is not None and parameter.requires_grad and parameter not in ignored:
-            if not isinstance(parameter, DTensor):
-                counts[parameter.dtype] += parameter.numel()
+        if parameter is not None and _counts(parameter, ignored):
+            counts[parameter.dtype] += parameter.numel()
     return counts
+
+
+def _counts(parameter: nn.Parameter, ignored: set[nn.Parameter]) -> bool:
+    """Whether FSDP is yet to shard it, and it is trained."""
+    return parameter.requires_grad and parameter not in ignored and not isinstance(parameter, DTensor)
 
 
 @functools.cache

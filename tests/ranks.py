@@ -38,7 +38,7 @@ PRELOAD = [
     "transformers.trainer",
     "transformers.models.qwen3_moe.modeling_qwen3_moe",
     "transformers.models.mixtral.modeling_mixtral",
-    "accel_moe",
+    "accel_moe.api",
 ]
 
 

@@ -73,8 +73,11 @@ def test_a_child_whose_weight_its_parent_reads_stays_in_the_unit_of_its_parent()
     assert "layers.0.mixer.conv1d" not in found, "its forward never runs, so its weights would never be gathered"
 
 
-def test_a_model_of_one_dtype_keeps_the_policy_it_had():
+def test_a_model_of_one_dtype_keeps_the_policy_it_had_and_no_source_is_read(monkeypatch):
+    monkeypatch.setattr("accel_moe.dtype_units._reads", None)  # a class takes tenths of a second
     model = Model().float()
+    for layer in model.layers:
+        layer.mlp.bfloat16().requires_grad_(False)
     assert units_of_one_dtype(model, policy, set()) is policy
     assert units_of_one_dtype(model, None, set()) is None
 

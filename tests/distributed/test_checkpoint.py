@@ -96,6 +96,17 @@ def test_a_compiled_model_saves_what_any_other_loads(tmp_path):
     assert loaded.losses == pytest.approx(written.losses, abs=1e-5)
 
 
+@pytest.mark.slow
+def test_a_run_whose_weights_are_in_host_memory_saves_what_any_other_loads(tmp_path):
+    offloaded = Case(2, 2, offload=True)
+    written = run_ranks(save_run, 2, offloaded, str(tmp_path / "c"))[0]
+    for case in (offloaded, Case(2, 2)):
+        loaded = run_ranks(load_runs, 2, case, [str(tmp_path / "c")])[0][0]
+        assert_same(loaded.weights, written.weights)
+        assert_same(loaded.moments, written.moments)
+        assert loaded.losses == pytest.approx(written.losses, abs=1e-5)
+
+
 def test_the_manifest_says_what_was_saved_and_how(saved):
     folder, written = saved["hsdp 2x2 ep2"]
     manifest = read_manifest(folder)
